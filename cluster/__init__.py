@@ -1,0 +1,1 @@
+"""Everything that knows Ray: deployments, supervisors, ingress, global scheduler, command line."""

@@ -1,0 +1,106 @@
+"""The HTTP application: routes, authentication, health."""
+
+import hmac
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from cluster.ingress.answer import Edge
+from cluster.ingress.chat import chat
+from cluster.ingress.completions import complete
+from cluster.ingress.connection import read_body
+from cluster.ingress.errors import install_error_handlers
+from cluster.ingress.generation import Backend
+from cluster.ingress.metrics import Metrics
+from cluster.ingress.protocol import ChatRequest, CompletionRequest, RequestT, parse_request
+from cluster.ingress.request_scope import RequestScope
+from cluster.ingress.served_model import ServedModel
+from core.config import IngressConfig
+from core.errors import ModelNotFound, Unauthorized
+
+
+def build_app(config: IngressConfig, model: ServedModel, backend: Backend) -> FastAPI:
+    """The whole HTTP edge for one model over one backend. Every call has its own metrics."""
+    edge = Edge(config, model, backend, Metrics())
+    app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(RequestScope, metrics=edge.metrics)
+    install_error_handlers(app)
+    app.include_router(_health_routes(edge))
+    app.include_router(_api_routes(edge))
+    return app
+
+
+def _api_routes(edge: Edge) -> APIRouter:
+    async def authorized(http: Request) -> None:
+        _check_key(http, edge.config.api_key)
+
+    async def parsed(http: Request, kind: type[RequestT]) -> RequestT:
+        request = parse_request(kind, await read_body(http, edge.config.max_body_mib))
+        _check_model(edge.model, request.model)
+        return request
+
+    routes = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
+
+    @routes.post("/completions")
+    async def completions(http: Request) -> Response:
+        return await complete(edge, http, await parsed(http, CompletionRequest))
+
+    @routes.post("/chat/completions")
+    async def chat_completions(http: Request) -> Response:
+        return await chat(edge, http, await parsed(http, ChatRequest))
+
+    @routes.get("/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model_card(edge.model)]})
+
+    @routes.get("/models/{name:path}")
+    async def model_card(name: str) -> Response:
+        _check_model(edge.model, name)
+        return JSONResponse(_model_card(edge.model))
+
+    return routes
+
+
+def _health_routes(edge: Edge) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/livez")
+    async def livez() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @routes.get("/readyz")
+    @routes.get("/health")
+    async def readyz() -> Response:
+        health = await edge.backend.health()
+        status = "unavailable" if not health.ready else "degraded" if health.degraded else "ok"
+        return JSONResponse({"status": status, "degraded": health.degraded}, 200 if health.ready else 503)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(edge.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+def _check_key(http: Request, api_key: str) -> None:
+    if not api_key:
+        return
+    scheme, _, given = http.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), api_key.encode()):
+        raise Unauthorized("Incorrect or missing API key: send it as 'Authorization: Bearer KEY'")
+
+
+def _check_model(model: ServedModel, name: str) -> None:
+    if name != model.name:
+        raise ModelNotFound(f"The model {name!r} does not exist; this server has {model.name!r}", field="model")
+
+
+def _model_card(model: ServedModel) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "baton",
+        "max_model_len": model.max_model_len,
+    }

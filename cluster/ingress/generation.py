@@ -1,0 +1,66 @@
+"""The seam between HTTP and the fleet: a generation asked for in tokens, and the events that answer it."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.messages.to_decode import Phases
+from core.sampling import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sequence to generate. `request_id` is unique per choice of an HTTP request."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    timeout_s: float
+    placement: str = "auto"  # "pair" or "local" when the client insists
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """Where the last attempt ran and where the time went, for those who ask."""
+
+    placement: str  # why there: see core.messages.to_scheduler.Plan.reason
+    prefill: str | None  # replica ids
+    decode: str
+    num_resumes: int
+    phases: Phases | None
+
+
+@dataclass(frozen=True)
+class GenerationEvent:
+    """New output tokens, in order and without repetition. The last event has a finish_reason: "stop" or "length".
+
+    A stop token that ended the output is the last of `token_ids`. `logprobs` is empty or as long as `token_ids`.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    num_cached_tokens: int | None = None  # of the prompt; with the first event
+    phases: Phases | None = None  # once, when known
+    num_resumes: int = 0  # times that the request was planned anew so far
+    report: GenerationReport | None = None  # with the last event
+
+
+@dataclass(frozen=True)
+class FleetHealth:
+    """`ready`: a request can be answered. `degraded` names what is missing though (empty: nothing)."""
+
+    ready: bool
+    degraded: str = ""
+
+
+class Backend(Protocol):
+    """What answers generations: the orchestrator in production, an in-process echo in tests of the HTTP layer."""
+
+    def generate(self, generation: Generation) -> AsyncIterator[GenerationEvent]:
+        """An async generator; closing it early cancels the request everywhere. Raises BatonError."""
+        ...
+
+    async def health(self) -> FleetHealth:
+        """Answers at once, from the last known state."""
+        ...

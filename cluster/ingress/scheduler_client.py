@@ -1,0 +1,150 @@
+"""The ingress's line to the global scheduler, and how it plans by itself while the scheduler is away."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from cluster.ingress.generation import FleetHealth
+from core.errors import BatonError, NoReplica, PeerLost
+from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
+from core.messages.to_scheduler import Book, Finish, Plan, Progress, Renew, Reserve
+from rpc.client import RpcClient
+from rpc.methods import BOOK, FINISH, PROGRESS, RENEW, RESERVE, Unary
+
+logger = logging.getLogger(__name__)
+
+BOOK_INTERVAL_S = 0.5
+BOOK_GRACE_S = 3.0
+RENEW_INTERVAL_S = 5.0
+CALL_TIMEOUT_S = 2.0
+
+
+class SchedulerClient:
+    """`resolve` finds the scheduler's present address; it is asked again whenever the last one does not answer."""
+
+    def __init__(self, client: RpcClient, resolve: Callable[[], Awaitable[str]]) -> None:
+        self._client = client
+        self._resolve = resolve
+        self._address = ""
+        self._replicas: tuple[ReplicaInfo, ...] = ()
+        self._good_at = 0.0
+        self._in_use: dict[str, int] = {}  # decode replica id -> requests of this ingress, for planning alone
+        self._reserved: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reachable = False
+
+    def start(self) -> None:
+        """Begins to follow the scheduler's address book."""
+        self._spawn(self._follow_book())
+        self._spawn(self._renew())
+
+    async def close(self) -> None:
+        """Ends the background tasks."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def health(self) -> FleetHealth:
+        """From the last address book."""
+        roles = {replica.role for replica in self._replicas}
+        if Role.DECODE not in roles:
+            return FleetHealth(False, "no decode replica")
+        missing = [] if Role.PREFILL in roles else ["no prefill replica: decode prefills by itself"]
+        if not self._reachable:
+            missing.append("the global scheduler is away: requests are placed without it")
+        return FleetHealth(True, "; ".join(missing))
+
+    @asynccontextmanager
+    async def reservation(self, request: Reserve) -> AsyncIterator[Plan]:
+        """A plan, held until the block ends. Waits in the scheduler's queue. Raises Overloaded, NoReplica."""
+        plan: Plan | None = None
+        try:
+            plan = await self._reserve(request)
+            self._in_use[plan.decode.replica_id] = self._in_use.get(plan.decode.replica_id, 0) + 1
+            self._reserved.add(request.request_id)
+            yield plan
+        finally:
+            if plan is not None:
+                self._in_use[plan.decode.replica_id] -= 1
+                if not self._in_use[plan.decode.replica_id]:
+                    del self._in_use[plan.decode.replica_id]
+            self._reserved.discard(request.request_id)
+            self._spawn(self._tell(FINISH, Finish(request.request_id, request.attempt)))
+
+    def progress(self, request_id: str) -> None:
+        """The request's first token is out."""
+        self._spawn(self._tell(PROGRESS, Progress(request_id)))
+
+    async def _reserve(self, request: Reserve) -> Plan:
+        for _ in range(2):
+            try:
+                address = self._address or await self._resolve_address()
+                return await self._client.call(address, RESERVE, request, request.timeout_s + CALL_TIMEOUT_S)
+            except PeerLost as error:
+                logger.warning("the global scheduler does not answer: %s", error)
+                self._address = ""
+        return self._plan_alone(request)
+
+    async def _resolve_address(self) -> str:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                self._address = await self._resolve()
+        except TimeoutError as error:
+            raise PeerLost("nobody knows the scheduler's address") from error
+        return self._address
+
+    def _plan_alone(self, request: Reserve) -> Plan:
+        """Power of two choices by this ingress's own count. Raises NoReplica."""
+        by_role: dict[Role, list[ReplicaInfo]] = {role: [] for role in Role}
+        for replica in self._replicas:
+            by_role[replica.role].append(replica)
+        for role, replicas in by_role.items():
+            by_role[role] = [r for r in replicas if r.replica_id not in request.avoid] or replicas
+        if not by_role[Role.DECODE]:
+            raise NoReplica("no decode replica is known", retry_after_s=2.0)
+        two = random.sample(by_role[Role.DECODE], min(2, len(by_role[Role.DECODE])))
+        decode = min(two, key=lambda replica: self._in_use.get(replica.replica_id, 0))
+        prefill = random.choice(by_role[Role.PREFILL]) if by_role[Role.PREFILL] else None
+        return Plan(request.request_id, request.attempt, prefill, decode, 0.0, 0.0, "fallback")
+
+    async def _follow_book(self) -> None:
+        while True:
+            try:
+                address = self._address or await self._resolve_address()
+                self._take(await self._client.call(address, BOOK, Empty(), CALL_TIMEOUT_S))
+            except BatonError as error:
+                logger.info("no address book: %s", error)
+                self._reachable, self._address = False, ""
+            await asyncio.sleep(BOOK_INTERVAL_S)
+
+    def _take(self, book: Book) -> None:
+        """A scheduler that has just started knows nobody yet: the last good book stays good for a moment."""
+        self._reachable = True
+        now = time.monotonic()
+        if any(replica.role is Role.DECODE for replica in book.replicas):
+            self._replicas, self._good_at = book.replicas, now
+        elif now - self._good_at > BOOK_GRACE_S:
+            self._replicas = book.replicas
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_INTERVAL_S)
+            if self._reserved:
+                await self._tell(RENEW, Renew(tuple(self._reserved)))
+
+    async def _tell(self, method: Unary[Any, Acknowledged], message: object) -> None:
+        if not self._address:
+            return
+        try:
+            await self._client.call(self._address, method, message, CALL_TIMEOUT_S)
+        except BatonError as error:
+            logger.info("%s was not told to the scheduler: %s", method.name, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

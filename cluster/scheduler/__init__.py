@@ -1,0 +1,1 @@
+"""The global scheduler's decisions: prefix index, cost, admission. Pure."""

@@ -1,0 +1,192 @@
+"""The global scheduler: pending reservations in, plans out; the one place where requests wait. Pure.
+
+reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> gone
+               |  queue full: Overloaded      +------- expiry, replica lost ----^
+               +- deadline: Overloaded with Retry-After
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from cluster.scheduler.decision import Decision, DecisionMaker
+from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.index import PrefixIndex
+from core.config import SchedulerConfig
+from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
+from core.messages.fleet import ReplicaInfo, Role
+from core.messages.to_scheduler import Plan, Report, Reserve
+from kv_transfer.tombstones import Tombstones
+
+
+@dataclass
+class Reservation:
+    """A dispatched request, until it finishes or nobody renews it."""
+
+    request_id: str
+    attempt: int
+    prefill_id: str | None
+    decode_id: str
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: Reserve
+    since: float
+
+
+class Admission:
+    """Queue, reservations and the fleet's state; dispatch in order of arrival."""
+
+    def __init__(self, config: SchedulerConfig, started_at: float) -> None:
+        """`started_at` is on the clock of all `now`: a new scheduler gives replicas time to register."""
+        self._started_at = started_at
+        self.fleet = FleetView(config.replica_timeout_s)
+        self.index = PrefixIndex()
+        self._config = config
+        self._decision_maker = DecisionMaker(config)
+        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._reservations: dict[str, Reservation] = {}
+        self._tombstones = Tombstones()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a plan."""
+        return len(self._waiting)
+
+    @property
+    def num_reserved(self) -> int:
+        """Requests with a plan that have not finished."""
+        return len(self._reservations)
+
+    def report(self, report: Report, now: float) -> None:
+        """Takes a replica's report in."""
+        replica_id = report.info.replica_id
+        is_new = self.fleet.update(report.info, report.status, now)
+        if is_new or report.snapshot:
+            self.index.remove_replica(replica_id)
+        self.index.remove(replica_id, report.removed)
+        self.index.store(replica_id, report.stored)
+
+    def replica_lost(self, replica_id: str) -> None:
+        """Its process cannot be reached, or it deregistered; its reservations are moot."""
+        self.fleet.remove(replica_id)
+        self.index.remove_replica(replica_id)
+
+    def reserve(self, request: Reserve, now: float) -> None:
+        """Queues a request; a repeated one, or a new attempt, replaces the old.
+
+        Raises Overloaded, NoReplica, PromptTooLong, and StaleMessage when its Finish came first.
+        """
+        self._tombstones.refuse(request.request_id, request.attempt)
+        self._drop(request.request_id)
+        decodes = self.fleet.usable(Role.DECODE, now)
+        if not decodes and now - self._started_at > self._config.replica_timeout_s:
+            raise NoReplica("no decode replica is ready", retry_after_s=2.0)
+        limit = max((decode.info.max_model_len for decode in decodes), default=None)
+        if limit is not None and request.num_tokens + request.max_new_tokens > limit:
+            raise PromptTooLong(
+                f"{request.num_tokens} prompt and {request.max_new_tokens} output tokens exceed the {limit} tokens "
+                "that a decode replica's KV cache holds",
+                field="max_tokens",
+            )
+        if len(self._waiting) >= self._config.queue_limit:
+            raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
+        self._waiting[request.request_id] = _Waiting(request, now)
+
+    def dispatch(self, now: float) -> list[Plan]:
+        """Plans for waiting requests, oldest first, until one finds no room."""
+        plans = []
+        for waiting in list(self._waiting.values()):
+            decision = self._decide(waiting.request, now)
+            if decision is None:
+                break
+            del self._waiting[waiting.request.request_id]
+            plans.append(self._book(waiting, decision, now))
+        return plans
+
+    def progress(self, request_id: str) -> None:
+        """Its first token is out: prefill is free again, and decode's own report counts its blocks."""
+        reservation = self._reservations.get(request_id)
+        if reservation is None:
+            return
+        for replica in self._replicas_of(reservation):
+            replica.prefill_tokens.pop(request_id, None)
+            if request_id in replica.decode_requests:
+                replica.decode_requests[request_id] = 0
+
+    def finish(self, request_id: str, attempt: int, now: float) -> None:
+        """Ends an attempt in any state, also before its Reserve came; idempotent."""
+        self._tombstones.bury(request_id, attempt, now)
+        waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
+        if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
+            self._drop(request_id)
+
+    def renew(self, request_ids: tuple[str, ...], now: float) -> None:
+        """Keeps reservations alive; unknown ones are ignored (a restarted scheduler knows none)."""
+        for request_id in request_ids:
+            if request_id in self._reservations:
+                self._reservations[request_id].expires_at = now + self._config.reservation_ttl_s
+
+    def expire(self, now: float) -> dict[str, Unavailable]:
+        """Ends reservations that nobody renewed; returns the requests that waited too long for a plan, and why."""
+        for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
+            self._drop(reservation.request_id)
+        has_decode = bool(self.fleet.usable(Role.DECODE, now))
+        late: dict[str, Unavailable] = {}
+        for waiting in self._waiting.values():
+            waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
+            if waited_s >= limit_s:
+                error: Unavailable = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
+                late[waiting.request.request_id] = error
+            elif not has_decode and waited_s >= self._config.replica_timeout_s:
+                late[waiting.request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
+        for request_id in late:
+            del self._waiting[request_id]
+        return late
+
+    def book(self, now: float) -> tuple[ReplicaInfo, ...]:
+        """Replicas that take new work."""
+        return tuple(replica.info for role in Role for replica in self.fleet.usable(role, now))
+
+    def _drop(self, request_id: str) -> None:
+        self._waiting.pop(request_id, None)
+        reservation = self._reservations.pop(request_id, None)
+        if reservation is not None:
+            for replica in self._replicas_of(reservation):
+                replica.prefill_tokens.pop(request_id, None)
+                replica.decode_requests.pop(request_id, None)
+
+    def _decide(self, request: Reserve, now: float) -> Decision | None:
+        return self._decision_maker.decide(
+            request,
+            self.fleet.usable(Role.PREFILL, now),
+            self.fleet.usable(Role.DECODE, now),
+            self.index.match(request.block_hashes),
+        )
+
+    def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
+        request = waiting.request
+        prefill, decode = decision.prefill, decision.decode
+        (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
+        decode.decode_requests[request.request_id] = decision.num_decode_blocks
+        self._reservations[request.request_id] = Reservation(
+            request.request_id,
+            request.attempt,
+            prefill.info.replica_id if prefill else None,
+            decode.info.replica_id,
+            now + self._config.reservation_ttl_s,
+        )
+        return Plan(
+            request.request_id,
+            request.attempt,
+            prefill.info if prefill else None,
+            decode.info,
+            now - waiting.since,
+            decision.predicted_ttft_s,
+            decision.reason,
+        )
+
+    def _replicas_of(self, reservation: Reservation) -> list[ReplicaView]:
+        ids = (reservation.prefill_id, reservation.decode_id)
+        return [replica for i in ids if i is not None and (replica := self.fleet.get(i)) is not None]

@@ -1,0 +1,159 @@
+"""Where one request runs: the (prefill, decode) pair, or decode alone, with the lowest predicted TTFT. Pure.
+
+TTFT(P, D) = queue(P) + prefill(uncached on P) + transfer(bytes D lacks) not hidden by compute + wait(D)
+TTFT(D)    = queue(D) + prefill(uncached on D), at D's own rate; slows D's running batch, so it is allowed only
+             when the suffix is short, D is idle, or prefill is saturated or lost
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.scheduler.fleet_view import ReplicaView
+from core.config import SchedulerConfig
+from core.messages.to_scheduler import Reserve
+
+LINK_BYTES_PER_S = 1.5e9  # until links are measured
+LINK_LATENCY_S = 0.002
+HIDDEN_SHARE = 0.8  # of a transfer, by the compute of later layers and chunks
+STEPS_HELD = 2  # a worker holds about this many steps of work; the rest waits at the scheduler
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The chosen replicas, and the terms that made them win, in seconds."""
+
+    prefill: ReplicaView | None
+    decode: ReplicaView
+    reason: str
+    queue_s: float
+    prefill_s: float
+    transfer_s: float
+    num_uncached_tokens: int
+    num_decode_blocks: int  # that the request will claim on decode for its prompt
+
+    @property
+    def predicted_ttft_s(self) -> float:
+        """Sum of the terms."""
+        return self.queue_s + self.prefill_s + self.transfer_s
+
+
+class DecisionMaker:
+    """One method; state is the caller's."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+
+    def decide(
+        self,
+        request: Reserve,
+        prefills: Sequence[ReplicaView],
+        decodes: Sequence[ReplicaView],
+        cached: dict[str, int],
+    ) -> Decision | None:
+        """The cheapest candidate that has room now, or None: wait. `cached` are leading blocks by replica id.
+
+        Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
+        a decision can be repeated.
+        """
+        prefills = _without(prefills, request.avoid)
+        decodes = _without(decodes, request.avoid)
+        with_room = [decode for decode in decodes if self._has_room(request, decode)]
+        ready_prefills = [prefill for prefill in prefills if _takes_more(prefill) and request.placement != "local"]
+        candidates = []
+        for decode in with_room:
+            partners = [prefill for prefill in prefills if _can_exchange(prefill, decode)]
+            ready = [prefill for prefill in partners if prefill in ready_prefills]
+            candidates += [self._pair(request, prefill, decode, cached) for prefill in ready]
+            reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
+            if reason:
+                candidates.append(self._local(request, decode, cached, reason))
+        return min(candidates, key=_rank, default=None)
+
+    def _has_room(self, request: Reserve, decode: ReplicaView) -> bool:
+        # Cached blocks count, too: nobody may hold them yet, and taking them makes them no longer free.
+        needed = decode.info.layout.num_blocks_for(request.num_tokens + 1)
+        reserve = (1 - self._config.max_decode_kv_usage) * decode.info.num_blocks
+        is_empty = decode.num_decode_requests == 0
+        fits = decode.num_free_blocks - needed >= (0 if is_empty else reserve)
+        return fits and decode.num_decode_requests < decode.info.max_num_seqs
+
+    def _pair(self, request: Reserve, prefill: ReplicaView, decode: ReplicaView, cached: dict[str, int]) -> Decision:
+        uncached = _uncached_tokens(request, prefill, cached)
+        blocks = self._decode_blocks(request, decode, cached)
+        layout = decode.info.layout
+        num_bytes = blocks * layout.block_bytes_per_rank * layout.tensor_parallel
+        return Decision(
+            prefill,
+            decode,
+            "pair",
+            queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
+            prefill_s=uncached / prefill.prefill_tokens_per_s,
+            transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / LINK_BYTES_PER_S,
+            num_uncached_tokens=uncached,
+            num_decode_blocks=blocks,
+        )
+
+    def _local(self, request: Reserve, decode: ReplicaView, cached: dict[str, int], reason: str) -> Decision:
+        uncached = _uncached_tokens(request, decode, cached)
+        return Decision(
+            None,
+            decode,
+            reason,
+            queue_s=decode.outstanding_prefill_tokens / decode.prefill_tokens_per_s,
+            prefill_s=uncached / decode.prefill_tokens_per_s,
+            transfer_s=0.0,
+            num_uncached_tokens=uncached,
+            num_decode_blocks=self._decode_blocks(request, decode, cached),
+        )
+
+    def _why_local(
+        self, request: Reserve, decode: ReplicaView, cached: dict[str, int], *, have_prefill: bool, saturated: bool
+    ) -> str:
+        if request.placement == "local":
+            return "local_asked"
+        if not have_prefill:
+            return "local_no_prefill"
+        if request.placement == "pair":
+            return ""
+        uncached = _uncached_tokens(request, decode, cached)
+        if uncached <= self._config.local_prefill_max_tokens:
+            return "local_short"
+        if saturated and decode.num_decode_requests == 0:
+            return "local_idle"
+        return ""
+
+    @staticmethod
+    def _decode_blocks(request: Reserve, decode: ReplicaView, cached: dict[str, int]) -> int:
+        return decode.info.layout.num_blocks_for(request.num_tokens) - cached.get(decode.info.replica_id, 0)
+
+
+def _can_exchange(prefill: ReplicaView, decode: ReplicaView) -> bool:
+    """Whether KV blocks of one mean the same to the other."""
+    return prefill.info.compatibility == decode.info.compatibility
+
+
+def _takes_more(prefill: ReplicaView) -> bool:
+    """Whether the replica holds less than about two steps of work."""
+    return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
+
+
+def _uncached_tokens(request: Reserve, replica: ReplicaView, cached: dict[str, int]) -> int:
+    num_cached = cached.get(replica.info.replica_id, 0) * replica.info.layout.block_size
+    return max(1, request.num_tokens - num_cached)
+
+
+def _without(replicas: Sequence[ReplicaView], avoid: Iterable[str]) -> list[ReplicaView]:
+    """Leaves out the replicas that just failed the request, unless none would be left."""
+    others = [replica for replica in replicas if replica.info.replica_id not in avoid]
+    return others or list(replicas)
+
+
+def _rank(decision: Decision) -> tuple[float, int, str, str]:
+    prefill, decode = decision.prefill, decision.decode
+    reservations = decode.num_reservations + (prefill.num_reservations if prefill else 0)
+    return (
+        round(decision.predicted_ttft_s, 4),
+        reservations,
+        prefill.info.replica_id if prefill else "",
+        decode.info.replica_id,
+    )

@@ -1,0 +1,186 @@
+"""The global scheduler as a process: Admission behind RPC, watching every replica that registers. Knows no Ray."""
+
+import asyncio
+import logging
+import time
+from contextlib import aclosing
+
+from cluster.scheduler.admission import Admission
+from core.config import SchedulerConfig
+from core.errors import BatonError
+from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
+from core.messages.to_scheduler import (
+    Book,
+    Deregister,
+    Finish,
+    Plan,
+    Progress,
+    Register,
+    Renew,
+    Reserve,
+    Watch,
+)
+from rpc import methods
+from rpc.client import RpcClient
+from rpc.server import RpcServer
+
+logger = logging.getLogger(__name__)
+
+HOUSEKEEPING_S = 0.1
+
+
+class SchedulerService:
+    """Thin shell: plans are handed to the calls that wait for them."""
+
+    def __init__(self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str) -> None:
+        self._id = scheduler_id
+        self._host = host
+        self._admission = Admission(config, self._now())
+        self._client = RpcClient(secret)
+        self._server = RpcServer(host, secret)
+        self._plans: dict[str, asyncio.Future[Plan]] = {}
+        self._watches: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    async def start(self, port: int = 0) -> str:
+        """Listens; returns host:port."""
+        unary = self._server.unary
+        unary(methods.RESERVE, self.reserve)
+        unary(methods.PROGRESS, self.progress)
+        unary(methods.RENEW, self.renew)
+        unary(methods.FINISH, self.finish)
+        unary(methods.REGISTER, self.register)
+        unary(methods.DEREGISTER, self.deregister)
+        unary(methods.BOOK, self.book)
+        bound = self._server.listen(port)
+        await self._server.start()
+        self._housekeeping = asyncio.create_task(self._housekeep())
+        return f"{self._host}:{bound}"
+
+    async def close(self) -> None:
+        """Ends every watch and the server."""
+        tasks = [task for _, task in self._watches.values()]
+        if self._housekeeping is not None:
+            tasks.append(self._housekeeping)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._server.stop()
+        await self._client.close()
+
+    # ---- calls --------------------------------------------------------------------------------------------------
+
+    async def reserve(self, message: Reserve) -> Plan:
+        """Pending until there is room; losing the call takes the request out of the queue."""
+        self._admission.reserve(message, self._now())
+        future: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
+        self._plans[message.request_id] = future
+        try:
+            self._dispatch()
+            return await future
+        except asyncio.CancelledError:
+            if self._plans.get(message.request_id) is future:
+                self._admission.finish(message.request_id, message.attempt, self._now())
+            raise
+        finally:
+            if self._plans.get(message.request_id) is future:
+                del self._plans[message.request_id]
+
+    async def progress(self, message: Progress) -> Acknowledged:
+        """Prefill of a request is over."""
+        self._admission.progress(message.request_id)
+        self._dispatch()
+        return Acknowledged()
+
+    async def finish(self, message: Finish) -> Acknowledged:
+        """A request is over."""
+        self._admission.finish(message.request_id, message.attempt, self._now())
+        self._dispatch()
+        return Acknowledged()
+
+    async def renew(self, message: Renew) -> Acknowledged:
+        """An ingress's heartbeat."""
+        self._admission.renew(message.request_ids, self._now())
+        return Acknowledged()
+
+    async def register(self, message: Register) -> Acknowledged:
+        """A supervisor's heartbeat: watches the replica unless that is done already."""
+        info = message.info
+        known = self._watches.get(info.replica_id)
+        if known is not None and known[0] == info.incarnation and not known[1].done():
+            return Acknowledged()
+        if known is not None:
+            known[1].cancel()
+        self._watches[info.replica_id] = (info.incarnation, asyncio.create_task(self._watch(info)))
+        return Acknowledged(False)
+
+    async def deregister(self, message: Deregister) -> Acknowledged:
+        """A supervisor ends its replica."""
+        known = self._watches.get(message.replica_id)
+        if known is None or known[0] != message.incarnation:
+            return Acknowledged(False)
+        known[1].cancel()
+        return Acknowledged()
+
+    async def book(self, _: Empty) -> Book:
+        """The replicas that take work."""
+        return Book(self._admission.book(self._now()), self._admission.num_waiting)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    async def _watch(self, info: ReplicaInfo) -> None:
+        """Follows one incarnation's reports; when they end it is no longer planned with, until it registers again."""
+        try:
+            async with aclosing(self._client.stream(info.address, methods.WATCH, Watch(self._id))) as reports:
+                expected = 0
+                async for report in reports:
+                    if report.sequence != expected:
+                        logger.warning("%s: report %d came as %d", info.replica_id, report.sequence, expected)
+                        break
+                    expected += 1
+                    self._admission.report(report, self._now())
+                    self._dispatch()
+        except BatonError as error:
+            logger.warning("replica %s is lost: %s", info.replica_id, error)
+            await self._client.forget(info.address)
+        finally:
+            current = self._watches.get(info.replica_id)
+            if current is not None and current[0] == info.incarnation:
+                del self._watches[info.replica_id]
+                self._admission.replica_lost(info.replica_id)
+
+    def _dispatch(self) -> None:
+        for plan in self._admission.dispatch(self._now()):
+            future = self._plans.get(plan.request_id)
+            if future is not None and not future.done():
+                _log(plan)
+                future.set_result(plan)
+            else:
+                self._admission.finish(plan.request_id, plan.attempt, self._now())
+
+    async def _housekeep(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            for request_id, error in self._admission.expire(self._now()).items():
+                future = self._plans.get(request_id)
+                if future is not None and not future.done():
+                    future.set_exception(error)
+            self._dispatch()
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()
+
+
+def _log(plan: Plan) -> None:
+    prefill = plan.prefill.replica_id if plan.prefill else "-"
+    logger.info(
+        "attempt %d: %s, prefill %s, decode %s, TTFT predicted %.3f s after %.3f s in the queue",
+        plan.attempt,
+        plan.reason,
+        prefill,
+        plan.decode.replica_id,
+        plan.predicted_ttft_s,
+        plan.queue_s,
+        extra={"request_id": plan.request_id},
+    )

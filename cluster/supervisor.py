@@ -1,0 +1,155 @@
+"""The Serve replica of a pool: torch-free; owns the rank processes of one model copy.
+
+It starts one rank in each bundle of its placement group, registers the replica with the global scheduler again and
+again, fails its own health check when a rank has died or hangs, and drains before it ends.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.rank_actor import RankActor
+from cluster.replica import prepare_replica
+from core.config import BatonConfig, PoolConfig
+from core.errors import BatonError, PeerLost
+from core.messages.fleet import ReplicaInfo, Role
+from core.messages.to_scheduler import Deregister, Register
+from rpc.client import RpcClient
+from rpc.methods import DEREGISTER, REGISTER
+from worker.spec import RankSpec, new_incarnation
+
+logger = logging.getLogger(__name__)
+
+HANG_S = 60.0  # a step that takes longer than this means that the rank hangs
+SILENCE_S = 10.0  # a rank whose event loop answers nothing for this long is taken for dead
+CALL_TIMEOUT_S = 2.0
+HEARTBEAT_S = 1.0
+RANK_NAMESPACE = "baton-ranks"  # where rank actors are found by name, for operators and tests
+
+
+class Supervisor:
+    """Deployed once per pool, with the pool's role."""
+
+    async def __init__(self, role: Role, config: BatonConfig, scheduler: Any) -> None:  # type: ignore[misc]
+        self._role = role
+        self._config = config
+        self._scheduler = scheduler
+        self._client = RpcClient(config.cluster.secret)
+        self._replica_id = f"{role.value}-{serve.get_replica_context().replica_id.unique_id}"
+        self._host = prepare_replica(config, self._replica_id)
+        self._ranks: list[Any] = []
+        self._running: list[Any] = []
+        self._info: ReplicaInfo | None = None
+        self._draining = False
+        self._info = await self._start_ranks()
+        self._running = [rank.run.remote() for rank in self._ranks]
+        self._heartbeat = asyncio.create_task(self._register_forever())
+
+    async def info(self) -> ReplicaInfo | None:
+        """The replica as others see it."""
+        return self._info
+
+    async def check_health(self) -> None:
+        """Called by Serve every second; raising has the replica replaced, all its ranks with it."""
+        ended, _ = ray.wait(self._running, num_returns=1, timeout=0) if self._running else ([], [])
+        if ended and not self._draining:
+            self._kill_ranks()
+            raise PeerLost(f"a rank of {self._replica_id} has ended")
+        try:
+            healths = await asyncio.wait_for(self._healths(), SILENCE_S)
+        except TimeoutError as error:
+            self._kill_ranks()  # else its requests would wait until Serve believes it, and drains what cannot answer
+            raise PeerLost(f"a rank of {self._replica_id} has not answered for {SILENCE_S:.0f} s") from error
+        for health in healths:
+            if health.busy_s > HANG_S:
+                self._kill_ranks()
+                raise PeerLost(f"a rank of {self._replica_id} hangs since {health.busy_s:.0f} s")
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: takes no new work, finishes or hands over, ends the ranks."""
+        self._draining = True
+        self._heartbeat.cancel()
+        pool = self._pool_config()
+        try:
+            await asyncio.wait_for(self._ranks[0].drain.remote(pool.drain_timeout_s), pool.drain_timeout_s + 10)
+            await self._tell_scheduler(deregister=True)
+            await asyncio.wait_for(asyncio.gather(*(rank.close.remote() for rank in self._ranks)), 5)
+        except (ray.exceptions.RayError, TimeoutError, BatonError) as error:
+            logger.warning("%s did not drain cleanly: %s", self._replica_id, error)
+        self._kill_ranks()
+
+    def _pool_config(self) -> PoolConfig:
+        return self._config.prefill if self._role is Role.PREFILL else self._config.decode
+
+    async def _start_ranks(self) -> ReplicaInfo:
+        pool, host = self._pool_config(), self._host
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "the deployment declares placement_group_bundles"
+        resources = pool.resources_per_rank
+        for rank in range(pool.tensor_parallel):
+            options = {
+                "name": f"{self._replica_id}-rank{rank}",
+                "namespace": RANK_NAMESPACE,
+                "num_cpus": resources.num_cpus,
+                "num_gpus": resources.num_gpus,
+                "resources": resources.custom,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            }
+            log = str(Path(self._config.cluster.log_dir) / f"{self._replica_id}-rank{rank}.log")
+            self._ranks.append(
+                RankActor.options(  # type: ignore[attr-defined]
+                    **options
+                ).remote(log if self._config.cluster.log_dir else "")
+            )
+        addresses = tuple(await asyncio.gather(*(rank.free_address.remote(host) for rank in self._ranks)))
+        store_address = await self._ranks[0].free_address.remote(host)
+        incarnation = new_incarnation()
+        specs = [
+            RankSpec(
+                role=self._role,
+                replica_id=self._replica_id,
+                incarnation=incarnation,
+                rank=rank,
+                rank_addresses=addresses,
+                store_address=store_address,
+                model=self._config.model,
+                pool=pool,
+                transfer=self._config.transfer,
+                block_size=self._config.block_size,
+                secret=self._config.cluster.secret,
+            )
+            for rank in range(pool.tensor_parallel)
+        ]
+        starts = [rank.start.remote(spec) for rank, spec in zip(self._ranks, specs, strict=True)]
+        infos: list[ReplicaInfo] = await asyncio.gather(*starts)
+        return infos[0]
+
+    async def _healths(self) -> list[Any]:
+        return list(await asyncio.gather(*(rank.health.remote() for rank in self._ranks)))
+
+    async def _register_forever(self) -> None:
+        while True:
+            await self._tell_scheduler(deregister=False)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _tell_scheduler(self, *, deregister: bool) -> None:
+        assert self._info is not None
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                address = await self._scheduler.address.remote()
+            if deregister:
+                message = Deregister(self._info.replica_id, self._info.incarnation)
+                await self._client.call(address, DEREGISTER, message, CALL_TIMEOUT_S)
+            else:
+                await self._client.call(address, REGISTER, Register(self._info), CALL_TIMEOUT_S)
+        except (BatonError, TimeoutError, ray.exceptions.RayError) as error:
+            logger.warning("%s cannot reach the global scheduler: %s", self._replica_id, error)
+
+    def _kill_ranks(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)

@@ -1,0 +1,41 @@
+"""The one block hash of the fleet: ingress, scheduler and block pools must agree on it bit for bit.
+
+A block's hash covers its own tokens and, by chaining, every token before it; the chain starts from a seed of
+tenant salt and adapter, so equal tokens of different tenants or adapters never share KV.
+"""
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Sequence
+
+BlockHash = bytes
+
+HASH_SCHEME = "blake2b-128/i32le/v1"
+_DIGEST_BYTES = 16
+
+
+def chain_seed(tenant_salt: str = "", adapter: str = "") -> BlockHash:
+    """Parent hash of a sequence's first block."""
+    material = "\x1f".join((HASH_SCHEME, tenant_salt, adapter)).encode()
+    return hashlib.blake2b(material, digest_size=_DIGEST_BYTES).digest()
+
+
+def hash_block(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Hash of one full block that follows `parent`. Raises OverflowError for ids beyond 31 bits."""
+    tokens = array("i", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def hash_blocks(
+    token_ids: Sequence[int], block_size: int, tenant_salt: str = "", adapter: str = ""
+) -> tuple[BlockHash, ...]:
+    """Chained hashes of the full blocks of `token_ids`; a partial last block has none."""
+    parent = chain_seed(tenant_salt, adapter)
+    hashes = []
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = hash_block(parent, token_ids[start : start + block_size])
+        hashes.append(parent)
+    return tuple(hashes)

@@ -1,0 +1,163 @@
+"""The configuration tree: one frozen pydantic model, one YAML, from a laptop to a fleet.
+
+A component receives only its own section. Environment variables are read nowhere but here, in `load_config`:
+`BATON_API_KEY` and `BATON_CLUSTER_SECRET` fill their fields when the file leaves them empty.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core.errors import ConfigurationError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
+ChannelKind = Literal["gloo", "nccl", "shared_memory"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which checkpoint is served, under which name, in which precision."""
+
+    path: str = ""  # Hugging Face checkpoint folder; empty means the bundled demo model
+    name: str = ""  # the `model` of API requests; empty means the folder's name
+    dtype: Dtype | None = None  # None takes the checkpoint's own
+    max_model_len: int | None = Field(default=None, ge=1)  # prompt + output tokens; None takes the checkpoint's limit
+
+
+class RankResources(Section):
+    """What Ray reserves for each rank of a replica."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    custom: dict[str, float] = Field(default_factory=dict)
+    accelerator_type: str | None = None
+    num_threads: int = Field(default=1, ge=1)  # compute threads inside the rank
+
+
+class PoolConfig(Section):
+    """One pool of equal replicas; prefill and decode each have their own."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    dtype: Dtype | None = None  # None takes the model section's; pools that hand KV over must agree
+    device: Device = "cpu"
+    num_blocks: int | None = Field(default=None, ge=2)  # None derives it from memory_fraction or, on CPU, kv_cache_mib
+    memory_fraction: float = Field(default=0.9, gt=0, le=1)  # of GPU memory, for weights and KV together
+    kv_cache_mib: int = Field(default=256, ge=1)  # per rank, on CPU
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
+    resources_per_rank: RankResources = RankResources()
+    drain_timeout_s: float = Field(default=20.0, ge=0)
+    zone: str = ""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PoolConfig":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class TransferConfig(Section):
+    """How KV blocks travel."""
+
+    channel: ChannelKind = "gloo"
+    slab_mib: float = Field(default=8.0, gt=0)
+    layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
+    window_slabs: int = Field(default=4, ge=1)  # slabs a receiver may have asked for ahead, per channel
+    max_slabs_in_flight: int = Field(default=8, ge=1)  # received by one rank at a time, over all its channels
+    connect_timeout_s: float = Field(default=10.0, gt=0)
+    data_timeout_s: float = Field(default=10.0, gt=0)
+    control_timeout_s: float = Field(default=2.0, gt=0)
+    lease_ttl_s: float = Field(default=15.0, gt=0)  # unrenewed leases end after this time
+    reattach_grace_s: float = Field(default=5.0, ge=0)  # a lost token stream may come back within this time
+
+
+class SchedulerConfig(Section):
+    """The global scheduler's bounds and costs."""
+
+    queue_limit: int = Field(default=1024, ge=1)
+    queue_timeout_s: float = Field(default=30.0, gt=0)
+    reservation_ttl_s: float = Field(default=30.0, gt=0)
+    local_prefill_max_tokens: int = Field(default=64, ge=0)  # uncached suffixes up to this may prefill on decode
+    max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
+    replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time
+
+
+class IngressConfig(Section):
+    """The HTTP edge."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    api_key: str = ""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_attempts: int = Field(default=5, ge=1)  # plans tried for one request before it fails
+    max_buffered_tokens: int = Field(default=4096, ge=16)  # per stream, for slow clients
+    max_body_mib: float = Field(default=16.0, gt=0)
+
+
+class ClusterConfig(Section):
+    """The Ray cluster: its own on this machine, or the one that `address` names."""
+
+    address: str = "local"
+    object_store_mib: int = Field(default=200, ge=80)
+    num_cpus: int | None = Field(default=None, ge=1)  # logical CPUs of a local cluster; None counts what pools ask for
+    secret: str = ""  # shared by all processes of the fleet; control calls without it are refused
+    log_dir: str = ""
+
+
+class BatonConfig(Section):
+    """The whole tree."""
+
+    model: ModelConfig = ModelConfig()
+    prefill: PoolConfig = PoolConfig(max_num_seqs=16)
+    decode: PoolConfig = PoolConfig()
+    transfer: TransferConfig = TransferConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    ingress: IngressConfig = IngressConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    block_size: int = Field(default=16, ge=1, le=256)  # tokens per hash block, a constant of the fleet
+    tenant_salt: str = ""
+    seed: int = Field(default=0, ge=0)
+
+
+def parse_config(tree: dict[str, Any]) -> BatonConfig:
+    """Validates a parsed YAML tree. Raises ConfigurationError naming every wrong field."""
+    try:
+        return BatonConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError(f"invalid configuration: {problems}") from error
+
+
+def load_config(path: Path | None) -> BatonConfig:
+    """Reads a YAML file (None: all defaults) and the secrets of the environment."""
+    import yaml
+
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"cannot read {path}: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigurationError(f"{path} must hold a mapping at its top level")
+    _fill_secret(tree, "ingress", "api_key", "BATON_API_KEY")
+    _fill_secret(tree, "cluster", "secret", "BATON_CLUSTER_SECRET")
+    return parse_config(tree)
+
+
+def _fill_secret(tree: dict[str, Any], section: str, field: str, variable: str) -> None:
+    value = os.environ.get(variable)
+    if value:
+        tree.setdefault(section, {}).setdefault(field, value)

@@ -1,0 +1,71 @@
+"""The shape of a replica's KV cache, and what two replicas must have in common to exchange it.
+
+Per layer a pool is a tensor [num_blocks, 2, num_kv_heads_of_rank, block_size, head_dim] (index 1: 0 = K, 1 = V):
+head-major, so that a range of heads of one block is one contiguous run for K and one for V.
+"""
+
+from dataclasses import dataclass, fields
+
+from core.errors import Incompatible
+
+PROTOCOL_VERSION = 1
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """KV geometry of one replica; `num_kv_heads` counts the whole model, not one rank."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens per block
+    dtype: str
+    tensor_parallel: int
+
+    def __post_init__(self) -> None:
+        wider, narrower = (
+            max(self.tensor_parallel, self.num_kv_heads),
+            min(self.tensor_parallel, self.num_kv_heads),
+        )
+        assert wider % narrower == 0, "tensor_parallel must divide num_kv_heads or be a multiple of it"
+
+    @property
+    def heads_per_rank(self) -> int:
+        """KV heads held by each rank; heads are replicated when there are more ranks than heads."""
+        return max(1, self.num_kv_heads // self.tensor_parallel)
+
+    def heads_of_rank(self, rank: int) -> range:
+        """Model-wide indices of the KV heads that `rank` holds."""
+        first = rank * self.num_kv_heads // self.tensor_parallel
+        return range(first, first + self.heads_per_rank)
+
+    @property
+    def block_bytes_per_rank(self) -> int:
+        """Bytes of one block over all layers in one rank's pool."""
+        per_token = 2 * self.heads_per_rank * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * self.block_size * per_token
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What must be equal on both sides of a transfer. Layouts may differ in tensor parallel degree."""
+
+    model: str
+    weights_revision: str
+    kv_dtype: str
+    block_size: int
+    hash_scheme: str
+    protocol_version: int = PROTOCOL_VERSION
+
+    def require_equal(self, other: "Compatibility") -> None:
+        """Raises Incompatible naming the first field that differs."""
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                raise Incompatible(f"{field.name} differs: {ours!r} here, {theirs!r} there", field=field.name)

@@ -1,0 +1,115 @@
+"""What the global scheduler hears: from ingresses (Reserve, Progress, Renew, Finish), supervisors (Register) and,
+by Watch streams that it opens itself, from replicas (Report).
+"""
+
+from dataclasses import dataclass
+
+from core.block_hash import BlockHash
+from core.messages.fleet import ReplicaInfo
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Ask for a plan; pending until there is room. `avoid` names replicas that just failed this request."""
+
+    request_id: str
+    attempt: int
+    ingress_id: str
+    num_tokens: int  # to prefill: prompt plus tokens already shown
+    max_new_tokens: int
+    block_hashes: tuple[BlockHash, ...]
+    timeout_s: float
+    avoid: tuple[str, ...] = ()
+    placement: str = "auto"  # "pair" or "local" when the client insists
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a request runs. `prefill` None: decode prefills by itself."""
+
+    request_id: str
+    attempt: int
+    prefill: ReplicaInfo | None
+    decode: ReplicaInfo
+    queue_s: float
+    predicted_ttft_s: float
+    reason: str  # one word for metrics: pair, local_short, local_idle, local_no_prefill, local_asked, fallback
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A request's first token is out: its prefill work is done."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The reservation of a request ends, for this attempt and lower ones. May overtake its Reserve."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Register:
+    """A supervisor's heartbeat: this replica lives. The scheduler watches it from then on."""
+
+    info: ReplicaInfo
+
+
+@dataclass(frozen=True)
+class Deregister:
+    """A supervisor is ending its replica."""
+
+    replica_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Renew:
+    """The reservations of these requests live on."""
+
+    request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Book:
+    """The address book of the fleet as the scheduler sees it."""
+
+    replicas: tuple[ReplicaInfo, ...]
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Subscribe to a replica: the first report is a snapshot."""
+
+    watcher_id: str
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """Load of a replica at one moment."""
+
+    num_waiting: int  # requests accepted, not yet running
+    num_running: int
+    num_waiting_tokens: int  # prompt tokens still to compute, of all accepted requests
+    num_free_blocks: int  # reusable now, cached ones included, minus what leases promise
+    num_kv_tokens: int  # context tokens of running sequences
+    draining: bool
+    prefill_tokens_per_s: float  # recent, 0 while unknown
+    decode_step_s: float  # recent, 0 while unknown
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Status, and what changed in the prefix cache since the report before. A gap in `sequence` asks to watch anew."""
+
+    info: ReplicaInfo
+    sequence: int
+    snapshot: bool  # `stored` is the whole cache
+    status: ReplicaStatus
+    stored: tuple[BlockHash, ...]
+    removed: tuple[BlockHash, ...]

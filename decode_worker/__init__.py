@@ -1,0 +1,1 @@
+"""A decode replica: receives KV blocks, batches sequences continuously, streams their tokens."""

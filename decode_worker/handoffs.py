@@ -1,0 +1,249 @@
+"""Requests on decode from Open to their end: leases, blocks that arrive, joining the batch, who may forget what. Pure.
+
+Open -> lease --announce--> bind, Fetch order --fetched--> ... --commit, all arrived--> joins the scheduler
+                                                 any end --> Release to prefill once no fetch is in flight
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from core.errors import NoReplica, Overloaded, PromptTooLong
+from core.messages.fleet import ReplicaInfo
+from core.messages.to_decode import Announce, Commit, Open
+from core.messages.to_rank import Fetched
+from decode_worker.scheduler import DecodeJob, DecodeScheduler
+from engine.block_pool import BlockPool, OutOfBlocks
+from engine.sequence import ActiveSequence
+from kv_transfer.lease_book import Lease, LeaseBook, LeaseState
+
+
+@dataclass
+class HandoffTimes:
+    """Moments of a handoff on the caller's clock; 0 while they have not come."""
+
+    opened_at: float
+    first_announced_at: float = 0.0
+    committed_at: float = 0.0
+    completed_at: float = 0.0
+    first_token_at: float = 0.0
+
+
+@dataclass(eq=False)
+class Handoff:
+    """One attempt's lease, sequence and source."""
+
+    message: Open
+    lease: Lease
+    sequence: ActiveSequence
+    times: HandoffTimes
+    source: ReplicaInfo | None
+    writing: dict[int, list[int]] = field(default_factory=dict)  # announcement number -> physical blocks in flight
+    transfer_bytes: int = 0
+    fetching_s: float = 0.0
+    job: DecodeJob | None = None  # once it joined the batch
+    num_reused_blocks: int = 0  # found in decode's own prefix cache
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.message.request_id
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Instruction: bring the bytes of one announcement into these physical blocks."""
+
+    handoff: Handoff
+    announce: Announce
+    destination_blocks: tuple[int, ...]
+
+
+class Handoffs:
+    """The intake of a decode replica."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        book: LeaseBook,
+        scheduler: DecodeScheduler,
+        limit: int,
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._book = book
+        self._scheduler = scheduler
+        self._limit = limit
+        self._live: dict[str, Handoff] = {}
+        self._releasable: list[Handoff] = []  # ended or complete, nothing in flight: tell prefill, then forget
+        self._joined: list[Handoff] = []
+        self.draining = False
+
+    def __iter__(self) -> Iterator[Handoff]:
+        return iter(list(self._live.values()))
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def find(self, request_id: str, attempt: int) -> Handoff | None:
+        """The live handoff of exactly this attempt."""
+        handoff = self._live.get(request_id)
+        return handoff if handoff is not None and handoff.message.attempt == attempt else None
+
+    def open(self, message: Open, now: float) -> Handoff:
+        """Pins cached blocks and promises the rest. Raises Overloaded, PromptTooLong, StaleMessage, NoReplica."""
+        known = self.find(message.request_id, message.attempt)
+        if known is not None:
+            return known
+        self._book.refuse_stale(message.request_id, message.attempt)
+        if self.draining:
+            raise NoReplica("this decode replica is draining")
+        if len(self._live) >= self._limit:
+            raise Overloaded(f"{self._limit} requests are open on this decode replica", retry_after_s=1.0)
+        self.end(message.request_id, message.attempt - 1, now)
+        sequence = ActiveSequence(self._pool, self._block_size, message.sequence)
+        self._take_blocks(sequence, is_local=message.prefill is None)
+        num_blocks = -(-sequence.num_prompt // self._block_size)
+        lease = self._book.open(message.request_id, message.attempt, len(sequence.blocks), num_blocks, now)
+        handoff = Handoff(message, lease, sequence, HandoffTimes(now), message.prefill)
+        handoff.num_reused_blocks = sequence.num_cached // self._block_size
+        self._live[message.request_id] = handoff
+        if message.prefill is None:
+            self._book.complete_here(lease)
+            self._join(handoff)
+        return handoff
+
+    def announce(self, message: Announce, now: float) -> Fetch | None:
+        """What to fetch for an announcement; None for a repeated one. Raises StaleMessage, InvalidParameter."""
+        lease = self._book.announce(message)
+        if lease is None:
+            return None
+        handoff = self._live[message.request_id]
+        blocks = range(message.first_block, message.first_block + len(message.source_blocks))
+        unbound = [block for block in blocks if block not in lease.bound]
+        if unbound:
+            fresh = self._pool.allocate(len(unbound), promised=True)
+            for block, physical in zip(unbound, fresh, strict=True):
+                self._book.bind(lease, range(block, block + 1), [physical])
+        destination = [lease.bound[block] for block in blocks]
+        self._pool.begin_write(destination)
+        handoff.writing[message.number] = destination
+        handoff.times.first_announced_at = handoff.times.first_announced_at or now
+        return Fetch(handoff, message, tuple(destination))
+
+    def fetched(self, handoff: Handoff, number: int, result: Fetched, now: float) -> None:
+        """All bytes of an announcement are in place, on every rank."""
+        self._pool.end_write(handoff.writing.pop(number))
+        handoff.transfer_bytes += result.num_bytes
+        handoff.fetching_s += result.seconds
+        if handoff.lease.state is LeaseState.ENDED:
+            self._release_when_quiet(handoff)
+            return
+        self._book.fetched(handoff.lease, number)
+        self._join_if_complete(handoff, now)
+
+    def fetch_failed(self, handoff: Handoff, number: int, now: float) -> bool:
+        """A fetch gave up and writes no more. Ends the attempt; False when it had ended before."""
+        self._pool.end_write(handoff.writing.pop(number))
+        was_live = handoff.lease.state is not LeaseState.ENDED
+        self.end(handoff.request_id, handoff.message.attempt, now)
+        self._release_when_quiet(handoff)
+        return was_live
+
+    def commit(self, message: Commit, now: float) -> Handoff:
+        """Prefill's closing message. Raises StaleMessage."""
+        lease = self._book.commit(message)
+        handoff = self._live[lease.request_id]
+        handoff.times.committed_at = handoff.times.committed_at or now
+        self._join_if_complete(handoff, now)
+        return handoff
+
+    def end(self, request_id: str, attempt: int, now: float) -> Handoff | None:
+        """Ends this and lower attempts in any state, also ones still to come; idempotent."""
+        lease = self._book.end(request_id, attempt, now)
+        if lease is None:
+            return None
+        handoff = self._live.pop(request_id)
+        if handoff.job is not None:
+            self._scheduler.cancel(request_id, attempt)
+        else:
+            self._give_back(handoff)
+        self._release_when_quiet(handoff)
+        return handoff
+
+    def renew(self, request_ids: tuple[str, ...], now: float) -> tuple[str, ...]:
+        """Renews leases; returns the unknown ones."""
+        return tuple(request_id for request_id in request_ids if not self._book.renew(request_id, now))
+
+    def end_expired(self, now: float) -> list[Handoff]:
+        """Ends the leases that nobody renewed."""
+        expired = self._book.expired(now)
+        return [h for lease in expired if (h := self.end(lease.request_id, lease.attempt, now)) is not None]
+
+    def take_releasable(self) -> list[Handoff]:
+        """Handoffs whose source may free its blocks."""
+        releasable, self._releasable = self._releasable, []
+        return releasable
+
+    def take_joined(self) -> list[Handoff]:
+        """Handoffs that joined the batch since the last call."""
+        joined, self._joined = self._joined, []
+        return joined
+
+    def validate(self) -> None:
+        """Raises AssertionError when the books contradict each other."""
+        self._pool.validate()
+        self._book.validate()
+        assert self._pool.num_promised == sum(h.lease.num_unbound for h in self._live.values())
+
+    def _take_blocks(self, sequence: ActiveSequence, *, is_local: bool) -> None:
+        if -(-(sequence.num_prompt + 1) // self._block_size) > self._pool.num_blocks:
+            limit = self._pool.num_blocks * self._block_size
+            raise PromptTooLong(f"the prompt has {sequence.num_prompt} tokens, this replica's KV cache holds {limit}")
+        try:
+            sequence.acquire_prefix(keep_last=is_local)
+            if is_local:
+                sequence.grow(sequence.num_prompt)
+            else:
+                self._pool.promise(sequence.num_blocks_to_hold(sequence.num_prompt))
+        except OutOfBlocks as error:
+            sequence.release()
+            raise Overloaded(f"KV cache of this decode replica is full: {error}", retry_after_s=1.0) from error
+
+    def _join_if_complete(self, handoff: Handoff, now: float) -> None:
+        lease = handoff.lease
+        if lease.state is not LeaseState.COMPLETE or handoff.job is not None:
+            return
+        assert lease.commit is not None
+        handoff.times.completed_at = now
+        blocks = [lease.bound[block] for block in range(lease.first_missing_block, lease.num_blocks)]
+        handoff.sequence.adopt(blocks, handoff.sequence.num_prompt)
+        handoff.sequence.append(lease.commit.first_token)
+        self._join(handoff)
+        self._releasable.append(handoff)
+
+    def _join(self, handoff: Handoff) -> None:
+        handoff.job = DecodeJob(handoff.request_id, handoff.message.attempt, handoff.sequence)
+        self._scheduler.add(handoff.job)
+        self._joined.append(handoff)
+
+    def _give_back(self, handoff: Handoff) -> None:
+        """Blocks of an attempt that never joined; whole ones that arrived in order stay cached for the next attempt."""
+        lease, sequence = handoff.lease, handoff.sequence
+        self._pool.unpromise(lease.num_unbound)
+        arrived = lease.first_missing_block
+        while (
+            arrived in lease.bound
+            and lease.has_all_layers(arrived)
+            and ((arrived + 1) * self._block_size <= sequence.num_prompt)
+        ):
+            arrived += 1
+        kept = [lease.bound[block] for block in range(lease.first_missing_block, arrived)]
+        self._pool.disown([target for block, target in sorted(lease.bound.items()) if block >= arrived])
+        sequence.adopt(kept, arrived * self._block_size)
+        sequence.release()
+
+    def _release_when_quiet(self, handoff: Handoff) -> None:
+        is_over = handoff.lease.state is LeaseState.ENDED and handoff.times.completed_at == 0
+        if is_over and not handoff.writing and handoff.source is not None and handoff not in self._releasable:
+            self._releasable.append(handoff)

@@ -1,0 +1,176 @@
+"""Executes steps on one rank's device: launch(batch) -> in flight -> collect() -> result.
+
+The first rank leads: its `launch` tells the others, which sit in `follow()`, what to compute.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.errors import ConfigurationError, PeerLost
+from core.kv_layout import KVLayout
+from core.sampling import TokenLogprobs
+from engine.attention import TorchAttention
+from engine.batch import Draw, SequenceStep, StepBatch, StepResult
+from engine.batch_codec import decode_batch, encode_batch
+from engine.checkpoint import ModelSpec
+from engine.decoder import Decoder
+from engine.kv_cache import KVCache
+from engine.rank_group import RankGroup
+from engine.sampler import Drawn, draw_tokens, logprobs_on_host
+from engine.step_inputs import DrawAt, lay_out
+from engine.weights import load_weights
+
+_STOP, _KEEP_ALIVE, _STEP = range(3)
+
+OnLayers = Callable[[int, int], None]
+
+
+@dataclass
+class InFlightStep:
+    """A launched step. On CUDA, `written` holds an event per layer group that was not yet announced."""
+
+    num_sequences: int
+    draws: tuple[DrawAt, ...]
+    on_layers: OnLayers | None
+    written: list[tuple[torch.cuda.Event, int, int]] = field(default_factory=list)
+    drawn: Drawn | None = None
+    host_tensors: tuple[Tensor, ...] = ()
+    finished: torch.cuda.Event | None = None
+
+
+class ModelRunner:
+    """One rank of a replica: weights, KV cache and the forward pass. Used by one thread at a time.
+
+    `num_threads` is set for the whole process. Raises ConfigurationError when the ranks disagree about model or cache.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Path,
+        layout: KVLayout,
+        num_blocks: int,
+        group: RankGroup,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        assert layout.tensor_parallel == group.size
+        torch.set_num_threads(num_threads)
+        self.spec = spec
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self._group = group
+        self._device = device
+        self._require_agreement()
+        with torch.inference_mode():
+            weights = load_weights(spec, checkpoint, layout, group.rank, device)
+        self._decoder = Decoder(spec, layout, weights, group)
+        self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
+        self._attention = TorchAttention(self.kv_cache.tensor, spec.num_heads // layout.tensor_parallel)
+
+    # ---- the first rank -----------------------------------------------------------------------------------------
+
+    def launch(self, batch: StepBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4) -> InFlightStep:
+        """Starts a step; on CPU it is then already computed. Raises PeerLost.
+
+        `on_layers(first_layer, num_layers)` is called in this thread as soon as KV of these layers is written for the
+        whole batch on all ranks: within `launch` on CPU, within `collect` on CUDA. The last group may be shorter.
+        """
+        if self._group.size > 1:
+            self._group.broadcast([_STEP, *encode_batch(batch)])
+        return self._execute(batch, on_layers, layers_per_group)
+
+    def collect(self, step: InFlightStep) -> StepResult:
+        """Waits for a step and returns what it drew."""
+        for event, first_layer, num_layers in step.written:
+            event.synchronize()
+            assert step.on_layers is not None
+            step.on_layers(first_layer, num_layers)
+        if step.finished is not None:
+            step.finished.synchronize()
+        token_ids: list[int | None] = [None] * step.num_sequences
+        logprobs: list[TokenLogprobs | None] = [None] * step.num_sequences
+        if step.drawn is not None:
+            drawn_logprobs = logprobs_on_host(step.drawn, step.host_tensors, step.draws)
+            for at, token_id, logprob in zip(step.draws, step.host_tensors[0].tolist(), drawn_logprobs, strict=True):
+                token_ids[at.sequence], logprobs[at.sequence] = token_id, logprob
+        return StepResult(tuple(token_ids), tuple(logprobs))
+
+    def warm_up(self) -> None:
+        """Computes a prompt and one decode step in the first blocks, so that lazy initialisation is over.
+
+        Call before the cache holds anything.
+        """
+        draw = Draw(temperature=1.0, top_p=0.9, top_k=0, seed=0)
+        length = min(self.layout.block_size, self.spec.max_model_len - 1)
+        blocks = tuple(range(self.layout.num_blocks_for(length + 1)))
+        for step in (SequenceStep((0,) * length, 0, blocks, draw), SequenceStep((0,), length, blocks, draw)):
+            self.collect(self.launch(StepBatch((step,))))
+
+    def keep_alive(self) -> None:
+        """Tells waiting ranks that the first one lives. While idle, call it more often than `max_silence_s`."""
+        if self._group.size > 1:
+            self._group.broadcast([_KEEP_ALIVE])
+
+    # ---- the other ranks ----------------------------------------------------------------------------------------
+
+    def follow(self, max_silence_s: float = 30.0) -> None:
+        """Executes what the first rank launches until that closes. Raises PeerLost, also when that is silent."""
+        while True:
+            kind, *values = self._group.broadcast(None, max_silence_s)
+            if kind == _STOP:
+                return
+            if kind == _STEP:
+                self._execute(decode_batch(values), None, self.layout.num_layers)
+
+    # ---- all ranks ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The first rank releases the others from `follow`; every rank frees its cache."""
+        if self._group.size > 1 and self._group.rank == 0:
+            with suppress(PeerLost):  # then nobody waits
+                self._group.broadcast([_STOP])
+        self._group.close()
+        self.kv_cache.close()
+
+    def _require_agreement(self) -> None:
+        if self._group.size > 1:
+            ours = [self.num_blocks, int(self.spec.revision[:15], 16), self.layout.block_size]
+            theirs = self._group.broadcast(ours if self._group.rank == 0 else None)
+            if ours != theirs:
+                raise ConfigurationError(
+                    f"rank {self._group.rank} has blocks, revision, block size {ours}, not {theirs}"
+                )
+
+    @torch.inference_mode()
+    def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layers_per_group: int) -> InFlightStep:
+        inputs = lay_out(batch, self._device)
+        step = InFlightStep(len(batch.sequences), inputs.draws, on_layers)
+
+        def layer_done(layer: int) -> None:
+            first = layer - layer % layers_per_group
+            if on_layers is None or not (layer + 1 - first == layers_per_group or layer + 1 == self.spec.num_layers):
+                return
+            if self._device.type == "cpu":
+                on_layers(first, layer + 1 - first)
+            else:
+                step.written.append((_recorded_event(), first, layer + 1 - first))
+
+        logits = self._decoder.forward(inputs, self._attention.plan(inputs), layer_done)
+        if logits is not None:
+            step.drawn = draw_tokens(logits, inputs.draws)
+            step.host_tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in step.drawn.tensors())
+        if self._device.type == "cuda":
+            step.finished = _recorded_event()
+        return step
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -1,0 +1,1 @@
+"""Moves paged KV blocks between replicas: leases, sessions, copy plans, channels."""

@@ -1,0 +1,125 @@
+"""A one-sided channel between CPU ranks of one host: the receiver maps the sender's pool and copies directly.
+
+The sender's pool must lie in shared memory, a file that the receiver may open. Its rendezvous tells path and shape:
+`/dev/shm/pool:16,256,2,8,16,64`. The sender has nothing to do for a granted slab; its blocks stay read until the
+receiver says so by releasing the request.
+"""
+
+import threading
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.errors import TransferFailed
+from core.messages.to_rank import SlabHeader, Span
+from kv_transfer.channels.lane import Lane
+from kv_transfer.channels.protocol import ChannelId, Landing
+from kv_transfer.spans import copy_span, require_inside, span_bytes
+
+
+class _PeerPool:
+    """A mapped pool; nothing about it blocks."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self.pool = pool
+
+    def abort(self) -> None:
+        """Nothing to wake."""
+
+
+class OneSidedReceiver:
+    """Copies each slab from the peer's pool in its turn, in a thread of its own."""
+
+    def __init__(self, name: str, pool: Tensor, rendezvous: str) -> None:
+        self._pool = pool
+        self._lane: Lane[_PeerPool] = Lane(name, partial(_map_pool, rendezvous, pool.dtype))
+
+    @property
+    def is_open(self) -> bool:
+        """False after the first failure or an abort."""
+        return self._lane.is_open
+
+    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[int]":
+        """See ReceiverEnd."""
+        return self._lane.submit(partial(self._copy, header.source, destination, landing), timeout_s)
+
+    def abort(self, reason: str) -> None:
+        """See ReceiverEnd."""
+        self._lane.abort(reason)
+
+    def _copy(self, source: Span, destination: Span, landing: Landing, peer: _PeerPool, deadline: float) -> int:
+        del deadline  # a copy waits for nobody
+        require_inside(peer.pool, source)
+        if not landing.begin_write():
+            return 0
+        try:
+            return copy_span(peer.pool, source, self._pool, destination)
+        finally:
+            landing.end_write()
+
+
+class OneSidedSender:
+    """Lets the receiver read; knows only whether the channel is open."""
+
+    def __init__(self, name: str, pool: Tensor) -> None:
+        self._name = name
+        self._pool = pool
+        self._failure: TransferFailed | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """False after an abort."""
+        return self._failure is None
+
+    def send(self, header: SlabHeader, timeout_s: float) -> "Future[int]":
+        """See SenderEnd; done at once, since this end does not read."""
+        del timeout_s
+        future: Future[int] = Future()
+        if self._failure is not None:
+            future.set_exception(self._failure)
+        else:
+            future.set_result(span_bytes(self._pool, header.source))
+        return future
+
+    def abort(self, reason: str) -> None:
+        """See SenderEnd."""
+        self._failure = self._failure or TransferFailed(f"channel {self._name}: {reason}")
+
+
+class SharedMemoryConnector:
+    """Makes the ends of one rank's channels to ranks of the same host."""
+
+    def __init__(self, pool: Tensor, path: Path) -> None:
+        """`path` is the file that holds `pool`, from its first byte on."""
+        self._pool = pool
+        self._path = path
+
+    @property
+    def rendezvous(self) -> str:
+        """path:shape of the pool."""
+        return f"{self._path}:{','.join(map(str, self._pool.shape))}"
+
+    def sender_end(self, channel: ChannelId) -> OneSidedSender:
+        """See Connector."""
+        return OneSidedSender(f"{channel} sender", self._pool)
+
+    def receiver_end(self, channel: ChannelId, rendezvous: str) -> OneSidedReceiver:
+        """See Connector."""
+        return OneSidedReceiver(f"{channel} receiver", self._pool, rendezvous)
+
+    def close(self) -> None:
+        """The pool's owner frees it."""
+
+
+def _map_pool(rendezvous: str, dtype: torch.dtype, aborted: threading.Event) -> _PeerPool:
+    """Raises RuntimeError when the file is gone or shorter than the pool."""
+    del aborted  # mapping does not block
+    path, shape = rendezvous.rsplit(":", 1)
+    sizes = [int(size) for size in shape.split(",")]
+    num_elements = torch.Size(sizes).numel()
+    if Path(path).stat().st_size < num_elements * dtype.itemsize:
+        raise TransferFailed(f"{path} is shorter than a pool of shape {shape}")
+    return _PeerPool(torch.from_file(path, shared=True, size=num_elements, dtype=dtype).view(sizes))

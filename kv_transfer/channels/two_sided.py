@@ -1,0 +1,116 @@
+"""Ends of a two-sided channel over any wire: gather -> slab -> wire -> slab -> scatter, one slab at a time."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from core.messages.to_rank import SlabHeader, Span
+from kv_transfer.channels.lane import Lane
+from kv_transfer.channels.protocol import Landing
+from kv_transfer.spans import gather, scatter, span_bytes
+
+
+class Wire(Protocol):
+    """One direction of a pair of ranks. Slabs are uint8 [n] and match by order alone."""
+
+    def send(self, slab: Tensor, deadline: float) -> None:
+        """Blocks until the slab may be reused. Raises RuntimeError or TransferFailed, also at the deadline."""
+        ...
+
+    def receive(self, slab: Tensor, deadline: float) -> None:
+        """Blocks until the slab is filled. Raises as `send`; then the slab holds garbage and is written no more."""
+        ...
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Device work begun inside is over on exit."""
+        ...
+
+    def abort(self) -> None:
+        """Ends the connection: a blocked or later call raises soon. Idempotent, from any thread."""
+        ...
+
+
+OpenWire = Callable[[threading.Event], Wire]
+
+
+class _SlabBuffer:
+    """A slab that is used again and again, since fresh memory costs page faults."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] of undefined content, valid until the next call."""
+        if self._buffer.numel() < num_bytes:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._buffer.device)
+        return self._buffer[:num_bytes]
+
+
+class TwoSidedReceiver:
+    """The receiver's end: takes each slab off the wire, then scatters it unless its landing was revoked."""
+
+    def __init__(self, name: str, pool: Tensor, open_wire: OpenWire) -> None:
+        self._pool = pool
+        self._slab = _SlabBuffer(pool.device)
+        self._lane: Lane[Wire] = Lane(name, open_wire)
+
+    @property
+    def is_open(self) -> bool:
+        """False after the first failure or an abort."""
+        return self._lane.is_open
+
+    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[int]":
+        """See ReceiverEnd."""
+        del header  # a wire without tags: order alone says which slab comes
+        return self._lane.submit(partial(self._receive, destination, landing), timeout_s)
+
+    def abort(self, reason: str) -> None:
+        """See ReceiverEnd."""
+        self._lane.abort(reason)
+
+    def _receive(self, destination: Span, landing: Landing, wire: Wire, deadline: float) -> int:
+        slab = self._slab.take(span_bytes(self._pool, destination))
+        wire.receive(slab, deadline)
+        if not landing.begin_write():
+            return 0
+        try:
+            with wire.stream():
+                scatter(slab, self._pool, destination)
+        finally:
+            landing.end_write()
+        return slab.numel()
+
+
+class TwoSidedSender:
+    """The sender's end: gathers each granted slab and puts it on the wire."""
+
+    def __init__(self, name: str, pool: Tensor, open_wire: OpenWire) -> None:
+        self._pool = pool
+        self._slab = _SlabBuffer(pool.device)
+        self._lane: Lane[Wire] = Lane(name, open_wire)
+
+    @property
+    def is_open(self) -> bool:
+        """False after the first failure or an abort."""
+        return self._lane.is_open
+
+    def send(self, header: SlabHeader, timeout_s: float) -> "Future[int]":
+        """See SenderEnd."""
+        return self._lane.submit(partial(self._send, header.source), timeout_s)
+
+    def abort(self, reason: str) -> None:
+        """See SenderEnd."""
+        self._lane.abort(reason)
+
+    def _send(self, source: Span, wire: Wire, deadline: float) -> int:
+        slab = self._slab.take(span_bytes(self._pool, source))
+        with wire.stream():
+            gather(self._pool, source, slab)
+        wire.send(slab, deadline)
+        return slab.numel()

@@ -1,0 +1,105 @@
+"""Prefill's side of a handoff: which blocks an attempt has announced and decode may still read. Pure.
+
+    SHARING --commit--> COMMITTED --release--> ENDED
+       +-- release, expiry, abandon --------------^
+
+Blocks gain one reader per announced attempt and lose it when the share ends: on Release, or when it expires, which is
+later than any deadline that decode has for its fetches.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kv_transfer.tombstones import Tombstones
+
+
+class ShareState(StrEnum):
+    """See the picture above."""
+
+    SHARING = "sharing"
+    COMMITTED = "committed"
+    ENDED = "ended"
+
+
+_LEGAL = {
+    ShareState.SHARING: {ShareState.COMMITTED, ShareState.ENDED},
+    ShareState.COMMITTED: {ShareState.ENDED},
+    ShareState.ENDED: set(),
+}
+
+
+@dataclass
+class Share:
+    """The blocks of one attempt that decode may read, in order of announcement."""
+
+    request_id: str
+    attempt: int
+    expires_at: float
+    state: ShareState = ShareState.SHARING
+    readable: dict[int, None] = field(default_factory=dict)  # physical blocks, as an ordered set
+    num_announcements: int = 0
+
+    def to(self, state: ShareState) -> None:
+        """The one door to another state."""
+        assert state in _LEGAL[self.state], f"share of {self.request_id}: {self.state} -> {state}"
+        self.state = state
+
+
+class ShareBook:
+    """All live shares of a prefill replica."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._shares: dict[tuple[str, int], Share] = {}
+        self._tombstones = Tombstones()
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def open(self, request_id: str, attempt: int, now: float) -> Share:
+        """Raises StaleMessage when the attempt was cancelled or released before it began."""
+        self._tombstones.refuse(request_id, attempt)
+        assert (request_id, attempt) not in self._shares
+        share = self._shares[(request_id, attempt)] = Share(request_id, attempt, now + self._ttl_s)
+        return share
+
+    def refuse_stale(self, request_id: str, attempt: int) -> None:
+        """Raises StaleMessage when the attempt is over."""
+        self._tombstones.refuse(request_id, attempt)
+
+    def bury(self, request_id: str, attempt: int, now: float) -> None:
+        """A cancel came; a Prefill of this or a lower attempt that comes later is refused."""
+        self._tombstones.bury(request_id, attempt, now)
+
+    def announce(self, share: Share, blocks: list[int], now: float) -> tuple[int, list[int]]:
+        """Blocks become readable; returns the announcement's number and the blocks that gain a reader."""
+        assert share.state is ShareState.SHARING
+        number = share.num_announcements
+        share.num_announcements += 1
+        share.expires_at = now + self._ttl_s
+        fresh = [block for block in blocks if block not in share.readable]
+        share.readable.update(dict.fromkeys(fresh))
+        return number, fresh
+
+    def commit(self, share: Share, now: float) -> None:
+        """No more announcements will come."""
+        share.to(ShareState.COMMITTED)
+        share.expires_at = now + self._ttl_s
+
+    def end(self, request_id: str, attempt: int, now: float) -> list[int]:
+        """The attempt's blocks lose their reader: returns them (none when it had already ended)."""
+        self._tombstones.bury(request_id, attempt, now)
+        share = self._shares.pop((request_id, attempt), None)
+        if share is None:
+            return []
+        share.to(ShareState.ENDED)
+        return list(share.readable)
+
+    def may_read(self, request_id: str, attempt: int, blocks: tuple[int, ...]) -> bool:
+        """Whether every block is announced under this very attempt and not yet released."""
+        share = self._shares.get((request_id, attempt))
+        return share is not None and all(block in share.readable for block in blocks)
+
+    def expired(self, now: float) -> list[Share]:
+        """Shares that decode never released; the caller ends them."""
+        return [share for share in self._shares.values() if share.expires_at <= now]

@@ -1,0 +1,54 @@
+"""One fetch order while it runs: its landing, and how it comes to rest."""
+
+import asyncio
+from collections.abc import Awaitable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kv_transfer.channels.protocol import Landing
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Transfer:
+    """What all slabs of one order have in common."""
+
+    request_id: str
+    attempt: int
+    landing: Landing = field(default_factory=Landing)
+
+    async def come_to_rest(self) -> None:
+        """Revokes the landing; on return, or when it raises CancelledError, no destination byte will be written."""
+        await finish(asyncio.wrap_future(self.landing.revoke()))
+
+
+async def finish(awaitable: Awaitable[T]) -> T:
+    """Awaits to the end even when cancelled meanwhile, then raises CancelledError. Only for what ends by itself."""
+    task = asyncio.ensure_future(awaitable)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    return task.result()
+
+
+def drop_result(done: "asyncio.Future[T]") -> None:
+    """Done-callback for work whose outcome nobody may be waiting for."""
+    if not done.cancelled():
+        done.exception()
+
+
+def release_from_thread(loop: asyncio.AbstractEventLoop, future: "Future[int]", *permits: asyncio.Semaphore) -> None:
+    """Gives permits back, in the loop, when a channel's future is done."""
+
+    def release(_: "Future[int]") -> None:
+        for permit in permits:
+            loop.call_soon_threadsafe(permit.release)
+
+    future.add_done_callback(release)

@@ -1,0 +1,1 @@
+"""A prefill replica: computes prompts chunk by chunk and hands their KV blocks to decode."""

@@ -1,0 +1,186 @@
+"""Which prompt chunks the next step computes, and which blocks it completes. Pure.
+
+Requests are served first come, first served (the global scheduler has ordered them); one step packs chunks of several
+requests up to the token budget. All blocks of a prompt are allocated when it starts, so a started prompt never stalls.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from core.errors import Overloaded, PromptTooLong
+from core.messages.to_prefill import Prefill
+from core.sampling import TokenLogprobs
+from engine.batch import StepBatch, StepResult
+from engine.block_pool import BlockPool, OutOfBlocks
+from engine.sequence import ActiveSequence
+
+
+@dataclass(eq=False)
+class PrefillJob:
+    """One attempt on its way through prefill. Times are the caller's clock, in seconds."""
+
+    message: Prefill
+    sequence: ActiveSequence
+    arrived_at: float
+    started_at: float = 0.0
+    num_announced: int = 0  # logical blocks announced or known to decode
+    num_announced_at_start: int = 0  # before what this replica found cached
+    cancelled: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(request id, attempt)."""
+        return self.message.request_id, self.message.attempt
+
+    def take_announceable(self, num_computed: int) -> range:
+        """Logical blocks that become final once `num_computed` tokens are; they are announced once."""
+        is_whole = num_computed >= self.sequence.num_prompt
+        block_size = self.sequence.block_size
+        end = -(-num_computed // block_size) if is_whole else num_computed // block_size
+        blocks = range(self.num_announced, max(end, self.num_announced))
+        self.num_announced = blocks.stop
+        return blocks
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One job's share of a step; `announce` are the logical blocks that it makes final."""
+
+    job: PrefillJob
+    num_tokens: int
+    written: tuple[int, ...]  # physical
+    announce: range
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """A batch and the chunks behind it, in the same order."""
+
+    batch: StepBatch
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt is computed and its first token drawn; `finish_reason` when that ends the request."""
+
+    job: PrefillJob
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+
+
+@dataclass
+class PrefillScheduler:
+    """Owns waiting and running jobs of one prefill replica."""
+
+    pool: BlockPool
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    queue_limit: int
+    waiting: deque[PrefillJob] = field(default_factory=deque)
+    running: list[PrefillJob] = field(default_factory=list)
+    newly_started: list[PrefillJob] = field(default_factory=list)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens still to compute, cached ones of waiting requests included."""
+        return sum(job.sequence.num_uncomputed for job in (*self.waiting, *self.running))
+
+    def add(self, message: Prefill, now: float) -> PrefillJob:
+        """Queues a request. Raises PromptTooLong when it can never fit, Overloaded when the queue is full."""
+        sequence = ActiveSequence(self.pool, self.block_size, message.sequence)
+        if sequence.num_blocks_to_hold(sequence.num_prompt) > self.pool.num_blocks:
+            limit = self.pool.num_blocks * self.block_size
+            raise PromptTooLong(f"the prompt has {sequence.num_prompt} tokens, this replica's KV cache holds {limit}")
+        if len(self.waiting) >= self.queue_limit:
+            raise Overloaded(f"{self.queue_limit} requests wait on this prefill replica", retry_after_s=1.0)
+        job = PrefillJob(message, sequence, arrived_at=now, num_announced=message.ticket.first_missing_block)
+        self.waiting.append(job)
+        return job
+
+    def cancel(self, request_id: str, attempt: int) -> list[PrefillJob]:
+        """Drops this and lower attempts of a request; a step in flight keeps its blocks until it ends."""
+        dropped = [job for job in (*self.waiting, *self.running) if self._is_over(job, request_id, attempt)]
+        for job in dropped:
+            self._drop(job)
+            job.cancelled = True
+        return dropped
+
+    def take_newly_started(self) -> list[PrefillJob]:
+        """Jobs that got their blocks since the last call: what they found cached can be announced at once."""
+        started, self.newly_started = self.newly_started, []
+        return started
+
+    def schedule(self, now: float) -> PrefillStep | None:
+        """The next step, or None when there is nothing to compute."""
+        self._start_waiting(now)
+        budget = self.max_num_batched_tokens
+        chunks = []
+        for job in self.running:
+            num_tokens = min(job.sequence.num_uncomputed, budget)
+            if num_tokens == 0:
+                break
+            budget -= num_tokens
+            chunks.append(self._chunk(job, num_tokens))
+        if not chunks:
+            return None
+        batch = StepBatch(tuple(chunk.job.sequence.next_step(chunk.num_tokens) for chunk in chunks))
+        return PrefillStep(batch, tuple(chunks))
+
+    def finish(self, step: PrefillStep, result: StepResult) -> list[Prefilled]:
+        """Takes a step's result in; returns the prompts that it completed."""
+        done = []
+        for chunk, token_id, logprobs in zip(step.chunks, result.token_ids, result.logprobs, strict=True):
+            self.pool.end_write(chunk.written)
+            job = chunk.job
+            if job.cancelled:
+                continue
+            job.sequence.advance(chunk.num_tokens)
+            if token_id is not None:
+                done.append(Prefilled(job, token_id, logprobs, job.sequence.append(token_id)))
+                self._drop(job)
+        return done
+
+    def abort(self, step: PrefillStep) -> None:
+        """The step failed and the device is quiet: its writers end."""
+        for chunk in step.chunks:
+            self.pool.end_write(chunk.written)
+
+    def __iter__(self) -> Iterator[PrefillJob]:
+        return iter((*self.running, *self.waiting))
+
+    def _start_waiting(self, now: float) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            job = self.waiting[0]
+            try:
+                job.sequence.acquire_prefix(keep_last=True)
+                job.sequence.grow(job.sequence.num_prompt)
+            except OutOfBlocks:
+                job.sequence.release()
+                return
+            self.waiting.popleft()
+            job.started_at = now
+            job.num_announced_at_start = job.num_announced
+            job.num_announced = max(job.num_announced, job.sequence.num_cached // self.block_size)
+            self.running.append(job)
+            self.newly_started.append(job)
+
+    def _chunk(self, job: PrefillJob, num_tokens: int) -> Chunk:
+        written = tuple(job.sequence.blocks_written_by(num_tokens))
+        self.pool.begin_write(written)
+        announce = job.take_announceable(job.sequence.num_computed + num_tokens)
+        return Chunk(job, num_tokens, written, announce)
+
+    def _drop(self, job: PrefillJob) -> None:
+        if job in self.running:
+            self.running.remove(job)
+        else:
+            self.waiting.remove(job)
+        job.sequence.release()
+
+    @staticmethod
+    def _is_over(job: PrefillJob, request_id: str, attempt: int) -> bool:
+        return job.message.request_id == request_id and job.message.attempt <= attempt

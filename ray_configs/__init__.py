@@ -1,0 +1,1 @@
+"""Configurations: for `ray up`, for Serve, for this laptop."""

@@ -1,0 +1,1 @@
+"""The only home of grpc and msgpack: codecs, server and client shells, deadlines."""

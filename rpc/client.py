@@ -1,0 +1,102 @@
+"""The client shell: one connection per address, a deadline on every call, foreign errors translated here."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from core.errors import BatonError, PeerLost
+from rpc.codec import decode, decode_error, encode
+from rpc.methods import ServerStream, Unary
+from rpc.server import ERROR_KEY, SECRET_KEY, SERVICE
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+CLIENT_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),  # this and not the line above ends a call to a frozen peer; default a minute
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class RpcClient:
+    """Calls any address; connections are made on first use and kept. Belongs to one event loop."""
+
+    def __init__(self, secret: str) -> None:
+        self._metadata = ((SECRET_KEY, secret),) if secret else ()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def call(
+        self, address: str, method: Unary[Request, Response], request: Request, timeout_s: float
+    ) -> Response:
+        """Raises the callee's BatonError, or PeerLost when it cannot be reached or does not answer in time."""
+        invoke = self._channel(address).unary_unary(f"/{SERVICE}/{method.name}")
+        try:
+            data = await invoke(encode(request), timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise _translate(error, address, method.name) from error
+        except asyncio.CancelledError:
+            _require_cancelled(address, method.name)
+            raise
+        return decode(method.response, data)
+
+    async def stream(
+        self, address: str, method: ServerStream[Request, Response], request: Request
+    ) -> AsyncGenerator[Response, None]:
+        """Yields responses until the callee ends the stream. Raises like `call`; a dead peer shows by keepalive."""
+        call = self._channel(address).unary_stream(f"/{SERVICE}/{method.name}")(
+            encode(request), metadata=self._metadata
+        )
+        try:
+            async for data in call:
+                yield decode(method.response, data)
+        except grpc.aio.AioRpcError as error:
+            raise _translate(error, address, method.name) from error
+        except asyncio.CancelledError:
+            _require_cancelled(address, method.name)
+            raise
+        finally:
+            call.cancel()
+
+    async def forget(self, address: str) -> None:
+        """Closes the connection to a peer that is gone; calls in flight on it fail."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close()
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        for address in list(self._channels):
+            await self.forget(address)
+
+    def _channel(self, address: str) -> Any:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return self._channels[address]
+
+
+def _require_cancelled(address: str, name: str) -> None:
+    """A closed connection cancels its calls; only our own task's cancellation may look like one to the caller."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        raise PeerLost(f"the connection to {address} was closed during {name}")
+
+
+def _translate(error: grpc.aio.AioRpcError, address: str, name: str) -> BatonError:
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            return decode_error(value)
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return PeerLost(f"{address} did not answer {name} in time")
+    return PeerLost(f"{address} is lost during {name}: {error.code().name} {error.details()}")

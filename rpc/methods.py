@@ -1,0 +1,56 @@
+"""Every remote call of the fleet: its name, request and response."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from core.messages import fleet, to_decode, to_prefill, to_rank, to_scheduler
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+@dataclass(frozen=True)
+class Unary(Generic[Request, Response]):
+    """One request, one response."""
+
+    name: str
+    request: type[Request]
+    response: type[Response]
+
+
+@dataclass(frozen=True)
+class ServerStream(Generic[Request, Response]):
+    """One request, many responses."""
+
+    name: str
+    request: type[Request]
+    response: type[Response]
+
+
+OPEN = Unary("Open", to_decode.Open, to_decode.Ticket)
+CANCEL = Unary("Cancel", to_decode.Cancel, fleet.Acknowledged)
+ANNOUNCE = Unary("Announce", to_decode.Announce, fleet.Acknowledged)
+COMMIT = Unary("Commit", to_decode.Commit, fleet.Acknowledged)
+ABANDON = Unary("Abandon", to_decode.Abandon, fleet.Acknowledged)
+RENEW_LEASES = Unary("RenewLeases", to_decode.RenewLeases, to_decode.RenewedLeases)
+TOKENS = ServerStream("Tokens", to_decode.TokensFrom, to_decode.TokenFrame)
+
+PREFILL = Unary("Prefill", to_prefill.Prefill, to_prefill.FirstToken)
+RELEASE = Unary("Release", to_prefill.Release, fleet.Acknowledged)
+
+WATCH = ServerStream("Watch", to_scheduler.Watch, to_scheduler.Report)
+DRAIN = Unary("Drain", fleet.Drain, fleet.Empty)
+
+CONNECT = Unary("Connect", to_rank.Connect, to_rank.Connected)
+READY = Unary("Ready", to_rank.Ready, fleet.Acknowledged)
+CLOSE_CHANNEL = Unary("CloseChannel", to_rank.CloseChannel, fleet.Acknowledged)
+FETCH_BLOCKS = Unary("FetchBlocks", to_rank.FetchBlocks, to_rank.Fetched)
+HEALTH = Unary("Health", fleet.Empty, fleet.RankHealth)
+
+RESERVE = Unary("Reserve", to_scheduler.Reserve, to_scheduler.Plan)
+PROGRESS = Unary("Progress", to_scheduler.Progress, fleet.Acknowledged)
+REGISTER = Unary("Register", to_scheduler.Register, fleet.Acknowledged)
+DEREGISTER = Unary("Deregister", to_scheduler.Deregister, fleet.Acknowledged)
+FINISH = Unary("Finish", to_scheduler.Finish, fleet.Acknowledged)
+RENEW = Unary("Renew", to_scheduler.Renew, fleet.Acknowledged)
+BOOK = Unary("Book", fleet.Empty, to_scheduler.Book)

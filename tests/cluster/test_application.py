@@ -1,0 +1,261 @@
+"""The application on Ray Serve, over real HTTP with the official client: answers, failures under load, scale-down.
+
+One fleet serves all tests of this file: two prefill replicas, two decode replicas at tensor parallel 2.
+"""
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.local import free_port, local_fleet
+from cluster.scaling import resize_pool
+from cluster.settings import DEMO_MODEL_NAME, demo_model_path
+from core.config import parse_config
+from core.messages.fleet import Role
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+PROMPTS = [
+    "It is a truth universally acknowledged",
+    "KING RICHARD II:\nMy lord, what news from",
+    "I was born in Tokyo, and I went to the country school as a teacher because nothing else",
+    "Elizabeth could not but smile as",
+    "The sun was setting when we",
+    "Shall I compare thee to a summer's day? " * 20 + "And then",
+]
+NUM_TOKENS = 48
+
+
+@dataclass
+class Oracle:
+    """Greedy tokens of transformers in fp32."""
+
+    model: object
+    tokenizer: object
+
+    def tokens(self, prompt: str, num_tokens: int) -> list[int]:
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            temperature=None,
+            top_p=None,
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    model.generation_config.pad_token_id = 0
+    return Oracle(model, AutoTokenizer.from_pretrained(demo_model_path()))
+
+
+@pytest.fixture(scope="module")
+def expected(oracle):
+    return [oracle.tokens(prompt, NUM_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    config = parse_config(
+        {
+            "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
+            "prefill": {"min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "drain_timeout_s": 5},
+            "decode": {
+                "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "tensor_parallel": 2, "drain_timeout_s": 1,
+            },
+            "ingress": {"port": free_port(), "request_timeout_s": 120},
+            "cluster": {"log_dir": str(tmp_path_factory.mktemp("logs"))},
+        }
+    )  # fmt: skip
+    with local_fleet(config, lambda _: None) as fleet:
+        yield fleet
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before and p.is_running()]
+    assert not [p for p in left if "ray" in p.name() or "haproxy" in p.name()], left
+
+
+def client_of(fleet) -> openai.AsyncOpenAI:
+    http = httpx.AsyncClient(trust_env=False, timeout=120)
+    return openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", http_client=http, max_retries=0)
+
+
+async def stream_tokens(client, prompt: str, num_tokens: int = NUM_TOKENS, **extra) -> list[int]:
+    """Token ids of one greedy streamed completion."""
+    body = {"ignore_eos": True, "return_token_ids": True} | extra
+    stream = await client.completions.create(
+        model=DEMO_MODEL_NAME, prompt=prompt, max_tokens=num_tokens, temperature=0, stream=True, extra_body=body
+    )
+    tokens: list[int] = []
+    async for chunk in stream:
+        for choice in chunk.choices:
+            tokens += choice.token_ids or []
+    return tokens
+
+
+def resumes_of(fleet) -> float:
+    return metric_of(fleet, "baton_resumes_total")
+
+
+def metric_of(fleet, name: str) -> float:
+    text = httpx.get(f"{fleet.url}/metrics", trust_env=False, timeout=10).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+async def until_degraded_is_over(fleet, num_pools: int = 2) -> None:
+    from ray import serve
+
+    async with asyncio.timeout(120), httpx.AsyncClient(trust_env=False, timeout=10) as http:
+        while True:
+            status = serve.status().applications["baton"].status.value
+            answer = await http.get(f"{fleet.url}/readyz")
+            if status == "RUNNING" and answer.status_code == 200 and not answer.json()["degraded"]:
+                return
+            await asyncio.sleep(0.2)
+
+
+@pytest.mark.parametrize("placement", ["pair", "local"])
+async def test_streamed_tokens_are_those_of_transformers(fleet, expected, placement):
+    client = client_of(fleet)
+    before = metric_of(fleet, "baton_transfer_bytes_total")
+    streams = [stream_tokens(client, prompt, baton={"placement": placement}) for prompt in PROMPTS]
+    assert await asyncio.gather(*streams) == expected
+    moved = metric_of(fleet, "baton_transfer_bytes_total") - before
+    assert (moved > 0) == (placement == "pair")
+
+
+async def test_chat_answers_in_one_piece_and_streamed_alike(fleet):
+    client = client_of(fleet)
+    ask = {
+        "model": DEMO_MODEL_NAME, "messages": [{"role": "user", "content": "Do you like to dance?"}],
+        "max_tokens": 24, "seed": 5, "temperature": 0.8,
+    }  # fmt: skip
+    whole = await client.chat.completions.create(**ask)
+    pieces = []
+    async for chunk in await client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        pieces += [choice.delta.content or "" for choice in chunk.choices]
+        usage = chunk.usage or None
+    assert "".join(pieces) == whole.choices[0].message.content != ""
+    assert usage.completion_tokens == whole.usage.completion_tokens > 0
+
+
+async def test_a_second_turn_reuses_the_first_turns_blocks(fleet):
+    client = client_of(fleet)
+    prompt = "A prompt that no other test uses, and that is long enough for several blocks of sixteen tokens. " * 4
+    first = await client.completions.create(model=DEMO_MODEL_NAME, prompt=prompt, max_tokens=4)
+    again = await client.completions.create(model=DEMO_MODEL_NAME, prompt=prompt, max_tokens=4)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens >= 16 * (again.usage.prompt_tokens // 16 - 1)
+
+
+async def test_errors_have_openais_shape_and_status(fleet):
+    client = client_of(fleet)
+    with pytest.raises(openai.NotFoundError):
+        await client.completions.create(model="nobody", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="2048"):
+        await client.completions.create(model=DEMO_MODEL_NAME, prompt="word " * 3000, max_tokens=5)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        await client.completions.create(model=DEMO_MODEL_NAME, prompt="x", temperature=9)
+
+
+def test_nothing_listens_beyond_loopback(fleet):
+    ours = {os.getpid()} | {process.pid for process in psutil.Process().children(recursive=True)}
+    ours |= {p.pid for p in psutil.process_iter() if str(fleet.ray_dir) in " ".join(_command_line(p))}
+    open_ports = [
+        connection.laddr
+        for connection in psutil.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+        and connection.pid in ours
+        and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    ]
+    assert not open_ports
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+class Load:
+    """Streams that begin anew until told to stop; every answer is checked."""
+
+    def __init__(self, client, expected, num_streams: int) -> None:
+        self._client, self._expected = client, expected
+        self._stop = asyncio.Event()
+        self.num_done = 0
+        self._tasks = [asyncio.create_task(self._run(i)) for i in range(num_streams)]
+
+    async def _run(self, i: int) -> None:
+        while not self._stop.is_set():
+            which = i % len(PROMPTS)
+            tokens = await stream_tokens(self._client, PROMPTS[which])
+            assert tokens == self._expected[which]
+            self.num_done += 1
+
+    async def until_done(self, count: int) -> None:
+        async with asyncio.timeout(120):
+            while self.num_done < count:
+                for task in self._tasks:
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(0.02)
+
+    async def finish(self) -> None:
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
+
+
+def rank_pids(role: Role) -> list[int]:
+    """Processes of a pool's ranks, the last rank of a replica last."""
+    import ray
+
+    names = sorted(
+        a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == "baton-ranks"
+    )
+    actors = [ray.get_actor(name, "baton-ranks") for name in names if name.startswith(role.value)]
+    return ray.get([actor.pid.remote() for actor in actors])
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_killed_rank_under_load_costs_no_client_an_error_or_a_token(fleet, expected, role):
+    load = Load(client_of(fleet), expected, 8)
+    await load.until_done(8)
+    os.kill(rank_pids(role)[-1], signal.SIGKILL)
+    await load.until_done(load.num_done + 24)
+    await load.finish()
+    await until_degraded_is_over(fleet)
+
+
+async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, expected):
+    await until_degraded_is_over(fleet)
+    before = resumes_of(fleet)
+    load = Load(client_of(fleet), expected, 8)
+    await load.until_done(8)
+    await asyncio.to_thread(resize_pool, Role.DECODE, 1)
+    async with asyncio.timeout(60):
+        while decode_states() != {"RUNNING": 1}:
+            await asyncio.sleep(0.1)
+    await load.until_done(load.num_done + 8)
+    await load.finish()
+    assert resumes_of(fleet) > before, "the replica that went was to hand its streams over"
+
+
+def decode_states() -> dict[str, int]:
+    from ray import serve
+
+    return serve.status().applications["baton"].deployments["DecodePool"].replica_states

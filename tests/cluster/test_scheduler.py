@@ -1,0 +1,205 @@
+"""The global scheduler's decisions, as stories: where requests go, when they wait, what is forgotten."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.scheduler.admission import Admission
+from cluster.scheduler.index import PrefixIndex
+from core.block_hash import hash_blocks
+from core.config import SchedulerConfig
+from core.errors import NoReplica, Overloaded, StaleMessage
+from core.kv_layout import Compatibility, KVLayout
+from core.messages.fleet import ReplicaInfo, Role
+from core.messages.to_scheduler import ReplicaStatus, Report, Reserve
+
+BLOCK = 16
+
+
+def replica(name: str, role: Role, incarnation: int = 1, num_blocks: int = 1000) -> ReplicaInfo:
+    layout = KVLayout(2, 2, 8, BLOCK, "float32", 1)
+    same = Compatibility("m", "r", "float32", BLOCK, "h")
+    return ReplicaInfo(name, role, incarnation, (f"{name}:1",), layout, same, num_blocks, 4, 512, 4096)
+
+
+def report(info: ReplicaInfo, stored=(), removed=(), snapshot=False, **changes) -> Report:
+    status = {
+        "num_waiting": 0, "num_running": 0, "num_waiting_tokens": 0, "num_free_blocks": info.num_blocks,
+        "num_kv_tokens": 0, "draining": False, "prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01, "num_steps": 0,
+    } | changes  # fmt: skip
+    return Report(info, 0, snapshot, ReplicaStatus(**status), tuple(stored), tuple(removed))
+
+
+def reserve(name: str, tokens=tuple(range(200)), **changes) -> Reserve:
+    hashes = hash_blocks(tokens, BLOCK)
+    fields = {"attempt": 0, "ingress_id": "i", "max_new_tokens": 16, "timeout_s": 60.0} | changes
+    return Reserve(name, num_tokens=len(tokens), block_hashes=hashes, **fields)
+
+
+@pytest.fixture
+def admission() -> Admission:
+    config = SchedulerConfig(queue_limit=3, queue_timeout_s=5, reservation_ttl_s=10, replica_timeout_s=2)
+    admission = Admission(config, started_at=0.0)
+    for name, role in (
+        ("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE),
+    ):  # fmt: skip
+        admission.report(report(replica(name, role), snapshot=True), 0.0)
+    return admission
+
+
+def plan_one(admission: Admission, request: Reserve, now: float = 0.0):
+    admission.reserve(request, now)
+    (plan,) = admission.dispatch(now)
+    return plan
+
+
+def test_equal_replicas_fill_evenly(admission):
+    plans = [plan_one(admission, reserve(f"r{i}", tokens=tuple(range(i * 500, i * 500 + 200)))) for i in range(4)]
+    assert sorted(p.prefill.replica_id for p in plans) == ["p0", "p0", "p1", "p1"]
+    assert sorted(p.decode.replica_id for p in plans) == ["d0", "d0", "d1", "d1"]
+    assert all(p.reason == "pair" for p in plans)
+
+
+def test_a_cached_prefix_attracts_and_shortens_the_prediction(admission):
+    tokens = tuple(range(320))
+    cold = plan_one(admission, reserve("cold", tokens))
+    admission.finish("cold", 0, 0.0)
+    admission.report(report(replica("p1", Role.PREFILL), stored=hash_blocks(tokens[:256], BLOCK)), 0.0)
+    warm = plan_one(admission, reserve("warm", tokens))
+    assert warm.prefill.replica_id == "p1"
+    assert warm.predicted_ttft_s == pytest.approx(cold.predicted_ttft_s - 0.256, abs=1e-3)
+
+
+def test_a_short_suffix_on_decode_prefills_there(admission):
+    tokens = tuple(range(320))
+    admission.report(report(replica("d1", Role.DECODE), stored=hash_blocks(tokens[:288], BLOCK)), 0.0)
+    plan = plan_one(admission, reserve("r", tokens))
+    assert (plan.prefill, plan.decode.replica_id, plan.reason) == (None, "d1", "local_short")
+
+
+def test_without_prefill_replicas_decode_prefills_alone(admission):
+    for name in ("p0", "p1"):
+        admission.replica_lost(name)
+    plan = plan_one(admission, reserve("r"))
+    assert (plan.prefill, plan.reason) == (None, "local_no_prefill")
+
+
+def test_saturated_prefill_spills_to_an_idle_decode_then_waits(admission):
+    for name in ("p0", "p1"):
+        admission.report(report(replica(name, Role.PREFILL), num_waiting_tokens=2000), 0.0)
+    assert plan_one(admission, reserve("a")).reason == "local_idle"
+    assert plan_one(admission, reserve("b", tokens=tuple(range(1000, 1200)))).reason == "local_idle"
+    admission.reserve(reserve("c"), 0.0)
+    assert admission.dispatch(0.0) == []
+    admission.report(report(replica("p0", Role.PREFILL), num_waiting_tokens=0), 1.0)
+    (plan,) = admission.dispatch(1.0)
+    assert (plan.request_id, plan.prefill.replica_id, plan.queue_s) == ("c", "p0", 1.0)
+
+
+def test_replicas_whose_blocks_differ_are_never_paired(admission):
+    other = replace(replica("p0", Role.PREFILL).compatibility, weights_revision="new")
+    for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE)):
+        admission.report(report(replace(replica(name, role, incarnation=2), compatibility=other), snapshot=True), 0.0)
+    pairs = {
+        (p.prefill.replica_id, p.decode.replica_id) for i in range(6) if (p := plan_one(admission, reserve(f"r{i}")))
+    }
+    assert pairs == {("p0", "d0"), ("p1", "d1")}
+
+
+def test_decode_without_room_is_not_chosen(admission):
+    admission.report(report(replica("d0", Role.DECODE), num_free_blocks=5, num_running=1), 0.0)
+    assert {plan_one(admission, reserve(f"r{i}")).decode.replica_id for i in range(3)} == {"d1"}
+
+
+def test_a_replica_that_failed_the_request_is_avoided_unless_it_is_the_last(admission):
+    assert plan_one(admission, reserve("r", avoid=("d0", "p0"))).decode.replica_id == "d1"
+    admission.replica_lost("d1")
+    assert plan_one(admission, reserve("r", avoid=("d0", "p0"), attempt=1)).decode.replica_id == "d0"
+
+
+def test_draining_and_silent_replicas_get_nothing(admission):
+    admission.report(report(replica("d0", Role.DECODE), draining=True), 1.9)
+    admission.report(report(replica("d1", Role.DECODE)), 1.9)
+    admission.report(report(replica("p1", Role.PREFILL)), 1.9)
+    plan = plan_one(admission, reserve("r"), now=3.0)
+    assert (plan.prefill.replica_id, plan.decode.replica_id) == ("p1", "d1")
+    with pytest.raises(NoReplica):
+        admission.reserve(reserve("late"), 10.0)
+
+
+def test_a_new_scheduler_lets_requests_wait_until_replicas_have_registered():
+    admission = Admission(SchedulerConfig(replica_timeout_s=2), started_at=100.0)
+    admission.reserve(reserve("early"), 101.0)
+    assert admission.dispatch(101.0) == []
+    admission.report(report(replica("d0", Role.DECODE), snapshot=True), 101.5)
+    (plan,) = admission.dispatch(101.5)
+    assert (plan.request_id, plan.decode.replica_id) == ("early", "d0")
+    admission.reserve(reserve("waits"), 101.6)
+    admission.replica_lost("d0")
+    with pytest.raises(NoReplica):
+        admission.reserve(reserve("late"), 102.5)
+    assert isinstance(admission.expire(103.7)["waits"], NoReplica)
+
+
+def test_the_queue_is_bounded_and_its_waits_end(admission):
+    for name in ("d0", "d1"):
+        admission.report(report(replica(name, Role.DECODE), num_free_blocks=0, num_running=4), 0.0)
+    for i in range(3):
+        admission.reserve(reserve(f"r{i}"), 0.0)
+    with pytest.raises(Overloaded):
+        admission.reserve(reserve("r3"), 0.0)
+    assert admission.dispatch(1.0) == []
+    for name in ("d0", "d1"):
+        admission.report(report(replica(name, Role.DECODE), num_free_blocks=0, num_running=4), 4.0)
+    assert admission.expire(4.9) == {}
+    late = admission.expire(5.0)
+    assert list(late) == ["r0", "r1", "r2"] and all(isinstance(error, Overloaded) for error in late.values())
+    assert admission.num_waiting == 0
+
+
+def test_reservations_of_a_dead_ingress_expire_and_renewed_ones_do_not(admission):
+    plan_one(admission, reserve("dead"))
+    plan_one(admission, reserve("alive"))
+    admission.renew(("alive", "unknown"), 9.0)
+    admission.expire(10.0)
+    assert admission.num_reserved == 1
+    admission.finish("alive", 0, 10.0)
+    assert all(view.num_reservations == 0 for view in admission.fleet)
+
+
+def test_a_new_incarnation_starts_with_an_empty_cache(admission):
+    tokens = tuple(range(320))
+    admission.report(report(replica("p0", Role.PREFILL), stored=hash_blocks(tokens, BLOCK)), 0.0)
+    admission.report(report(replica("p0", Role.PREFILL, incarnation=2), snapshot=True), 0.1)
+    assert admission.index.match(hash_blocks(tokens, BLOCK)) == {}
+
+
+def test_a_finish_that_overtakes_its_reserve_leaves_nothing(admission):
+    admission.finish("r", 0, 0.0)
+    with pytest.raises(StaleMessage):
+        admission.reserve(reserve("r"), 0.0)
+    assert plan_one(admission, reserve("r", attempt=1)).attempt == 1
+    admission.finish("r", 0, 0.0)
+    assert admission.num_reserved == 1
+
+
+def test_the_index_matches_leading_blocks_only():
+    index = PrefixIndex()
+    hashes = hash_blocks(range(64), BLOCK)
+    index.store("a", hashes)
+    index.store("b", (hashes[0], hashes[2]))
+    assert index.match(hashes) == {"a": 4, "b": 1}
+    index.remove("a", hashes[1:2])
+    assert index.match(hashes) == {"a": 1, "b": 1}
+    index.remove_replica("a")
+    index.remove_replica("b")
+    assert len(index) == 0
+
+
+def test_a_prompt_that_fills_an_empty_cache_to_the_last_token_is_planned(admission):
+    """One token less than the cache: its last block has room for the first output token, no block beyond is needed."""
+    for name in ("d0", "d1"):
+        admission.replica_lost(name)
+    small = replica("d2", Role.DECODE, num_blocks=4)
+    admission.report(report(small, snapshot=True, num_free_blocks=4), 0.0)
+    assert plan_one(admission, reserve("r", tokens=tuple(range(63)))).decode.replica_id == "d2"

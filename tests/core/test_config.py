@@ -1,0 +1,72 @@
+"""The configuration tree: wrong files are refused by name of the field, secrets come from the environment."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from cluster.settings import DEMO_MODEL_NAME, demo_model_path, laptop_config_path, resolve_config
+from core.config import BatonConfig, load_config, parse_config
+from core.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        ({"prefil": {}}, "prefil"),
+        ({"prefill": {"max_num_seqs": 0}}, "prefill.max_num_seqs"),
+        ({"decode": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas 3"),
+        ({"transfer": {"channel": "carrier pigeon"}}, "transfer.channel"),
+        ({"ingress": {"port": 70000}}, "ingress.port"),
+        ({"block_size": "many"}, "block_size"),
+    ],
+)
+def test_what_is_wrong_is_named(tree, named):
+    with pytest.raises(ConfigurationError, match=named):
+        parse_config(tree)
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(ValidationError):
+        BatonConfig().ingress.port = 1
+
+
+@pytest.mark.parametrize("text", ["prefill: [", "- a\n- list\n", None])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"config\.yaml"):
+        load_config(file)
+
+
+def test_secrets_of_the_environment_fill_what_the_file_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATON_API_KEY", "key")
+    monkeypatch.setenv("BATON_CLUSTER_SECRET", "secret")
+    file = tmp_path / "config.yaml"
+    file.write_text("cluster: {secret: own}\n")
+    config = load_config(file)
+    assert (config.ingress.api_key, config.cluster.secret) == ("key", "own")
+
+
+def test_without_a_file_the_laptop_serves_the_demo_model():
+    config = resolve_config(None)
+    assert (config.model.path, config.model.name) == (str(demo_model_path()), DEMO_MODEL_NAME)
+    assert (config.prefill.min_replicas, config.decode.min_replicas) == (2, 2)
+    assert config.ingress.host == "127.0.0.1"
+
+
+def test_flags_win_over_the_file(tmp_path):
+    model = tmp_path / "my-model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    config = resolve_config(None, model, 9001)
+    assert (config.model.name, config.ingress.port) == ("my-model", 9001)
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        resolve_config(None, tmp_path)
+
+
+@pytest.mark.parametrize("file", sorted(laptop_config_path().parent.glob("*.yaml")), ids=lambda f: f.name)
+def test_every_shipped_configuration_is_valid(file: Path):
+    assert parse_config(yaml.safe_load(file.read_text())).block_size > 0

@@ -1,0 +1,140 @@
+"""What is read from a checkpoint, and how one that cannot be served is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from core.errors import ConfigurationError
+from engine.checkpoint import load_model_spec
+from engine.parsed_config import parsed_config
+from engine.rank_group import SingleRank
+from engine.rope import inverse_frequencies
+from engine.weights import load_weights
+from tests.checkpoints import make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def load(folder: Path) -> None:
+    spec = load_model_spec(folder)
+    load_weights(spec, folder, spec.kv_layout(SingleRank.size, 16), 0, CPU)
+
+
+def test_spec_holds_what_the_config_says(tmp_path: Path):
+    spec = load_model_spec(make_checkpoint(tmp_path, "qwen3", dtype="bfloat16"))
+    assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (3, 64, 4, 2, 32)
+    assert (spec.dtype, spec.max_model_len, spec.vocab_size, spec.eos_token_ids) == ("bfloat16", 1024, 384, {7})
+    assert spec.features.qk_norm and not spec.features.qkv_bias and not spec.tie_word_embeddings
+    assert spec.kv_layout(1, 16).block_bytes_per_rank == 3 * 16 * 2 * 2 * 32 * 2
+    assert load_model_spec(tmp_path, "float32").dtype == "float32"
+
+
+def test_generation_config_overrides_the_end_tokens(tmp_path: Path):
+    make_checkpoint(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert load_model_spec(tmp_path).eos_token_ids == {3, 5}
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear", "default"])
+def test_frequencies_equal_those_of_transformers(tmp_path: Path, kind: str):
+    rope = {"rope_type": kind, "rope_theta": 5e5}
+    if kind != "default":
+        rope |= {"factor": 8.0}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+    make_checkpoint(tmp_path, "llama", head_dim=64, rope_parameters=rope)
+    config = AutoConfig.from_pretrained(tmp_path)
+    ours = inverse_frequencies(load_model_spec(tmp_path).rope, 64)
+    if kind == "default":
+        expected = 5e5 ** (-torch.arange(0, 64, 2).double() / 64)
+    else:
+        expected = ROPE_INIT_FUNCTIONS[kind](config, CPU)[0]
+    assert torch.allclose(ours, expected.float(), rtol=1e-5)
+
+
+def test_revision_tells_weights_apart(tmp_path: Path):
+    first = load_model_spec(make_checkpoint(tmp_path / "a", "llama")).revision
+    assert load_model_spec(make_checkpoint(tmp_path / "b", "llama")).revision == first
+    file = tmp_path / "b" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+    assert load_model_spec(tmp_path / "b").revision != first
+    edit_config(tmp_path / "a", lambda config: config.update(rms_norm_eps=1e-3))
+    assert load_model_spec(tmp_path / "a").revision != first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "supported are default, linear"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"dtype": "float64"}, "'float64' is not supported"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+            "sliding-window",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    make_checkpoint(tmp_path, "qwen2")
+    edit_config(tmp_path, lambda config: config.update(change))
+    with pytest.raises(ConfigurationError, match=message):
+        load_model_spec(tmp_path)
+
+
+def test_a_folder_without_config_or_weights_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="has no config"):
+        load_model_spec(tmp_path)
+    make_checkpoint(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match="no safetensors"):
+        load_model_spec(tmp_path)
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path):
+    make_checkpoint(tmp_path, "qwen2")
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(weights | {name: torch.zeros(64, 95)}, file)
+    with pytest.raises(ConfigurationError, match=rf"'{name}' has shape \(64, 95\), the config asks \(64, 96\)"):
+        load(tmp_path)
+    del weights[name]
+    save_file(weights, file)
+    with pytest.raises(ConfigurationError, match=f"no tensor '{name}'"):
+        load(tmp_path)
+    file.write_bytes(b"x" * 100)
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        load(tmp_path)
+
+
+def test_a_parsed_configuration_is_kept_and_parsed_again_when_it_changes(tmp_path: Path):
+    checkpoint, cache = make_checkpoint(tmp_path / "model", "qwen3"), tmp_path / "cache"
+    first = parsed_config(checkpoint, cache)
+    (kept,) = cache.iterdir()
+    assert parsed_config(checkpoint, cache) == first
+    kept.write_text("{")
+    assert parsed_config(checkpoint, cache) == first
+    kept.write_text(kept.read_text().replace('"hidden_size": 64', '"hidden_size": 65'))
+    assert parsed_config(checkpoint, cache).hidden_size == 65, "the kept one is used"
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    assert parsed_config(checkpoint, cache).rms_norm_eps == 0.5

@@ -1,0 +1,140 @@
+"""A fleet without Ray in one event loop: real ranks, real RPC, real transfers, the real scheduler and orchestrator."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.control_plane import ControlPlane, control_plane
+from cluster.ingress.generation import Generation
+from cluster.ingress.orchestrator import Orchestrator
+from cluster.ingress.scheduler_client import SchedulerClient
+from cluster.scheduler_service import SchedulerService
+from core.config import ModelConfig, PoolConfig, SchedulerConfig, TransferConfig
+from core.messages.fleet import ReplicaInfo, Role
+from core.sampling import SamplingParams
+from decode_worker.service import DecodeService
+from kv_transfer.channels.select import make_connector
+from prefill_worker.service import PrefillService
+from worker.rank import Connect, Rank
+from worker.spec import RankSpec, new_incarnation
+
+HOST = "127.0.0.1"
+BLOCK_SIZE = 16
+
+
+@dataclass
+class Replica:
+    """A running rank of tensor parallel 1, with its task."""
+
+    rank: Rank
+    info: ReplicaInfo
+    task: asyncio.Task
+
+    @property
+    def service(self):
+        return self.rank._serving.role
+
+    @property
+    def pool(self):
+        return self.service._context.block_pool
+
+
+class FleetHandle:
+    """What a test needs of the fleet."""
+
+    def __init__(self, plane: ControlPlane, spec_for, connect: Connect) -> None:
+        self.replicas: dict[str, Replica] = {}
+        self.register = plane.register
+        self.until_ready = plane.until_ready
+        self.orchestrator: Orchestrator = plane.orchestrator
+        self.scheduler: SchedulerService = plane.scheduler
+        self.scheduler_client: SchedulerClient = plane.scheduler_client
+        self._plane = plane
+        self._spec_for = spec_for
+        self._connect = connect
+
+    async def add(self, name: str, role: Role) -> Replica:
+        make = PrefillService if role is Role.PREFILL else DecodeService
+        rank = Rank(self._spec_for(name, role), make, self._connect)
+        info = await rank.start()
+        replica = self.replicas[name] = Replica(rank, info, asyncio.create_task(rank.run()))
+        self.register(info)
+        return replica
+
+    async def stop(self, name: str) -> None:
+        """Abruptly: no drain."""
+        replica = self.replicas.pop(name)
+        self._plane.forget(name)
+        replica.task.cancel()
+        await asyncio.gather(replica.task, return_exceptions=True)
+        await replica.rank.close()
+
+    async def until_quiet(self) -> None:
+        """Waits until nothing is held anywhere; fails naming what is left."""
+        try:
+            async with asyncio.timeout(15):
+                while self.held():
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"still held: {self.held()}") from None
+
+    def held(self) -> dict[str, int]:
+        held = {}
+        for name, replica in self.replicas.items():
+            service, pool = replica.service, replica.pool
+            held[f"{name} blocks"] = pool.num_held
+            held[f"{name} promised"] = pool.num_promised
+            held[f"{name} tasks"] = len(service._tasks)
+            books = service._handoffs if replica.info.role is Role.DECODE else service._deliveries
+            held[f"{name} books"] = len(books)
+            pool.validate()
+        held["reserved"] = self.scheduler._admission.num_reserved
+        held["waiting"] = self.scheduler._admission.num_waiting
+        return {name: count for name, count in held.items() if count}
+
+
+@asynccontextmanager
+async def running_fleet(
+    checkpoint: Path,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    pool: PoolConfig | None = None,
+    transfer: TransferConfig | None = None,
+    scheduler: SchedulerConfig | None = None,
+    connect: Connect = make_connector,
+):
+    """Starts everything, and ends everything, failure or not."""
+    pool = pool or PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64)
+    transfer = transfer or TransferConfig(layers_per_group=1, slab_mib=0.01)
+    scheduler = scheduler or SchedulerConfig(local_prefill_max_tokens=0)
+
+    def spec_for(name: str, role: Role) -> RankSpec:
+        model = ModelConfig(path=str(checkpoint), name="m", dtype="float32")
+        return RankSpec(role, name, new_incarnation(), 0, (f"{HOST}:0",), "", model, pool, transfer, BLOCK_SIZE)
+
+    async with control_plane(scheduler, transfer, BLOCK_SIZE) as plane:
+        fleet = FleetHandle(plane, spec_for, connect)
+        try:
+            for i in range(num_prefill):
+                await fleet.add(f"p{i}", Role.PREFILL)
+            for i in range(num_decode):
+                await fleet.add(f"d{i}", Role.DECODE)
+            await fleet.until_ready(num_prefill + num_decode)
+            yield fleet
+        finally:
+            for name in list(fleet.replicas):
+                await fleet.stop(name)
+
+
+async def generate(fleet: FleetHandle, name: str, prompt, max_tokens: int, **sampling) -> list[int]:
+    """All output tokens of one request, greedy unless told otherwise."""
+    return await run(fleet, name, prompt, SamplingParams(max_tokens, **({"temperature": 0.0} | sampling)))
+
+
+async def run(fleet: FleetHandle, name: str, prompt, params: SamplingParams, placement: str = "auto") -> list[int]:
+    """All output tokens of one request."""
+    tokens: list[int] = []
+    async for event in fleet.orchestrator.generate(Generation(name, tuple(prompt), params, 60.0, placement)):
+        tokens += event.token_ids
+    return tokens

@@ -1,0 +1,100 @@
+"""The same main as a plain process, tensor parallel on either side, Gloo between: tokens against transformers."""
+
+import asyncio
+import random
+import signal
+
+import pytest
+
+from bench.rank_processes import RankProcess, free_address, rank_processes
+from core.config import ModelConfig, PoolConfig, TransferConfig
+from core.messages.fleet import Role
+from core.sampling import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.engine.plain_engine import PlainEngine, make_runner
+from tests.fleet.in_process_fleet import BLOCK_SIZE, generate, run, running_fleet
+from tests.fleet.test_fleet import reference
+from worker.spec import RankSpec, new_incarnation
+
+
+def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "gloo") -> list[RankSpec]:
+    addresses = tuple(free_address() for _ in range(tensor_parallel))
+    store, incarnation = free_address(), new_incarnation()
+    return [
+        RankSpec(
+            role,
+            name,
+            incarnation,
+            rank,
+            addresses,
+            store,
+            ModelConfig(path=str(path), name="m", dtype="float32"),
+            PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, tensor_parallel=tensor_parallel),
+            TransferConfig(channel=channel, layers_per_group=1, slab_mib=0.01),
+            BLOCK_SIZE,
+        )
+        for rank in range(tensor_parallel)
+    ]
+
+
+SETTINGS = [
+    (1, 1, "gloo", "qwen2"),
+    (1, 2, "gloo", "llama"),
+    (2, 1, "gloo", "qwen3"),
+    (2, 2, "gloo", "qwen2"),
+    (1, 1, "shared_memory", "qwen3"),
+]
+MORE_SETTINGS = [
+    (prefill_tp, decode_tp, channel, family)
+    for prefill_tp in (1, 2)
+    for decode_tp in (1, 2)
+    for channel in ("gloo", "shared_memory")
+    for family in ("llama", "qwen2", "qwen3")
+    if (prefill_tp, decode_tp, channel, family) not in SETTINGS
+]
+PROMPTS = [[random.Random(n).randrange(384) for _ in range(n)] for n in (5, 16, 33, 100, 230, 400)]
+SAMPLING = [SamplingParams(16, temperature=(0.0, 0.9)[i % 2], top_p=0.95, seed=i) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize(
+    ("prefill_tp", "decode_tp", "channel", "family"),
+    SETTINGS + [pytest.param(*setting, marks=pytest.mark.soak) for setting in MORE_SETTINGS],
+)
+async def test_tokens_do_not_depend_on_tensor_parallelism(tmp_path, prefill_tp, decode_tp, channel, family):
+    """Greedy and sampled, against the plain engine at tensor parallel 1."""
+    path = make_checkpoint(tmp_path / "model", family)
+    runner = make_runner(path)
+    expected = [s.output for s in PlainEngine(runner, max_num_seqs=1).generate(PROMPTS, SAMPLING)]
+    runner.close()
+    specs = specs_of("p0", Role.PREFILL, prefill_tp, path, channel)
+    specs += specs_of("d0", Role.DECODE, decode_tp, path, channel)
+    ranks = {(spec.replica_id, spec.rank): RankProcess(spec, tmp_path) for spec in specs}
+    async with rank_processes(list(ranks.values())) as infos, running_fleet(path, 0, 0) as fleet:
+        for info in infos.values():
+            fleet.register(info)
+        await fleet.until_ready(2)
+        requests = [
+            run(fleet, f"r{i}", *request, "pair") for i, request in enumerate(zip(PROMPTS, SAMPLING, strict=True))
+        ]
+        assert await asyncio.gather(*requests) == expected
+        ranks["p0", 0].process.send_signal(signal.SIGTERM)
+        assert await ranks["p0", 0].wait() == 0
+
+
+async def test_a_killed_follower_rank_ends_its_replica_and_streams_go_on_elsewhere(tiny_llama, tmp_path):
+    path, model = tiny_llama
+    rng = random.Random(3)
+    prompts = [[rng.randrange(256) for _ in range(40)] for _ in range(4)]
+    expected = [reference(model, prompt, 100) for prompt in prompts]
+    specs = specs_of("d0", Role.DECODE, 2, path) + specs_of("d1", Role.DECODE, 1, path)
+    ranks = {(spec.replica_id, spec.rank): RankProcess(spec, tmp_path) for spec in specs}
+    async with rank_processes(list(ranks.values())) as infos, running_fleet(path, 1, 0) as fleet:
+        for info in infos.values():
+            fleet.register(info)
+        await fleet.until_ready(3)
+        streams = [asyncio.create_task(generate(fleet, f"r{i}", prompt, 100)) for i, prompt in enumerate(prompts)]
+        while fleet.scheduler._admission.fleet.get("d0").status.num_running == 0:
+            await asyncio.sleep(0.01)
+        ranks["d0", 1].kill()
+        assert await asyncio.gather(*streams) == expected
+        assert await ranks["d0", 0].wait() != 0, "the leader must not outlive its follower"

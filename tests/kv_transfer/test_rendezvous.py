@@ -1,0 +1,78 @@
+"""How the ends of a 2-rank group meet: none begins the blocking set-up alone, whoever gives up and when."""
+
+import threading
+
+import pytest
+import torch
+from transfer_fleet import HOST
+
+from core.errors import TransferFailed
+from core.messages.to_rank import SlabHeader, Span
+from kv_transfer.channels.in_process import Line
+from kv_transfer.channels.protocol import ChannelId, Landing
+from kv_transfer.channels.rendezvous import RECEIVER, SENDER, GroupConnector
+
+CHANNEL = ChannelId("a", "b", 1, 1)
+SPAN = Span(0, 1, (0,), 0, 1)
+
+
+class Group:
+    """Stands for a backend: counts the ends that began their set-up."""
+
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        self.began: list[int] = []
+        self.both = threading.Event()
+        self.line = Line()
+        self.pool = torch.zeros(1, 2, 2, 1, 4, 8)
+        self.connector = GroupConnector(HOST, self.pool, self.set_up, timeout_s)
+
+    def set_up(self, store, rank):
+        self.began.append(rank)
+        if len(self.began) == 2:
+            self.both.set()
+        assert self.both.wait(5)
+        return self.line.wire(rank)
+
+
+def fetch(receiver):
+    return receiver.fetch(SlabHeader(0, "r", 1, SPAN), SPAN, Landing(), 5.0)
+
+
+def test_both_ends_set_up_once_both_are_there():
+    group = Group()
+    receiver = group.connector.receiver_end(CHANNEL, group.connector.rendezvous)
+    sender = group.connector.sender_end(CHANNEL)
+    sender.send(SlabHeader(0, "r", 1, SPAN), 5.0)
+    assert fetch(receiver).result(5) == 2 * 4 * 8 * 4
+    assert sorted(group.began) == [SENDER, RECEIVER]
+    sender.abort("over")
+    receiver.abort("over")
+
+
+@pytest.mark.parametrize("gives_up", ["sender", "receiver"])
+def test_an_end_that_gave_up_lets_nobody_set_up(gives_up):
+    group = Group(timeout_s=0.3)
+    if gives_up == "sender":
+        group.connector.sender_end(CHANNEL).abort("no longer wanted")
+        late = group.connector.receiver_end(CHANNEL, group.connector.rendezvous)
+        failure = fetch(late).exception(5)
+    else:
+        group.connector.receiver_end(CHANNEL, group.connector.rendezvous).abort("no longer wanted")
+        late = group.connector.sender_end(CHANNEL)
+        failure = late.send(SlabHeader(0, "r", 1, SPAN), 5.0).exception(5)
+    assert isinstance(failure, TransferFailed)
+    assert group.began == []
+    late.abort("over")
+
+
+def test_aborts_at_any_moment_of_connecting_leave_no_end_alone_in_the_set_up():
+    for _ in range(10):
+        group = Group()
+        ends = [
+            group.connector.sender_end(CHANNEL),
+            group.connector.receiver_end(CHANNEL, group.connector.rendezvous),
+        ]
+        for end in ends:
+            end.abort("at once")
+        assert len(group.began) in (0, 2)
+        group.connector.close()

@@ -1,0 +1,163 @@
+"""Small fleets of transfer agents in one process, joined by method calls in place of RPC."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from core.config import TransferConfig
+from core.errors import PeerLost
+from core.kv_layout import Compatibility, KVLayout
+from core.messages.fleet import Acknowledged
+from core.messages.to_rank import CloseChannel, Connect, Connected, FetchBlocks, Ready, SlabHeader
+from kv_transfer.agent import TransferAgent
+from kv_transfer.channels.in_process import Hub, InProcessConnector
+from kv_transfer.channels.protocol import Connector
+from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.strict import StrictLine
+from kv_transfer.plan import plan_copies
+
+HOST = "127.0.0.1"
+SMALL_SLABS = TransferConfig(slab_mib=0.002, window_slabs=2, max_slabs_in_flight=3)
+COMPATIBILITY = Compatibility("demo", "r1", "bfloat16", 16, "scheme")
+
+
+Pairs = list[tuple[int, int]]  # (source block, destination block)
+
+
+def layout_of(tensor_parallel: int = 1, num_kv_heads: int = 4) -> KVLayout:
+    return KVLayout(3, num_kv_heads, 8, 4, "bfloat16", tensor_parallel)
+
+
+def random_pools(layout: KVLayout, num_blocks: int, seed: int) -> list[torch.Tensor]:
+    """Pools of all ranks of a replica, holding the slices of one full-heads pool."""
+    generator = torch.Generator().manual_seed(seed)
+    full = torch.randn(
+        layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim, generator=generator
+    ).to(torch.bfloat16)
+    return [
+        full[:, :, :, heads.start : heads.stop].contiguous()
+        for heads in map(layout.heads_of_rank, range(layout.tensor_parallel))
+    ]
+
+
+class DirectControl:
+    """PeerControl by method call; a removed agent is a dead process."""
+
+    def __init__(self) -> None:
+        self.agents: dict[str, TransferAgent] = {}
+
+    def _agent(self, address: str) -> TransferAgent:
+        if address not in self.agents:
+            raise PeerLost(f"{address} is gone")
+        return self.agents[address]
+
+    async def connect(self, address: str, message: Connect) -> Connected:
+        return await self._agent(address).on_connect(message)
+
+    async def ready(self, address: str, message: Ready) -> Acknowledged:
+        return await self._agent(address).on_ready(message)
+
+    async def close(self, address: str, message: CloseChannel) -> Acknowledged:
+        return await self._agent(address).on_close(message)
+
+
+def make_hub(kind: str) -> Hub:
+    return Hub(StrictLine) if kind == "strict" else Hub()
+
+
+def connector_of(kind: str, hub: Hub, pool: torch.Tensor, timeout_s: float = 5.0) -> Connector:
+    """For shared memory, `pool` must come from `shared`."""
+    if kind in ("in_process", "strict"):
+        return InProcessConnector(hub, pool)
+    config = TransferConfig(channel=kind, connect_timeout_s=timeout_s)
+    return make_connector(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))
+
+
+SHARED_PATHS: dict[int, Path] = {}  # by address of a pool
+
+
+def shared(pool: torch.Tensor, folder: Path) -> torch.Tensor:
+    """The pool's content in a file that other processes can map."""
+    path = folder / f"pool-{len(list(folder.iterdir()))}"
+    path.touch()
+    mapped = torch.from_file(str(path), shared=True, size=pool.numel(), dtype=pool.dtype).view(pool.shape)
+    SHARED_PATHS[mapped.data_ptr()] = path
+    return mapped.copy_(pool)
+
+
+@dataclass
+class Fleet:
+    """Replicas of agents by name; every agent may read what `readable` says."""
+
+    kind: str
+    config: TransferConfig = SMALL_SLABS
+    control: DirectControl = field(default_factory=DirectControl)
+    pools: dict[str, torch.Tensor] = field(default_factory=dict)
+    layouts: dict[str, KVLayout] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+    folder: Path | None = None  # of shared pools
+
+    def __post_init__(self) -> None:
+        self.hub = make_hub(self.kind)
+
+    def start(self, replica: str, layout: KVLayout, num_blocks: int = 24, incarnation: int = 1, seed: int = 0) -> None:
+        self.layouts[replica] = layout
+        for rank, pool in enumerate(random_pools(layout, num_blocks, seed)):
+            address = f"{replica}/{rank}"
+            if self.kind == "shared_memory":
+                pool = shared(pool, self.folder)
+            self.pools[address] = pool
+            self.control.agents[address] = TransferAgent(
+                address=address,
+                incarnation=incarnation,
+                pool=pool,
+                layout=layout,
+                compatibility=COMPATIBILITY,
+                config=self.config,
+                connector=connector_of(self.kind, self.hub, pool),
+                control=self.control,
+                may_read=self.may_read,
+            )
+
+    def may_read(self, header: SlabHeader) -> bool:
+        return header.request_id not in self.refused
+
+    def agent(self, address: str) -> TransferAgent:
+        return self.control.agents[address]
+
+    def order(
+        self, source: str, destination: str, rank: int, blocks: Pairs, request: str = "r", timeout_s: float = 10.0
+    ) -> FetchBlocks:
+        """Fetch of (source block, destination block) pairs of all layers."""
+        layout = self.layouts[source]
+        sources, destinations = (tuple(side) for side in zip(*blocks, strict=True))
+        copies = plan_copies(layout, self.layouts[destination], rank, 0, layout.num_layers, sources, destinations)
+        addresses = tuple(f"{source}/{peer}" for peer in range(layout.tensor_parallel))
+        return FetchBlocks(request, 1, addresses, layout, copies, timeout_s)
+
+    def full(self, replica: str, blocks: list[int]) -> torch.Tensor:
+        """All heads of some blocks of a replica, [layers, blocks, 2, heads, size, dim]."""
+        layout = self.layouts[replica]
+        shape = (layout.num_layers, len(blocks), 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        out = torch.zeros(shape, dtype=torch.bfloat16)
+        for rank in range(layout.tensor_parallel):
+            heads = layout.heads_of_rank(rank)
+            out[:, :, :, heads.start : heads.stop] = self.pools[f"{replica}/{rank}"][:, blocks]
+        return out
+
+    async def stop(self, replica: str) -> None:
+        """Ends a replica: first unreachable, then closed."""
+        for address in [a for a in self.control.agents if a.startswith(f"{replica}/")]:
+            await self.control.agents.pop(address).close()
+
+    async def close(self) -> None:
+        for agent in self.control.agents.values():
+            await agent.close()
+
+
+def random_pairs(num: int, num_blocks: int, seed: int) -> Pairs:
+    chosen = random.Random(seed)
+    return list(zip(chosen.sample(range(num_blocks), num), chosen.sample(range(num_blocks), num), strict=True))

@@ -1,0 +1,397 @@
+"""Every interleaving of two replicas' books, with memory that remembers what was written where.
+
+Prefill's and decode's production books run against tiny pools whose "KV" is the token prefix itself. Messages arrive
+in any order, fetches copy at their last moment, steps write at their end even when their request is long cancelled.
+At every step of decode, each position must hold exactly its own prefix: a block reused one moment too early fails.
+"""
+
+from collections import defaultdict
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from core.block_hash import chain_seed, hash_blocks
+from core.errors import InvalidParameter, Overloaded, StaleMessage
+from core.kv_layout import Compatibility, KVLayout
+from core.messages.fleet import ReplicaInfo, Role
+from core.messages.to_decode import Abandon, Announce, Commit, Open, Sequence, Ticket
+from core.messages.to_prefill import Prefill, Release
+from core.messages.to_rank import Fetched
+from core.sampling import SamplingParams
+from decode_worker.handoffs import Handoffs
+from decode_worker.scheduler import DecodeScheduler
+from engine.batch import StepResult
+from engine.block_pool import BlockPool
+from kv_transfer.lease_book import LeaseBook, LeaseState
+from kv_transfer.share_book import ShareBook
+from prefill_worker.deliveries import Deliveries
+from prefill_worker.scheduler import PrefillScheduler
+
+BLOCK, LAYERS, POOL = 2, 2, 9
+LAYOUT = KVLayout(LAYERS, 1, 1, BLOCK, "float32", 1)
+
+
+def info(name: str, role: Role) -> ReplicaInfo:
+    same = Compatibility("m", "r", "float32", BLOCK, "h")
+    return ReplicaInfo(name, role, 1, (name,), LAYOUT, same, POOL, 3, 4, 64)
+
+
+class Memory:
+    """KV by (layer, block, slot): the token prefix up to that position."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[int, int, int], tuple[int, ...]] = {}
+
+    def write_step(self, sequence_step) -> None:
+        for offset in range(len(sequence_step.token_ids)):
+            position = sequence_step.first_position + offset
+            block = sequence_step.block_table[position // BLOCK]
+            prefix = sequence_step.prefix[: position + 1]
+            for layer in range(LAYERS):
+                self.cells[layer, block, position % BLOCK] = prefix
+
+
+class Prefixed:
+    """A sequence step together with the tokens before it, which the real engine would find in its KV."""
+
+    def __init__(self, step, tokens) -> None:
+        self.token_ids, self.first_position, self.block_table = step.token_ids, step.first_position, step.block_table
+        self.draw = step.draw
+        self.prefix = tuple(tokens[: step.first_position + len(step.token_ids)])
+
+
+def next_token(prefix: tuple[int, ...]) -> int:
+    return sum(prefix) % 2
+
+
+class HandoffModel(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.prefill_info, self.decode_info = info("p", Role.PREFILL), info("d", Role.DECODE)
+        self.prefill_pool, self.decode_pool = BlockPool(POOL), BlockPool(POOL)
+        self.jobs = PrefillScheduler(self.prefill_pool, BLOCK, 3, 4, 8)
+        self.deliveries = Deliveries(self.prefill_info, self.prefill_pool, self.jobs, ShareBook(ttl_s=1e9))
+        self.batch = DecodeScheduler(self.decode_pool, 3, 4)
+        self.handoffs = Handoffs(self.decode_pool, BLOCK, LeaseBook(LAYERS, ttl_s=1e9), self.batch, 6)
+        self.prefill_memory, self.decode_memory = Memory(), Memory()
+        self.wire: list[object] = []
+        self.fetches: list[object] = []
+        self.prefill_step = self.decode_step = None
+        self.layers_told = 0
+        self.attempts: dict[str, int] = defaultdict(lambda: -1)
+        self.joined = 0
+
+    # ---- the ingress --------------------------------------------------------------------------------------------
+
+    @rule(
+        name=st.sampled_from("abcd"),
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        max_tokens=st.integers(1, 4),
+        local=st.sampled_from([False, False, False, True]),
+    )
+    def request(self, name, tokens, max_tokens, local):
+        self.attempts[name] += 1
+        tokens = tuple(tokens)
+        sequence = Sequence(
+            tokens, hash_blocks(tokens, BLOCK), SamplingParams(max_tokens, temperature=0.0), chain_seed()
+        )
+        source = None if local else self.prefill_info
+        try:
+            handoff = self.handoffs.open(Open(name, self.attempts[name], "i", sequence, source, 9.0), self.now)
+        except Overloaded:
+            return
+        lease = handoff.lease
+        ticket = Ticket(
+            name, lease.attempt, lease.lease_id, self.decode_info, lease.first_missing_block, lease.num_blocks
+        )
+        if not local:
+            self.wire.append(Prefill(name, lease.attempt, sequence, ticket, 9.0))
+        self.settle()
+
+    @rule(name=st.sampled_from("abcd"), on_decode=st.booleans())
+    def cancel(self, name, on_decode):
+        if self.attempts[name] < 0:
+            return
+        if on_decode:
+            self.handoffs.end(name, self.attempts[name], self.now)
+            self.settle()
+        else:
+            self.send(self.deliveries.cancel(name, self.attempts[name], self.now))
+
+    # ---- the wire -----------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.wire)
+    @rule(data=st.data(), twice=st.booleans())
+    def deliver(self, data, twice):
+        message = self.wire.pop(data.draw(st.integers(0, len(self.wire) - 1)))
+        for _ in range(1 + (twice and not isinstance(message, Prefill))):
+            self.receive(message)
+
+    def receive(self, message) -> None:
+        try:
+            match message:
+                case Prefill():
+                    self.deliveries.accept(message, self.now)
+                case Announce():
+                    fetch = self.handoffs.announce(message, self.now)
+                    if fetch is not None:
+                        self.fetches.append(fetch)
+                case Commit():
+                    self.handoffs.commit(message, self.now)
+                case Abandon():
+                    handoff = self.handoffs.find(message.request_id, message.attempt)
+                    if handoff is not None and handoff.lease.lease_id == message.lease_id:
+                        self.handoffs.end(message.request_id, message.attempt, self.now)
+                case Release():
+                    self.send(self.deliveries.release(message.request_id, message.attempt, self.now))
+        except (StaleMessage, Overloaded):
+            pass
+        self.settle()
+
+    @precondition(lambda self: self.fetches)
+    @rule(data=st.data(), fails=st.sampled_from([False, False, False, True]))
+    def end_fetch(self, data, fails):
+        fetch = self.fetches.pop(data.draw(st.integers(0, len(self.fetches) - 1)))
+        announce = fetch.announce
+        for source, target in zip(announce.source_blocks, fetch.destination_blocks, strict=True):
+            for layer in range(announce.first_layer, announce.first_layer + announce.num_layers):
+                for slot in range(BLOCK):
+                    cell = self.prefill_memory.cells.get((layer, source, slot), ())
+                    self.decode_memory.cells[layer, target, slot] = ("garbage",) if fails else cell
+        if fails:
+            self.handoffs.fetch_failed(fetch.handoff, announce.number, self.now)
+        else:
+            self.handoffs.fetched(fetch.handoff, announce.number, Fetched(1, 0.0), self.now)
+        self.settle()
+
+    # ---- the engines --------------------------------------------------------------------------------------------
+
+    @rule()
+    def prefill_forward(self):
+        """Starts a step, tells its next layer, or ends it."""
+        if self.prefill_step is None:
+            step, outgoing = self.deliveries.next_step(self.now)
+            self.send(outgoing)
+            if step is not None:
+                shares = zip(step.batch.sequences, step.chunks, strict=True)
+                self.prefill_step = step, [Prefixed(s, c.job.sequence.token_ids) for s, c in shares]
+                self.layers_told = 0
+            return
+        step, sequences = self.prefill_step
+        if self.layers_told < LAYERS:
+            if self.layers_told == 0:
+                for sequence in sequences:
+                    self.prefill_memory.write_step(sequence)
+            self.send(self.deliveries.layers_done(step, self.layers_told, 1, self.now))
+            self.layers_told += 1
+            return
+        for sequence in sequences:
+            self.prefill_memory.write_step(sequence)
+        self.prefill_step = None
+        for _, closing in self.deliveries.step_done(step, self.draw(sequences), self.now):
+            self.send([closing])
+
+    @rule()
+    def decode_forward(self):
+        if self.decode_step is None:
+            step = self.batch.schedule()
+            for outcome in self.batch.take_preempted():
+                self.handoffs.end(outcome.job.request_id, outcome.job.attempt, self.now)
+            if step is not None:
+                shares = zip(step.batch.sequences, step.advances, strict=True)
+                self.decode_step = step, [Prefixed(s, a.job.sequence.token_ids) for s, a in shares]
+            self.settle()
+            return
+        step, sequences = self.decode_step
+        for sequence, advance in zip(sequences, step.advances, strict=True):
+            if not advance.job.cancelled:
+                self.check_memory(sequence)
+            self.decode_memory.write_step(sequence)
+        self.decode_step = None
+        for outcome in self.batch.finish(step, self.draw(sequences)):
+            assert outcome.first_index < outcome.job.sequence.sampling.max_tokens
+            if outcome.finish_reason is not None:
+                self.handoffs.end(outcome.job.request_id, outcome.job.attempt, self.now)
+        self.settle()
+
+    def check_memory(self, sequence) -> None:
+        """What this step attends to is its own prefix, position by position."""
+        for position in range(sequence.first_position):
+            block = sequence.block_table[position // BLOCK]
+            for layer in range(LAYERS):
+                found = self.decode_memory.cells.get((layer, block, position % BLOCK))
+                assert found == sequence.prefix[: position + 1], f"position {position}: {found}"
+
+    @staticmethod
+    def draw(sequences) -> StepResult:
+        tokens = tuple(next_token(s.prefix) if s.draw is not None else None for s in sequences)
+        return StepResult(tokens, (None,) * len(tokens))
+
+    # ---- plumbing -----------------------------------------------------------------------------------------------
+
+    def send(self, outgoing) -> None:
+        self.wire += [one.message for one in outgoing]
+
+    def settle(self) -> None:
+        self.wire += [Release(h.request_id, h.message.attempt) for h in self.handoffs.take_releasable()]
+        for handoff in self.handoffs.take_joined():
+            self.joined += 1
+            assert handoff.sequence.num_uncomputed >= 1
+
+    @invariant()
+    def books_balance(self):
+        self.handoffs.validate()
+        self.deliveries.validate()
+
+    def teardown(self):
+        """Whatever happened, once all is delivered and done nothing is held on either side."""
+        for name in self.attempts:
+            self.handoffs.end(name, self.attempts[name], self.now)
+        self.settle()
+        for _ in range(400):
+            if not (self.wire or self.fetches or self.prefill_step or self.decode_step or len(self.deliveries)):
+                break
+            while self.wire:
+                self.receive(self.wire.pop(0))
+            while self.fetches:
+                fetch = self.fetches.pop(0)
+                self.handoffs.fetched(fetch.handoff, fetch.announce.number, Fetched(1, 0.0), self.now)
+                self.settle()
+            self.prefill_forward()
+            if self.decode_step is not None:
+                self.decode_forward()
+        assert len(self.handoffs) == 0 and len(self.deliveries) == 0
+        assert self.decode_pool.num_held == 0 and self.prefill_pool.num_held == 0
+        assert self.decode_pool.num_promised == 0
+
+
+TestHandoffModel = HandoffModel.TestCase
+TestHandoffModel.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_the_plain_path_ends_with_the_right_tokens():
+    model = HandoffModel()
+    model.request("a", [1, 0, 1, 1, 0], 4, False)
+    for _ in range(40):
+        while model.wire:
+            model.receive(model.wire.pop(0))
+        while model.fetches:
+            fetch = model.fetches.pop(0)
+            model.fetches.append(fetch)
+            model.end_fetch(_First(), False)
+        model.prefill_forward()
+        handoff = next(iter(model.handoffs), None)
+        if handoff is not None and handoff.job is not None:
+            last = handoff.sequence
+        model.decode_forward()
+    assert model.joined == 1
+    assert last.token_ids == [1, 0, 1, 1, 0, 1, 0, 0, 0]
+    model.teardown()
+
+
+class _First:
+    def draw(self, _):
+        return 0
+
+
+class _Random:
+    """Stands in for hypothesis' data: any index of a list of at most `size`."""
+
+    def __init__(self, random: Random, size: int) -> None:
+        self.random, self.size = random, size
+
+    def draw(self, _):
+        return self.random.randrange(self.size)
+
+
+def run_random(seed: int, num_actions: int) -> HandoffModel:
+    """Long random lives, for what takes more steps than a search by rules affords."""
+    random, model = Random(seed), HandoffModel()
+    for _ in range(num_actions):
+        action = random.random()
+        if action < 0.12:
+            tokens = [random.randrange(2) for _ in range(random.randint(1, 9))]
+            model.request(random.choice("abcd"), tokens, random.randint(1, 4), random.random() < 0.2)
+        elif action < 0.18:
+            model.cancel(random.choice("abcd"), random.random() < 0.5)
+        elif action < 0.48 and model.wire:
+            model.deliver(_Random(random, len(model.wire)), random.random() < 0.1)
+        elif action < 0.62 and model.fetches:
+            model.end_fetch(_Random(random, len(model.fetches)), random.random() < 0.15)
+        elif action < 0.82:
+            model.prefill_forward()
+        else:
+            model.decode_forward()
+        model.books_balance()
+    return model
+
+
+def test_long_random_lives_end_with_nothing_held():
+    joined = 0
+    for seed in range(12):
+        model = run_random(seed, 1500)
+        joined += model.joined
+        model.teardown()
+    print(f"{joined} requests joined decode")
+    assert joined > 300
+
+
+def forget_writers(monkeypatch):
+    monkeypatch.setattr(BlockPool, "begin_write", lambda self, blocks: None)
+    monkeypatch.setattr(BlockPool, "end_write", lambda self, blocks: None)
+
+
+def forget_readers(monkeypatch):
+    monkeypatch.setattr(BlockPool, "begin_read", lambda self, blocks: None)
+    monkeypatch.setattr(BlockPool, "end_read", lambda self, blocks: None)
+
+
+def free_before_quiet(monkeypatch):
+    """Decode frees the blocks of an ended attempt while a fetch still writes them."""
+    end = Handoffs.end
+
+    def end_at_once(self, request_id, attempt, now):
+        handoff = end(self, request_id, attempt, now)
+        if handoff is not None:
+            for number, blocks in handoff.writing.items():
+                self._pool.end_write(blocks)
+                handoff.writing[number] = []
+        return handoff
+
+    monkeypatch.setattr(Handoffs, "end", end_at_once)
+
+
+def ignore_attempts(monkeypatch):
+    def current(self, request_id, attempt, lease_id):
+        if request_id not in self._leases:
+            raise StaleMessage("unknown")
+        return self._leases[request_id]
+
+    monkeypatch.setattr(LeaseBook, "_current", current)
+
+
+def complete_too_early(monkeypatch):
+    """A commit counts as the last byte."""
+
+    def complete(self, lease):
+        if lease.state is LeaseState.COMMITTED and len(lease.announced) == lease.commit.num_announcements:
+            lease.to(LeaseState.COMPLETE)
+
+    monkeypatch.setattr(LeaseBook, "_complete_if_whole", complete)
+
+
+@pytest.mark.parametrize(
+    "mutation", [forget_writers, forget_readers, free_before_quiet, ignore_attempts, complete_too_early]
+)
+def test_the_model_catches(mutation, monkeypatch):
+    """Break one rule, and the random lives must notice it."""
+    mutation(monkeypatch)
+    with pytest.raises((AssertionError, KeyError, IndexError, InvalidParameter)):
+        for seed in range(40):
+            run_random(seed, 1500).teardown()

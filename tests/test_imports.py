@@ -1,0 +1,118 @@
+"""The import rules between packages, and the purity of the modules that decide."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+ALLOWED = {
+    "core": set(),
+    "rpc": {"core"},
+    "engine": {"core"},
+    "kv_transfer": {"core"},
+    "worker": {"core", "rpc", "engine", "kv_transfer"},
+    "prefill_worker": {"core", "rpc", "engine", "kv_transfer", "worker"},
+    "decode_worker": {"core", "rpc", "engine", "kv_transfer", "worker"},
+    "cluster": {"core", "rpc", "kv_transfer", "prefill_worker", "decode_worker", "worker", "models"},
+    "models": set(),
+    "bench": {
+        "core",
+        "rpc",
+        "engine",
+        "kv_transfer",
+        "prefill_worker",
+        "decode_worker",
+        "worker",
+        "cluster",
+        "models",
+    },
+}
+
+# package or module prefix -> the only places that may import it
+HOMES = {
+    "ray": ("cluster/", "bench/"),
+    "grpc": ("rpc/",),
+    "msgpack": ("rpc/",),
+    "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py"),
+    "tokenizers": ("cluster/ingress/", "models/"),
+}
+
+PURE = [
+    "cluster.scheduler.admission",
+    "cluster.scheduler.decision",
+    "cluster.scheduler.fleet_view",
+    "cluster.scheduler.index",
+    "decode_worker.handoffs",
+    "decode_worker.scheduler",
+    "cluster.ingress.stop_strings",
+    "engine.batch",
+    "engine.batch_codec",
+    "engine.block_pool",
+    "engine.sequence",
+    "kv_transfer.lease_book",
+    "kv_transfer.share_book",
+    "kv_transfer.tombstones",
+    "prefill_worker.deliveries",
+    "prefill_worker.scheduler",
+    "kv_transfer.plan",
+]
+IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
+
+
+def sources() -> list[Path]:
+    return [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_packages_import_only_what_they_may():
+    broken = []
+    for path in sources():
+        package = path.relative_to(ROOT).parts[0]
+        ours = {name.split(".")[0] for name in imported_modules(path)} & ALLOWED.keys()
+        broken += [f"{path.relative_to(ROOT)} imports {name}" for name in ours - ALLOWED[package] - {package}]
+    assert not broken
+
+
+def test_libraries_stay_at_home():
+    broken = []
+    for path in sources():
+        place = str(path.relative_to(ROOT))
+        for name in imported_modules(path):
+            for library, homes in HOMES.items():
+                if (name + ".").startswith(library + ".") and not place.startswith(homes):
+                    broken.append(f"{place} imports {name}")
+    assert not broken
+
+
+def test_environment_is_read_only_where_config_is_loaded():
+    readers = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(word in path.read_text() for word in ("os.environ.get", "os.getenv", "environ["))
+    }
+    assert readers <= {"core/config.py"}
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_import_nothing_that_acts(module: str):
+    probe = f"import sys, {module}; print(*sorted({IMPURE_IMPORTS!r} & set(sys.modules)))"
+    clean = "import sys; print(*sorted(set(sys.modules)))"
+    at_start = set(subprocess.check_output([sys.executable, "-S", "-c", clean], cwd=ROOT, text=True).split())
+    loaded = subprocess.check_output([sys.executable, "-c", probe], cwd=ROOT, text=True).split()
+    direct = {name.split(".")[0] for name in imported_modules(ROOT / (module.replace(".", "/") + ".py"))}
+    assert not direct & IMPURE_IMPORTS
+    assert not (set(loaded) - at_start) - {"time", "threading"}, loaded

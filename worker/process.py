@@ -1,0 +1,43 @@
+"""A rank as a plain process, without Ray: reads its spec, serves, drains on SIGTERM, ends.
+
+The spec is a JSON file (see worker.spec.RankSpec). When the rank serves, the first line on standard output is the
+replica's ReplicaInfo as JSON.
+"""
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from core.messages.fleet import ReplicaInfo
+from core.telemetry import configure_logging
+from worker.rank import MakeRole, Rank
+from worker.spec import RankSpec
+
+
+def main(make_role: MakeRole) -> None:
+    """Runs until the rank fails (exit status 1) or SIGTERM or SIGINT has drained it (0)."""
+    configure_logging(None)
+    spec = TypeAdapter(RankSpec).validate_json(Path(sys.argv[1]).read_bytes())
+    asyncio.run(run(spec, make_role))
+
+
+async def run(spec: RankSpec, make_role: MakeRole) -> None:
+    """One rank's life in this event loop."""
+    rank = Rank(spec, make_role)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        info = await rank.start()
+        print(TypeAdapter(ReplicaInfo).dump_json(info).decode(), flush=True)
+        serving, stopping = asyncio.create_task(rank.run()), asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        await rank.drain(spec.pool.drain_timeout_s)
+        serving.cancel()
+    finally:
+        await rank.close()

@@ -1,0 +1,185 @@
+"""One rank from start to end, the same under Ray and as a plain process.
+
+listen -> load (engine thread) -> meet the other ranks -> transfer agent -> role (first rank) -> serve
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from core.block_hash import HASH_SCHEME
+from core.config import TransferConfig
+from core.errors import PeerLost
+from core.kv_layout import Compatibility
+from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
+from core.messages.to_rank import SlabHeader
+from engine.block_pool import BlockPool
+from kv_transfer.agent import TransferAgent
+from kv_transfer.channels.protocol import Connector
+from kv_transfer.channels.select import make_connector
+from rpc import methods
+from rpc.client import RpcClient
+from rpc.server import RpcServer
+from worker.engine_thread import EngineThread
+from worker.load import LoadedEngine, load_engine
+from worker.peers import RpcPeerControl
+from worker.rank_context import RankContext, RoleService
+from worker.reporter import Reporter
+from worker.spec import RankSpec
+
+logger = logging.getLogger(__name__)
+
+MakeRole = Callable[[RankContext], RoleService]
+Connect = Callable[[TransferConfig, str, Tensor, Path | None], Connector]
+
+
+@dataclass
+class _Serving:
+    engine: EngineThread
+    loaded: LoadedEngine
+    agent: TransferAgent
+    info: ReplicaInfo
+    role: RoleService | None  # of the first rank
+
+
+class Rank:
+    """`start`, then `run` until it raises or is cancelled, then `close`."""
+
+    def __init__(self, spec: RankSpec, make_role: MakeRole, connect: Connect = make_connector) -> None:
+        """`connect` makes the rank's channels; another one than the configuration names serves ranks of one process."""
+        self._spec = spec
+        self._make_role = make_role
+        self._connect = connect
+        self._server = RpcServer(spec.host, spec.secret)
+        self._client = RpcClient(spec.secret)
+        self._serving: _Serving | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._failure = ""
+
+    async def start(self) -> ReplicaInfo:
+        """Loads the model and begins to serve. Raises ConfigurationError, PeerLost."""
+        spec = self._spec
+        address = f"{spec.host}:{self._server.listen(spec.port)}"
+        logger.info("rank %d of %s loads %s", spec.rank, spec.replica_id, spec.model.path)
+        engine = EngineThread(spec.transfer.layers_per_group)
+        loaded = await engine.run(lambda: load_engine(spec))
+        engine.runner = loaded.runner
+        info = _replica_info(spec, loaded, address)
+        kv_cache = loaded.runner.kv_cache
+        agent = TransferAgent(
+            address=address,
+            incarnation=spec.incarnation,
+            pool=kv_cache.tensor,
+            layout=info.layout,
+            compatibility=info.compatibility,
+            config=spec.transfer,
+            connector=self._connect(spec.transfer, spec.host, kv_cache.tensor, kv_cache.path),
+            control=RpcPeerControl(self._client, spec.transfer),
+            may_read=self._may_read,
+        )
+        self._serving = _Serving(engine, loaded, agent, info, None)
+        self._bind_transfer(agent)
+        if spec.rank == 0:
+            self._serving.role = self._start_role(engine, agent, info)
+        else:
+            self._following = asyncio.create_task(engine.run(loaded.runner.follow))
+        await self._server.start()
+        logger.info("rank %d of %s serves at %s", spec.rank, spec.replica_id, address)
+        return info
+
+    async def run(self) -> None:
+        """The first rank steps, the others follow. Raises what ended it."""
+        serving = self._require_serving()
+        try:
+            if serving.role is not None:
+                await serving.role.run()
+            elif self._following is not None:
+                await self._following
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            logger.exception("rank %d of %s failed", self._spec.rank, self._spec.replica_id)
+            raise
+
+    async def drain(self, timeout_s: float) -> None:
+        """Hands over or finishes what the replica holds; for the first rank."""
+        serving = self._require_serving()
+        if serving.role is not None:
+            await serving.role.drain(timeout_s)
+
+    async def close(self) -> None:
+        """Ends server, transfers, engine; nothing of this rank stays in the process."""
+        await self._server.stop()
+        if self._serving is not None:
+            await self._serving.agent.close()
+            await asyncio.to_thread(self._serving.engine.close, self._serving.loaded.runner.close)
+        await self._client.close()
+
+    async def health(self) -> RankHealth:
+        """Counters, answered while a step or the load is in progress."""
+        serving = self._serving
+        if serving is None:
+            return RankHealth(False, 0, 0.0, self._failure)
+        return RankHealth(True, serving.engine.num_steps, serving.engine.busy_s, self._failure)
+
+    def _start_role(self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo) -> RoleService:
+        pool = BlockPool(info.num_blocks)
+        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, self._client))
+        role.bind(self._server)
+        self._server.stream(methods.WATCH, Reporter(info, pool, role.status).watch)
+
+        async def drain(message: Drain) -> Empty:
+            await role.drain(message.timeout_s)
+            return Empty()
+
+        self._server.unary(methods.DRAIN, drain)
+        return role
+
+    def _bind_transfer(self, agent: TransferAgent) -> None:
+        async def health(_: Empty) -> RankHealth:
+            return await self.health()
+
+        self._server.unary(methods.HEALTH, health)
+        self._server.unary(methods.CONNECT, agent.on_connect)
+        self._server.unary(methods.READY, agent.on_ready)
+        self._server.unary(methods.CLOSE_CHANNEL, agent.on_close)
+        self._server.unary(methods.FETCH_BLOCKS, agent.fetch)
+
+    def _may_read(self, header: SlabHeader) -> bool:
+        """The first rank knows its shares; the others rely on it, since decode fetches from all or none."""
+        role = self._require_serving().role
+        return role is None or role.may_read(header)
+
+    def _require_serving(self) -> _Serving:
+        if self._serving is None:
+            raise PeerLost("the rank has not started")
+        return self._serving
+
+
+def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> ReplicaInfo:
+    model, layout, num_blocks = loaded.spec, loaded.runner.layout, loaded.runner.num_blocks
+    limits = [model.max_model_len, num_blocks * spec.block_size]
+    if spec.model.max_model_len is not None:
+        limits.append(spec.model.max_model_len)
+    return ReplicaInfo(
+        replica_id=spec.replica_id,
+        role=spec.role,
+        incarnation=spec.incarnation,
+        rank_addresses=spec.rank_addresses if len(spec.rank_addresses) > 1 else (address,),
+        layout=layout,
+        compatibility=Compatibility(
+            spec.model.name or Path(spec.model.path).name,
+            model.revision,
+            layout.dtype,
+            spec.block_size,
+            HASH_SCHEME,
+        ),
+        num_blocks=num_blocks,
+        max_num_seqs=spec.pool.max_num_seqs,
+        max_num_batched_tokens=spec.pool.max_num_batched_tokens,
+        max_model_len=min(limits),
+        zone=spec.pool.zone,
+    )

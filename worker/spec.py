@@ -1,0 +1,39 @@
+"""What a rank is told when it starts: who it is and its sections of the configuration."""
+
+import secrets
+from dataclasses import dataclass
+
+from core.config import ModelConfig, PoolConfig, TransferConfig
+from core.messages.fleet import Role
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """Start-up orders of one rank. The first rank hosts the replica's rendezvous store at `store_address`."""
+
+    role: Role
+    replica_id: str
+    incarnation: int
+    rank: int
+    rank_addresses: tuple[str, ...]  # host:port where each rank serves and is reached; port 0 for a lone rank: any
+    store_address: str  # host:port, unused at tensor parallel 1
+    model: ModelConfig
+    pool: PoolConfig
+    transfer: TransferConfig
+    block_size: int
+    secret: str = ""
+
+    @property
+    def host(self) -> str:
+        """The interface to bind and to advertise."""
+        return self.rank_addresses[self.rank].rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        """Where to listen; 0: anywhere."""
+        return int(self.rank_addresses[self.rank].rpartition(":")[2])
+
+
+def new_incarnation() -> int:
+    """A number that no earlier process of the replica has had."""
+    return secrets.randbits(48)

@@ -1,0 +1,83 @@
+"""The loop of a replica's first rank: schedule, execute, deliver; asleep while there is nothing to do."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from engine.batch import StepBatch, StepResult
+from worker.engine_thread import EngineThread
+
+KEEP_ALIVE_S = 2.0
+
+
+class Step(Protocol):
+    """What a role's scheduler returns."""
+
+    @property
+    def batch(self) -> StepBatch:
+        """The tokens to compute."""
+        ...
+
+
+StepType = TypeVar("StepType", bound=Step)
+
+
+class Steps(Protocol[StepType]):
+    """A role's part in the loop; all calls come from the event loop's thread."""
+
+    def next_step(self) -> StepType | None:
+        """Schedules, or None when nothing can run."""
+        ...
+
+    def layers_done(self, step: StepType, first_layer: int, num_layers: int) -> None:
+        """KV of these layers is written for the whole batch, on every rank."""
+        ...
+
+    def step_done(self, step: StepType, result: StepResult, seconds: float) -> None:
+        """Takes the result in."""
+        ...
+
+    def step_failed(self, step: StepType) -> None:
+        """The engine raised; its writes have ended."""
+        ...
+
+
+class StepLoop(Generic[StepType]):
+    """Drives one engine with one role's steps until cancelled."""
+
+    def __init__(self, engine: EngineThread, steps: Steps[StepType]) -> None:
+        self._engine = engine
+        self._steps = steps
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something may have become runnable."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Ends by cancellation, or by raising what the engine raised."""
+        while True:
+            self._wake.clear()
+            step = self._steps.next_step()
+            if step is None:
+                await self._sleep()
+            else:
+                await self._execute(step)
+
+    async def _execute(self, step: StepType) -> None:
+        started = time.monotonic()
+        on_layers: Callable[[int, int], None] = lambda first, count: self._steps.layers_done(step, first, count)  # noqa: E731
+        try:
+            result = await self._engine.execute(step.batch, on_layers)
+        except Exception:
+            self._steps.step_failed(step)
+            raise
+        self._steps.step_done(step, result, time.monotonic() - started)
+
+    async def _sleep(self) -> None:
+        try:
+            async with asyncio.timeout(KEEP_ALIVE_S):
+                await self._wake.wait()
+        except TimeoutError:
+            await self._engine.keep_alive()
