@@ -56,19 +56,25 @@ class Supervisor:
 
     async def check_health(self) -> None:
         """Called by Serve every second; raising has the replica replaced, all its ranks with it."""
+        failure = await self._failure()
+        if failure and not self._draining:
+            logger.error("%s is given up: %s", self._replica_id, failure)
+            self._kill_ranks()  # else its requests would wait until Serve believes it, and drains what cannot answer
+            raise PeerLost(f"{self._replica_id}: {failure}")
+
+    async def _failure(self) -> str:
+        """Why the replica cannot go on, or nothing."""
         ended, _ = ray.wait(self._running, num_returns=1, timeout=0) if self._running else ([], [])
-        if ended and not self._draining:
-            self._kill_ranks()
-            raise PeerLost(f"a rank of {self._replica_id} has ended")
+        if ended:
+            return "a rank has ended"
         try:
             healths = await asyncio.wait_for(self._healths(), SILENCE_S)
-        except TimeoutError as error:
-            self._kill_ranks()  # else its requests would wait until Serve believes it, and drains what cannot answer
-            raise PeerLost(f"a rank of {self._replica_id} has not answered for {SILENCE_S:.0f} s") from error
-        for health in healths:
-            if health.busy_s > HANG_S:
-                self._kill_ranks()
-                raise PeerLost(f"a rank of {self._replica_id} hangs since {health.busy_s:.0f} s")
+        except TimeoutError:
+            return f"a rank has not answered for {SILENCE_S:.0f} s"
+        except ray.exceptions.RayError as error:
+            return f"a rank is lost: {error}"
+        busy_s = max(health.busy_s for health in healths)
+        return f"a rank hangs since {busy_s:.0f} s" if busy_s > HANG_S else ""
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: takes no new work, finishes or hands over, ends the ranks."""

@@ -1,9 +1,9 @@
 """Executes steps on one rank's device: launch(batch) -> in flight -> collect() -> result.
 
-The first rank leads: its `launch` tells the others, which sit in `follow()`, what to compute.
+The first rank leads: its `launch` tells the others, which iterate over `launches()`, what to compute.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,19 +119,23 @@ class ModelRunner:
 
     # ---- the other ranks ----------------------------------------------------------------------------------------
 
-    def follow(self, max_silence_s: float = 30.0) -> None:
-        """Executes what the first rank launches until that closes. Raises PeerLost, also when that is silent."""
+    def launches(self, max_silence_s: float = 30.0) -> Iterator[StepBatch]:
+        """What the first rank launches, until that closes. Raises PeerLost, also when that is silent."""
         while True:
             kind, *values = self._group.broadcast(None, max_silence_s)
             if kind == _STOP:
                 return
             if kind == _STEP:
-                self._execute(decode_batch(values), None, self.layout.num_layers)
+                yield decode_batch(values)
+
+    def execute_launched(self, batch: StepBatch) -> None:
+        """This rank's part of a step that the first rank launched."""
+        self._execute(batch, None, self.layout.num_layers)
 
     # ---- all ranks ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """The first rank releases the others from `follow`; every rank frees its cache."""
+        """The first rank ends the others' `launches`; every rank frees its cache."""
         if self._group.size > 1 and self._group.rank == 0:
             with suppress(PeerLost):  # then nobody waits
                 self._group.broadcast([_STOP])

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from engine.batch import StepBatch, StepResult
@@ -26,7 +27,7 @@ class EngineThread:
 
     @property
     def busy_s(self) -> float:
-        """Seconds since the call in progress began; 0 when idle."""
+        """Seconds since the call in progress began; 0 when idle, or waiting for the first rank."""
         return time.monotonic() - self._busy_since if self._busy_since else 0.0
 
     async def execute(self, batch: StepBatch, on_layers: OnLayers | None = None) -> StepResult:
@@ -51,15 +52,25 @@ class EngineThread:
         assert self.runner is not None
         await self.run(self.runner.keep_alive)
 
+    async def follow(self) -> None:
+        """Executes what the first rank launches until that closes. Raises PeerLost."""
+        runner = self.runner
+        assert runner is not None
+
+        def work() -> None:
+            for batch in runner.launches():
+                with self._busy():
+                    runner.execute_launched(batch)
+                self.num_steps += 1
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
     async def run(self, work: Callable[[], Result]) -> Result:
         """Runs anything else that must not overlap a step."""
 
         def timed() -> Result:
-            self._busy_since = time.monotonic()
-            try:
+            with self._busy():
                 return work()
-            finally:
-                self._busy_since = 0.0
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
 
@@ -67,3 +78,11 @@ class EngineThread:
         """Waits for the step in flight, does one last thing and ends the thread."""
         self._thread.submit(last)
         self._thread.shutdown(wait=True)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = 0.0

@@ -86,7 +86,7 @@ class Rank:
         if spec.rank == 0:
             self._serving.role = self._start_role(engine, agent, info)
         else:
-            self._following = asyncio.create_task(engine.run(loaded.runner.follow))
+            self._following = asyncio.create_task(engine.follow())
         await self._server.start()
         logger.info("rank %d of %s serves at %s", spec.rank, spec.replica_id, address)
         return info

@@ -18,7 +18,8 @@ def _follow(checkpoint: Path, store_address: str, max_silence_s: float) -> None:
     group = connect_ranks(store_address, 1, 2, CPU)
     runner = make_runner(checkpoint, group=group)
     try:
-        runner.follow(max_silence_s)
+        for batch in runner.launches(max_silence_s):
+            runner.execute_launched(batch)
     except PeerLost:
         raise SystemExit(LOST) from None
     finally:

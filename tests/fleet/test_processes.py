@@ -8,8 +8,10 @@ import pytest
 
 from bench.rank_processes import RankProcess, free_address, rank_processes
 from core.config import ModelConfig, PoolConfig, TransferConfig
-from core.messages.fleet import Role
+from core.messages.fleet import Empty, Role
 from core.sampling import SamplingParams
+from rpc.client import RpcClient
+from rpc.methods import HEALTH
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import PlainEngine, make_runner
 from tests.fleet.in_process_fleet import BLOCK_SIZE, generate, run, running_fleet
@@ -92,6 +94,11 @@ async def test_a_killed_follower_rank_ends_its_replica_and_streams_go_on_elsewhe
         for info in infos.values():
             fleet.register(info)
         await fleet.until_ready(3)
+        await asyncio.sleep(1.1)
+        client = RpcClient("")
+        follower = await client.call(infos["d0"].rank_addresses[1], HEALTH, Empty(), 2)
+        await client.close()
+        assert follower.busy_s < 1, "an idle follower does not count as one that hangs"
         streams = [asyncio.create_task(generate(fleet, f"r{i}", prompt, 100)) for i, prompt in enumerate(prompts)]
         while fleet.scheduler._admission.fleet.get("d0").status.num_running == 0:
             await asyncio.sleep(0.01)
