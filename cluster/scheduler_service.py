@@ -35,7 +35,7 @@ class SchedulerService:
     def __init__(self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str) -> None:
         self._id = scheduler_id
         self._host = host
-        self._admission = Admission(config, self._now())
+        self._admission = Admission(config)
         self._client = RpcClient(secret)
         self._server = RpcServer(host, secret)
         self._plans: dict[str, asyncio.Future[Plan]] = {}

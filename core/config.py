@@ -91,6 +91,7 @@ class SchedulerConfig(Section):
     local_prefill_max_tokens: int = Field(default=64, ge=0)  # uncached suffixes up to this may prefill on decode
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
     replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time
+    no_replica_timeout_s: float = Field(default=5.0, gt=0)  # requests wait this long while no decode replica is ready
 
 
 class IngressConfig(Section):

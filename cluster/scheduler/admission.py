@@ -38,9 +38,7 @@ class _Waiting:
 class Admission:
     """Queue, reservations and the fleet's state; dispatch in order of arrival."""
 
-    def __init__(self, config: SchedulerConfig, started_at: float) -> None:
-        """`started_at` is on the clock of all `now`: a new scheduler gives replicas time to register."""
-        self._started_at = started_at
+    def __init__(self, config: SchedulerConfig) -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
         self._config = config
@@ -76,13 +74,12 @@ class Admission:
     def reserve(self, request: Reserve, now: float) -> None:
         """Queues a request; a repeated one, or a new attempt, replaces the old.
 
-        Raises Overloaded, NoReplica, PromptTooLong, and StaleMessage when its Finish came first.
+        It waits for a decode replica too: one may be starting, or about to register with a new scheduler.
+        Raises Overloaded, PromptTooLong, and StaleMessage when its Finish came first.
         """
         self._tombstones.refuse(request.request_id, request.attempt)
         self._drop(request.request_id)
         decodes = self.fleet.usable(Role.DECODE, now)
-        if not decodes and now - self._started_at > self._config.replica_timeout_s:
-            raise NoReplica("no decode replica is ready", retry_after_s=2.0)
         limit = max((decode.info.max_model_len for decode in decodes), default=None)
         if limit is not None and request.num_tokens + request.max_new_tokens > limit:
             raise PromptTooLong(
@@ -139,7 +136,7 @@ class Admission:
             if waited_s >= limit_s:
                 error: Unavailable = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
                 late[waiting.request.request_id] = error
-            elif not has_decode and waited_s >= self._config.replica_timeout_s:
+            elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
                 late[waiting.request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
         for request_id in late:
             del self._waiting[request_id]
