@@ -4,7 +4,6 @@ import signal
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from cluster.local import LocalFleet, local_fleet
 from cluster.settings import demo_model_path, resolve_config
 from core.config import BatonConfig
 from core.errors import BatonError
+from core.version import VERSION
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -27,7 +27,7 @@ Url = Annotated[str, typer.Option(help="a running server")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"baton {version('baton-llm')}")
+        typer.echo(f"baton {VERSION}")
         raise typer.Exit
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cluster.nodes import list_nodes
 from cluster.replica import prepare_replica
 from core.config import BatonConfig
 
@@ -39,7 +40,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from cluster.ingress.app import build_app
 
-        return build_app(self._config.ingress, self._model, self._orchestrator)
+        return build_app(self._config.ingress, self._model, self._orchestrator, list_nodes)
 
     async def __del__(self) -> None:
         """Ends streams and background tasks."""

@@ -7,16 +7,13 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
-import httpx
-
+from cluster.readiness import wait_until_ready
 from cluster.scaling import APP_NAME
 from core.config import BatonConfig
 from core.errors import ConfigurationError
@@ -89,7 +86,7 @@ def local_fleet(
         )  # it waits until all is healthy; this thread tells how far it is
         deploying.start()
         url = f"http://{config.ingress.host}:{config.ingress.port}"
-        _wait_until_ready(url, say, stop or threading.Event())
+        wait_until_ready(url, say, READY_TIMEOUT_S, stop)
         yield LocalFleet(url, log_dir, ray_dir)
     finally:
         try:
@@ -175,42 +172,3 @@ def _cpus_needed(config: BatonConfig) -> int:
 def _gpus_needed(config: BatonConfig) -> int:
     pools = (config.prefill, config.decode)
     return int(sum(p.max_replicas * p.tensor_parallel * p.resources_per_rank.num_gpus for p in pools))
-
-
-def _wait_until_ready(url: str, say: Callable[[str], None], stop: threading.Event) -> None:
-    """Ready: HTTP answers and every configured replica takes work. Raises ConfigurationError with Serve's message."""
-    from ray import serve
-
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    said = ""
-    with httpx.Client(trust_env=False, timeout=2) as client:
-        while time.monotonic() < deadline:
-            app = serve.status().applications.get(APP_NAME)
-            if app is not None:
-                if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
-                    raise ConfigurationError(f"the application did not start: {_first_failure(app)}")
-                state = ", ".join(
-                    f"{name} {sum(d.replica_states.values())}x {d.status.value.lower()}"
-                    for name, d in sorted(app.deployments.items())
-                )
-                if state != said:
-                    say(state)
-                    said = state
-                if app.status.value == "RUNNING" and _answers_ready(client, url):
-                    return
-            if stop.wait(0.1):
-                raise ConfigurationError("stopped while starting")
-    raise ConfigurationError(f"not ready after {READY_TIMEOUT_S:.0f} s: {said}")
-
-
-def _answers_ready(client: httpx.Client, url: str) -> bool:
-    try:
-        answer = client.get(f"{url}/readyz")
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == 200 and not answer.json().get("degraded")
-
-
-def _first_failure(app: Any) -> str:
-    messages = [d.message for d in app.deployments.values() if d.message and d.status.value != "HEALTHY"]
-    return str((messages or [app.message])[0])

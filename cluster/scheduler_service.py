@@ -13,6 +13,7 @@ from core.messages.to_scheduler import (
     Book,
     Deregister,
     Finish,
+    FleetStatus,
     Plan,
     Progress,
     Register,
@@ -52,6 +53,7 @@ class SchedulerService:
         unary(methods.REGISTER, self.register)
         unary(methods.DEREGISTER, self.deregister)
         unary(methods.BOOK, self.book)
+        unary(methods.FLEET, self.fleet)
         bound = self._server.listen(port)
         await self._server.start()
         self._housekeeping = asyncio.create_task(self._housekeep())
@@ -125,6 +127,11 @@ class SchedulerService:
     async def book(self, _: Empty) -> Book:
         """The replicas that take work."""
         return Book(self._admission.book(self._now()), self._admission.num_waiting)
+
+    async def fleet(self, _: Empty) -> FleetStatus:
+        """All that is known of the fleet, for people and metrics."""
+        admission = self._admission
+        return FleetStatus(self._id, admission.replicas(self._now()), admission.num_waiting, admission.num_reserved)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from core.messages.to_scheduler import ReplicaStatus
 from core.telemetry import request_id_var
 from decode_worker.fetcher import Fetcher
 from decode_worker.handoffs import Fetch, Handoff, Handoffs
+from decode_worker.links import Links
 from decode_worker.outbox import Outbox
 from decode_worker.scheduler import DecodeScheduler, DecodeStep, Outcome
 from engine.batch import StepResult
@@ -56,6 +57,7 @@ class DecodeService:
         self._outbox = Outbox(self._config.lease_ttl_s)
         self._loop = StepLoop(context.engine, self)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._links = Links()
         self._step_s = MovingAverage()
         self._tokens_per_s = MovingAverage()
 
@@ -92,6 +94,7 @@ class DecodeService:
             prefill_tokens_per_s=self._tokens_per_s.value,
             decode_step_s=self._step_s.value,
             num_steps=self._context.engine.num_steps,
+            links=self._links.status(),
         )
 
     # ---- calls --------------------------------------------------------------------------------------------------
@@ -228,6 +231,7 @@ class DecodeService:
                 self._tell_to_resume(handoff)
         else:
             self._handoffs.fetched(handoff, number, fetched, self._now())
+            self._links.add(fetch.announce.source.replica_id, fetched)
         self._settle()
 
     def _tell_to_resume(self, handoff: Handoff) -> None:

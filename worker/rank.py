@@ -8,7 +8,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from platform import python_version
 
+import torch
 from torch import Tensor
 
 from core.block_hash import HASH_SCHEME
@@ -17,6 +19,7 @@ from core.errors import PeerLost
 from core.kv_layout import Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
 from core.messages.to_rank import SlabHeader
+from core.version import VERSION
 from engine.block_pool import BlockPool
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.protocol import Connector
@@ -182,4 +185,5 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         max_num_batched_tokens=spec.pool.max_num_batched_tokens,
         max_model_len=min(limits),
         zone=spec.pool.zone,
+        software=f"baton {VERSION}, torch {torch.__version__}, Python {python_version()}",
     )

@@ -1,46 +1,65 @@
 """The HTTP application: routes, authentication, health."""
 
 import hmac
+from collections.abc import Callable
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import TypeAdapter
 
 from cluster.ingress.answer import Edge
 from cluster.ingress.chat import chat
 from cluster.ingress.completions import complete
 from cluster.ingress.connection import read_body
 from cluster.ingress.errors import install_error_handlers
+from cluster.ingress.fleet_metrics import fleet_exposition
 from cluster.ingress.generation import Backend
 from cluster.ingress.metrics import Metrics
 from cluster.ingress.protocol import ChatRequest, CompletionRequest, RequestT, parse_request
 from cluster.ingress.request_scope import RequestScope
 from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
-from core.errors import ModelNotFound, Unauthorized
+from core.errors import BatonError, ModelNotFound, Unauthorized
+from core.messages.to_scheduler import FleetStatus
 
 
-def build_app(config: IngressConfig, model: ServedModel, backend: Backend) -> FastAPI:
-    """The whole HTTP edge for one model over one backend. Every call has its own metrics."""
+def build_app(
+    config: IngressConfig, model: ServedModel, backend: Backend, nodes: Callable[[], list[dict[str, object]]] = list
+) -> FastAPI:
+    """The whole HTTP edge for one model over one backend. Every call has its own metrics.
+
+    `nodes` lists the cluster's machines for `/fleet`.
+    """
     edge = Edge(config, model, backend, Metrics())
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(RequestScope, metrics=edge.metrics)
     install_error_handlers(app)
     app.include_router(_health_routes(edge))
     app.include_router(_api_routes(edge))
+    app.include_router(_fleet_routes(edge, nodes))
     return app
 
 
-def _api_routes(edge: Edge) -> APIRouter:
-    async def authorized(http: Request) -> None:
-        _check_key(http, edge.config.api_key)
+def _fleet_routes(edge: Edge, nodes: Callable[[], list[dict[str, object]]]) -> APIRouter:
+    routes = APIRouter(dependencies=[_authorized(edge)])
 
+    @routes.get("/fleet")
+    async def fleet() -> Response:
+        status = TypeAdapter(FleetStatus).dump_python(await edge.backend.fleet(), mode="json")
+        return JSONResponse(status | {"nodes": nodes()})
+
+    return routes
+
+
+def _api_routes(edge: Edge) -> APIRouter:
     async def parsed(http: Request, kind: type[RequestT]) -> RequestT:
         request = parse_request(kind, await read_body(http, edge.config.max_body_mib))
         _check_model(edge.model, request.model)
         return request
 
-    routes = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
+    routes = APIRouter(prefix="/v1", dependencies=[_authorized(edge)])
 
     @routes.post("/completions")
     async def completions(http: Request) -> Response:
@@ -78,9 +97,20 @@ def _health_routes(edge: Edge) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(edge.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        try:
+            fleet = fleet_exposition(await edge.backend.fleet())
+        except BatonError as error:
+            fleet = f"# no fleet metrics: {error.message}\n".encode()
+        return Response(edge.metrics.exposition() + fleet, media_type=CONTENT_TYPE_LATEST)
 
     return routes
+
+
+def _authorized(edge: Edge) -> Any:
+    async def authorized(http: Request) -> None:
+        _check_key(http, edge.config.api_key)
+
+    return Depends(authorized)
 
 
 def _check_key(http: Request, api_key: str) -> None:

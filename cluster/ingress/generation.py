@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.messages.to_decode import Phases
+from core.messages.to_scheduler import FleetStatus
 from core.sampling import SamplingParams, TokenLogprobs
 
 
@@ -63,4 +64,8 @@ class Backend(Protocol):
 
     async def health(self) -> FleetHealth:
         """Answers at once, from the last known state."""
+        ...
+
+    async def fleet(self) -> FleetStatus:
+        """Replicas, their load and links. Raises PeerLost while nobody knows."""
         ...

@@ -20,7 +20,7 @@ from core.config import TransferConfig
 from core.errors import BatonError, NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout, Unavailable
 from core.messages.to_decode import Cancel, Open, Phases, Sequence, Ticket, TokenEvent
 from core.messages.to_prefill import FirstToken, Prefill
-from core.messages.to_scheduler import Plan, Reserve
+from core.messages.to_scheduler import FleetStatus, Plan, Reserve
 from rpc.client import RpcClient
 from rpc.methods import CANCEL, OPEN, PREFILL
 
@@ -78,6 +78,10 @@ class Orchestrator:
     async def health(self) -> FleetHealth:
         """From the scheduler's last address book."""
         return self._scheduler.health()
+
+    async def fleet(self) -> FleetStatus:
+        """From the scheduler. Raises PeerLost while it is away."""
+        return await self._scheduler.fleet()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[GenerationEvent, None]:
         """See generation.Backend. Raises RequestTimeout, Overloaded, NoReplica, PeerError after the last attempt."""

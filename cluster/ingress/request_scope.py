@@ -14,7 +14,7 @@ from core.telemetry import request_id_var
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _ENDPOINTS = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/models", "/livez", "/readyz", "/health", "/metrics"}
+    {"/v1/completions", "/v1/chat/completions", "/v1/models", "/livez", "/readyz", "/health", "/metrics", "/fleet"}
 )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from cluster.ingress.generation import FleetHealth
 from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
-from core.messages.to_scheduler import Book, Finish, Plan, Progress, Renew, Reserve
+from core.messages.to_scheduler import Book, Finish, FleetStatus, Plan, Progress, Renew, Reserve
 from rpc.client import RpcClient
-from rpc.methods import BOOK, FINISH, PROGRESS, RENEW, RESERVE, Unary
+from rpc.methods import BOOK, FINISH, FLEET, PROGRESS, RENEW, RESERVE, Unary
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ class SchedulerClient:
         if not self._reachable:
             missing.append("the global scheduler is away: requests are placed without it")
         return FleetHealth(True, "; ".join(missing))
+
+    async def fleet(self) -> FleetStatus:
+        """The scheduler's view. Raises PeerLost while it is away."""
+        address = self._address or await self._resolve_address()
+        return await self._client.call(address, FLEET, Empty(), CALL_TIMEOUT_S)
 
     @asynccontextmanager
     async def reservation(self, request: Reserve) -> AsyncIterator[Plan]:

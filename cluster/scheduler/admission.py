@@ -14,7 +14,7 @@ from cluster.scheduler.index import PrefixIndex
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_scheduler import Plan, Report, Reserve
+from core.messages.to_scheduler import Plan, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
 
 
@@ -145,6 +145,10 @@ class Admission:
     def book(self, now: float) -> tuple[ReplicaInfo, ...]:
         """Replicas that take new work."""
         return tuple(replica.info for role in Role for replica in self.fleet.usable(role, now))
+
+    def replicas(self, now: float) -> tuple[ReplicaState, ...]:
+        """Every replica that is known, also those that take no work."""
+        return tuple(ReplicaState(r.info, r.status, now - r.seen_at) for r in self.fleet)
 
     def _drop(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)

@@ -28,6 +28,7 @@ class ReplicaInfo:
     max_num_batched_tokens: int
     max_model_len: int
     zone: str = ""
+    software: str = ""  # versions that it runs
 
     @property
     def address(self) -> str:

@@ -89,6 +89,16 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class LinkStatus:
+    """What a replica measured of the link from one that it receives KV from."""
+
+    source_id: str
+    bytes_per_s: float  # recent
+    num_bytes: int  # since the receiver started
+    num_transfers: int
+
+
+@dataclass(frozen=True)
 class ReplicaStatus:
     """Load of a replica at one moment."""
 
@@ -101,6 +111,7 @@ class ReplicaStatus:
     prefill_tokens_per_s: float  # recent, 0 while unknown
     decode_step_s: float  # recent, 0 while unknown
     num_steps: int
+    links: tuple[LinkStatus, ...] = ()  # by source
 
 
 @dataclass(frozen=True)
@@ -113,3 +124,22 @@ class Report:
     status: ReplicaStatus
     stored: tuple[BlockHash, ...]
     removed: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """A replica as the scheduler last heard of it."""
+
+    info: ReplicaInfo
+    status: ReplicaStatus
+    silent_s: float  # since the last report
+
+
+@dataclass(frozen=True)
+class FleetStatus:
+    """The whole fleet at one moment."""
+
+    scheduler_id: str
+    replicas: tuple[ReplicaState, ...]
+    num_waiting: int  # requests without a plan
+    num_reserved: int  # requests with one

@@ -14,7 +14,9 @@ from cluster.ingress.app import build_app
 from cluster.ingress.generation import FleetHealth, Generation, GenerationEvent
 from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
+from core.errors import PeerLost
 from core.messages.to_decode import Phases
+from core.messages.to_scheduler import FleetStatus
 from core.sampling import TokenLogprobs
 
 Script = Callable[[Generation], AsyncGenerator[GenerationEvent, None]]
@@ -35,6 +37,7 @@ class ScriptedBackend:
 
     script: Script
     health_now: FleetHealth = field(default_factory=lambda: FleetHealth(ready=True))
+    fleet_now: FleetStatus | None = None
     seen: list[Generation] = field(default_factory=list)
     closed_early: list[str] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -54,6 +57,11 @@ class ScriptedBackend:
 
     async def health(self) -> FleetHealth:
         return self.health_now
+
+    async def fleet(self) -> FleetStatus:
+        if self.fleet_now is None:
+            raise PeerLost("the scheduler is away")
+        return self.fleet_now
 
 
 def scripted_logprobs(generation: Generation, token_ids: Sequence[int]) -> tuple[TokenLogprobs, ...]:

@@ -1,0 +1,39 @@
+"""The fleet in Prometheus' format: pools, replicas, and the link of every pair that has exchanged KV."""
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from core.messages.fleet import Role
+from core.messages.to_scheduler import FleetStatus
+
+
+def fleet_exposition(fleet: FleetStatus) -> bytes:
+    """Gauges made anew from one status, so that replicas that are gone leave nothing behind."""
+    registry = CollectorRegistry()
+
+    def gauge(name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"baton_{name}", text, labels, registry=registry)
+
+    gauge("waiting_requests", "Requests at the scheduler without a plan.").set(fleet.num_waiting)
+    gauge("reserved_requests", "Requests with a plan that have not finished.").set(fleet.num_reserved)
+    replicas = gauge("replicas", "Replicas of a pool that take work.", "pool")
+    for role in Role:
+        usable = [r for r in fleet.replicas if r.info.role is role and not r.status.draining]
+        replicas.labels(role.value).set(len(usable))
+    running = gauge("replica_running_requests", "Requests in a replica's batch.", "pool", "replica")
+    waiting = gauge("replica_waiting_requests", "Requests accepted, not yet running.", "pool", "replica")
+    free = gauge("replica_free_blocks", "KV blocks that can be taken now.", "pool", "replica")
+    blocks = gauge("replica_blocks", "KV blocks in all.", "pool", "replica")
+    link_rate = gauge(
+        "link_bytes_per_second", "Recent speed of KV from one replica to another.", "source", "destination"
+    )
+    link_bytes = gauge("link_bytes", "KV bytes moved since the receiver started.", "source", "destination")
+    for replica in fleet.replicas:
+        info, status = replica.info, replica.status
+        running.labels(info.role.value, info.replica_id).set(status.num_running)
+        waiting.labels(info.role.value, info.replica_id).set(status.num_waiting)
+        free.labels(info.role.value, info.replica_id).set(status.num_free_blocks)
+        blocks.labels(info.role.value, info.replica_id).set(info.num_blocks)
+        for link in status.links:
+            link_rate.labels(link.source_id, info.replica_id).set(link.bytes_per_s)
+            link_bytes.labels(link.source_id, info.replica_id).set(link.num_bytes)
+    return generate_latest(registry)

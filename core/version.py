@@ -1,0 +1,6 @@
+"""Which release this is, and which wire protocols it speaks."""
+
+VERSION = "0.1.0"
+
+PROTOCOL = 2  # of the control plane; grows when a message changes in a way that defaults do not cover
+OLDEST_PROTOCOL = 1  # still understood, so that a fleet can be upgraded replica by replica
