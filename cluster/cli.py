@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ ConfigFile = Annotated[Path | None, typer.Argument(help="YAML configuration; wit
 ModelDir = Annotated[Path | None, typer.Option(help="Hugging Face checkpoint folder; without it, the demo model")]
 Port = Annotated[int | None, typer.Option(help="HTTP port; without it, the configuration's (8000)")]
 Url = Annotated[str, typer.Option(help="a running server")]
+ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", help="when the server wants one")]
+ClusterYaml = Annotated[Path, typer.Argument(help="cluster file for `ray up`, as in ray_configs/clusters")]
+ServeYaml = Annotated[Path, typer.Argument(help="Serve configuration, as in ray_configs/serve")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,7 +66,7 @@ def chat(
     url: Url = "http://127.0.0.1:8000",
     system: Annotated[str, typer.Option(help="a system message")] = "",
     max_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
-    api_key: Annotated[str, typer.Option(envvar="BATON_API_KEY", help="when the server wants one")] = "",
+    api_key: ApiKey = "",
 ) -> None:
     """Talk to a running server; Ctrl-D ends."""
     from cluster.chat import converse
@@ -85,6 +88,58 @@ def demo(port: Port = None) -> None:
         fail(error)
 
 
+@app.command()
+def up(cluster: ClusterYaml, config: ServeYaml) -> None:
+    """Start a cluster's hosts (`ray up`) and deploy to them (`serve deploy`)."""
+    from cluster.ray_up import bring_up, read_cluster_file
+
+    try:
+        bring_up(read_cluster_file(cluster), config, console.print)
+    except BatonError as error:
+        fail(error)
+
+
+@app.command()
+def down(
+    cluster: ClusterYaml,
+    drain_timeout: Annotated[float, typer.Option(help="seconds that replicas get to finish or hand over")] = 60.0,
+) -> None:
+    """Drain a cluster's fleet and end Ray on all its hosts."""
+    from cluster.ray_up import read_cluster_file, take_down
+
+    try:
+        take_down(read_cluster_file(cluster), drain_timeout, console.print)
+    except BatonError as error:
+        fail(error)
+
+
+@app.command()
+def deploy(
+    config: ServeYaml,
+    timeout: Annotated[float, typer.Option(help="seconds until every replica must be ready")] = 1800.0,
+) -> None:
+    """On a node of a running cluster: deploy, and wait until the fleet answers."""
+    from cluster.ray_up import deploy_here
+
+    started = time.monotonic()
+    try:
+        url = deploy_here(config, console.print, timeout)
+    except BatonError as error:
+        fail(error)
+    console.print(f"ready after {time.monotonic() - started:.1f} s: {url}/v1; `baton status` shows the fleet")
+
+
+@app.command()
+def status(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = "") -> None:
+    """Show nodes, pools, replicas, links, blocks and versions of a running fleet."""
+    from cluster.status import fetch_fleet, print_fleet
+
+    try:
+        print_fleet(fetch_fleet(url, api_key), console)
+    except BatonError as error:
+        fail(error)
+
+
 def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:
     """The one line that says it all."""
     is_demo = settings.model.path == str(demo_model_path())
@@ -96,7 +151,7 @@ def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:
     )
 
 
-def fail(error: BatonError) -> None:
+def fail(error: BatonError) -> NoReturn:
     """Says what is wrong and ends with status 1."""
     console.print(f"[red]error:[/red] {error.message}")
     sys.exit(1)

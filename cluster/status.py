@@ -1,0 +1,93 @@
+"""What `baton status` prints: nodes, pools, replicas, links, blocks, versions."""
+
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from core.errors import NoReplica, Unauthorized
+
+SILENT_S = 3.0
+
+
+def fetch_fleet(url: str, api_key: str = "") -> dict[str, Any]:
+    """The answer of `/fleet`. Raises NoReplica, Unauthorized."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.get(f"{url}/fleet", headers=headers, trust_env=False, timeout=5)
+    except httpx.HTTPError as error:
+        raise NoReplica(f"no server answers at {url}: {error}") from error
+    if answer.status_code == 401:
+        raise Unauthorized("the server wants an API key: --api-key or BATON_API_KEY")
+    if answer.status_code != 200:
+        raise NoReplica(f"{url}/fleet answers {answer.status_code}: {answer.text[:200]}")
+    fleet: dict[str, Any] = answer.json()
+    return fleet
+
+
+def print_fleet(fleet: dict[str, Any], console: Console) -> None:
+    """Three tables; a link is shown once KV has moved over it."""
+    console.print(f"{fleet['num_reserved']} requests have a plan, {fleet['num_waiting']} wait for one")
+    console.print(_nodes(fleet["nodes"]))
+    console.print(_replicas(fleet["replicas"]))
+    links = _links(fleet["replicas"])
+    console.print(links if links.row_count else "no KV has moved between replicas yet")
+
+
+def _nodes(nodes: list[dict[str, Any]]) -> Table:
+    table = _table("nodes", "address", "name", "state", "resources")
+    for node in nodes:
+        resources = ", ".join(
+            f"{name} {amount:g}"
+            for name, amount in node["resources"].items()
+            if name not in ("memory", "object_store_memory")
+        )
+        table.add_row(node["address"], node["hostname"], "alive" if node["alive"] else "dead", resources)
+    return table
+
+
+def _replicas(replicas: list[dict[str, Any]]) -> Table:
+    columns = ("replica", "state", "address", "ranks", "running", "waiting", "free blocks", "revision", "runs")
+    table = _table("replicas", *columns)
+    for replica in sorted(replicas, key=lambda r: (r["info"]["role"], r["info"]["replica_id"])):
+        info, status = replica["info"], replica["status"]
+        table.add_row(
+            info["replica_id"],
+            _state(replica),
+            info["rank_addresses"][0],
+            str(len(info["rank_addresses"])),
+            str(status["num_running"]),
+            str(status["num_waiting"]),
+            f"{status['num_free_blocks']} of {info['num_blocks']}",
+            info["compatibility"]["weights_revision"][:12],
+            info["software"],
+        )
+    return table
+
+
+def _state(replica: dict[str, Any]) -> str:
+    if replica["status"]["draining"]:
+        return "draining"
+    return f"silent for {replica['silent_s']:.0f} s" if replica["silent_s"] > SILENT_S else "ready"
+
+
+def _links(replicas: list[dict[str, Any]]) -> Table:
+    table = _table("links", "from", "to", "MB moved", "transfers", "MB/s")
+    for replica in replicas:
+        for link in replica["status"]["links"]:
+            table.add_row(
+                link["source_id"],
+                replica["info"]["replica_id"],
+                f"{link['num_bytes'] / 1e6:.1f}",
+                str(link["num_transfers"]),
+                f"{link['bytes_per_s'] / 1e6:.0f}",
+            )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
