@@ -24,16 +24,22 @@ def resolve_config(path: Path | None, model: Path | None = None, port: int | Non
     config = load_config(path or laptop_config_path())
     if port is not None:
         config = config.model_copy(update={"ingress": config.ingress.model_copy(update={"port": port})})
-    changes: dict[str, str] = {}
-    chosen = str(model) if model is not None else config.model.path
+    return with_model(config, str(model) if model is not None else config.model.path)
+
+
+def with_model(config: BatonConfig, chosen: str) -> BatonConfig:
+    """The configuration with the checkpoint folder `chosen` (empty: the bundled model) and a name for it.
+
+    Raises ConfigurationError when the folder holds no checkpoint.
+    """
     if chosen:
-        changes["path"] = str(Path(chosen).expanduser().resolve())
-        if not (Path(changes["path"]) / "config.json").is_file():
+        path = Path(chosen).expanduser().resolve()
+        if not (path / "config.json").is_file():
             raise ConfigurationError(
                 f"{chosen} is no Hugging Face checkpoint folder: config.json is missing", field="model"
             )
-        changes["name"] = config.model.name or Path(changes["path"]).name
+        name = path.name
     else:
-        changes["path"] = str(demo_model_path())
-        changes["name"] = config.model.name or DEMO_MODEL_NAME
+        path, name = demo_model_path(), DEMO_MODEL_NAME
+    changes = {"path": str(path), "name": config.model.name or name}
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})

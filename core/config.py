@@ -1,6 +1,6 @@
 """The configuration tree: one frozen pydantic model, one YAML, from a laptop to a fleet.
 
-A component receives only its own section. Environment variables are read nowhere but here, in `load_config`:
+A component receives only its own section. Environment variables are read nowhere but here, in `config_with_secrets`:
 `BATON_API_KEY` and `BATON_CLUSTER_SECRET` fill their fields when the file leaves them empty.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import ConfigurationError
+from core.serve_file import application_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
@@ -142,23 +143,37 @@ def parse_config(tree: dict[str, Any]) -> BatonConfig:
 
 
 def load_config(path: Path | None) -> BatonConfig:
-    """Reads a YAML file (None: all defaults) and the secrets of the environment."""
+    """Reads a YAML file (None: all defaults) and the secrets of the environment.
+
+    The file holds the tree itself, or a Ray Serve config whose application has it as `args`. Raises ConfigurationError.
+    """
+    tree = read_yaml(path) if path is not None else {}
+    return config_with_secrets(application_args(tree) if "applications" in tree else tree)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigurationError."""
     import yaml
 
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigurationError(f"cannot read {path}: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigurationError(f"{path} must hold a mapping at its top level")
-    _fill_secret(tree, "ingress", "api_key", "BATON_API_KEY")
-    _fill_secret(tree, "cluster", "secret", "BATON_CLUSTER_SECRET")
+    try:
+        tree: Any = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigurationError(f"{path} must hold a mapping at its top level")
+    return tree
+
+
+def config_with_secrets(tree: dict[str, Any]) -> BatonConfig:
+    """Validates a parsed YAML tree after filling in the secrets of the environment. Raises ConfigurationError."""
+    tree = _filled(tree, "ingress", "api_key", os.environ.get("BATON_API_KEY"))
+    tree = _filled(tree, "cluster", "secret", os.environ.get("BATON_CLUSTER_SECRET"))
     return parse_config(tree)
 
 
-def _fill_secret(tree: dict[str, Any], section: str, field: str, variable: str) -> None:
-    value = os.environ.get(variable)
-    if value:
-        tree.setdefault(section, {}).setdefault(field, value)
+def _filled(tree: dict[str, Any], section: str, field: str, value: str | None) -> dict[str, Any]:
+    """A copy of `tree` with `value` where the field is empty; a section that is no mapping is left to the validator."""
+    fields = tree.get(section) or {}
+    if not value or not isinstance(fields, dict) or fields.get(field):
+        return tree
+    return {**tree, section: {**fields, field: value}}

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from cluster.serve_app import build, on_cluster
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path, laptop_config_path, resolve_config
-from core.config import BatonConfig, load_config, parse_config
+from core.config import BatonConfig, ClusterConfig, load_config, parse_config
 from core.errors import ConfigurationError
 
 
@@ -70,3 +71,55 @@ def test_flags_win_over_the_file(tmp_path):
 @pytest.mark.parametrize("file", sorted(laptop_config_path().parent.glob("*.yaml")), ids=lambda f: f.name)
 def test_every_shipped_configuration_is_valid(file: Path):
     assert parse_config(yaml.safe_load(file.read_text())).block_size > 0
+
+
+SERVE_FORM = {"applications": [{"name": "baton", "import_path": "cluster.serve_app:build", "args": {"block_size": 32}}]}
+
+
+def test_a_serve_config_is_read_as_the_arguments_of_its_application(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATON_API_KEY", "key")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(SERVE_FORM))
+    config = load_config(file)
+    assert (config.block_size, config.ingress.api_key) == (32, "key")
+
+
+@pytest.mark.parametrize(
+    ("applications", "says"),
+    [
+        ("baton", "list of mappings"),
+        ([], "exactly one with import_path cluster.serve_app:build, not 0"),
+        ([{"import_path": "another:app"}], "not 0"),
+        (SERVE_FORM["applications"] * 2, "not 2"),
+        ([{"import_path": "cluster.serve_app:build", "args": [1]}], "args of the application"),
+        ([{"import_path": "cluster.serve_app:build", "args": {"blok_size": 1}}], "blok_size"),
+    ],
+)
+def test_a_serve_config_without_our_application_is_refused(tmp_path, applications, says):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"applications": applications}))
+    with pytest.raises(ConfigurationError, match=says):
+        load_config(file)
+
+
+def test_secrets_of_the_environment_leave_wrong_sections_to_the_validator(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATON_API_KEY", "key")
+    file = tmp_path / "config.yaml"
+    file.write_text("ingress: [8000]\n")
+    with pytest.raises(ConfigurationError, match="ingress"):
+        load_config(file)
+
+
+def test_on_a_cluster_the_bundled_model_is_filled_in_and_nothing_is_on_loopback(tmp_path):
+    config = on_cluster(BatonConfig())
+    assert (config.model.path, config.model.name) == (str(demo_model_path()), DEMO_MODEL_NAME)
+    assert config.cluster.address == "auto"
+    named = BatonConfig(cluster=ClusterConfig(address="10.0.0.1:6379"))
+    assert on_cluster(named).cluster.address == "10.0.0.1:6379"
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        build({"model": {"path": str(tmp_path)}})
+
+
+def test_the_application_is_built_from_arguments_alone():
+    app = build({"prefill": {"max_replicas": 2}})
+    assert app._bound_deployment.name == "Ingress"

@@ -1,0 +1,24 @@
+"""What `serve deploy` builds: `import_path: cluster.serve_app:build`, with our configuration tree as `args`."""
+
+from typing import Any
+
+from ray.serve import Application
+
+from cluster.deployments import build_application
+from cluster.settings import with_model
+from core.config import BatonConfig, config_with_secrets
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Called by Serve on a node of the cluster; secrets come from that node's environment.
+
+    Raises ConfigurationError, which Serve shows as the application's status.
+    """
+    return build_application(on_cluster(config_with_secrets(args)))
+
+
+def on_cluster(config: BatonConfig) -> BatonConfig:
+    """The configuration as replicas of an existing cluster use it: reached at their nodes' addresses, not loopback."""
+    address = "auto" if config.cluster.address == "local" else config.cluster.address
+    config = with_model(config, config.model.path)
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": address})})
