@@ -94,6 +94,7 @@ class Supervisor:
 
     async def _start_ranks(self) -> ReplicaInfo:
         pool, host = self._pool_config(), self._host
+        pool = pool.model_copy(update={"zone": pool.zone or self._node_zone()})
         group = ray.util.get_current_placement_group()
         assert group is not None, "the deployment declares placement_group_bundles"
         resources = pool.resources_per_rank
@@ -134,6 +135,11 @@ class Supervisor:
         starts = [rank.start.remote(spec) for rank, spec in zip(self._ranks, specs, strict=True)]
         infos: list[ReplicaInfo] = await asyncio.gather(*starts)
         return infos[0]
+
+    def _node_zone(self) -> str:
+        """The label of this node that names its rack or zone, or nothing."""
+        labels: dict[str, Any] = ray.get_runtime_context().get_node_labels()
+        return str(labels.get(self._config.cluster.zone_label, ""))
 
     async def _healths(self) -> list[Any]:
         return list(await asyncio.gather(*(rank.health.remote() for rank in self._ranks)))

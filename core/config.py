@@ -15,6 +15,7 @@ from core.serve_file import application_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
+ZoneAffinity = Literal["ignore", "prefer", "require"]
 ChannelKind = Literal["gloo", "nccl", "shared_memory"]
 
 
@@ -59,7 +60,7 @@ class PoolConfig(Section):
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
     resources_per_rank: RankResources = RankResources()
     drain_timeout_s: float = Field(default=20.0, ge=0)
-    zone: str = ""
+    zone: str = ""  # rack or zone of all its replicas; empty takes each node's label cluster.zone_label
 
     @model_validator(mode="after")
     def _ordered(self) -> "PoolConfig":
@@ -93,6 +94,7 @@ class SchedulerConfig(Section):
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
     replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time
     no_replica_timeout_s: float = Field(default=5.0, gt=0)  # requests wait this long while no decode replica is ready
+    zone_affinity: ZoneAffinity = "prefer"  # of pairs; "require" has decode prefill by itself rather than cross zones
 
 
 class IngressConfig(Section):
@@ -116,6 +118,7 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(default=None, ge=1)  # logical CPUs of a local cluster; None counts what pools ask for
     secret: str = ""  # shared by all processes of the fleet; control calls without it are refused
     log_dir: str = ""
+    zone_label: str = "ray.io/availability-zone"  # key of the Ray node label that names a node's rack or zone
 
 
 class BatonConfig(Section):

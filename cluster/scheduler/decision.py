@@ -30,6 +30,7 @@ class Decision:
     transfer_s: float
     num_uncached_tokens: int
     num_decode_blocks: int  # that the request will claim on decode for its prompt
+    crosses_zones: bool = False  # taken only when no candidate within one zone has room
 
     @property
     def predicted_ttft_s(self) -> float:
@@ -61,7 +62,7 @@ class DecisionMaker:
         ready_prefills = [prefill for prefill in prefills if _takes_more(prefill) and request.placement != "local"]
         candidates = []
         for decode in with_room:
-            partners = [prefill for prefill in prefills if _can_exchange(prefill, decode)]
+            partners = [prefill for prefill in prefills if self._may_pair(prefill, decode)]
             ready = [prefill for prefill in partners if prefill in ready_prefills]
             candidates += [self._pair(request, prefill, decode, cached) for prefill in ready]
             reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
@@ -82,16 +83,23 @@ class DecisionMaker:
         blocks = self._decode_blocks(request, decode, cached)
         layout = decode.info.layout
         num_bytes = blocks * layout.block_bytes_per_rank * layout.tensor_parallel
+        bytes_per_s = decode.bytes_per_s_from(prefill.info.replica_id) or LINK_BYTES_PER_S
         return Decision(
             prefill,
             decode,
             "pair",
             queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
             prefill_s=uncached / prefill.prefill_tokens_per_s,
-            transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / LINK_BYTES_PER_S,
+            transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / bytes_per_s,
             num_uncached_tokens=uncached,
             num_decode_blocks=blocks,
+            crosses_zones=self._config.zone_affinity != "ignore" and prefill.info.zone != decode.info.zone,
         )
+
+    def _may_pair(self, prefill: ReplicaView, decode: ReplicaView) -> bool:
+        """KV blocks of one mean the same to the other, and the zones allow it."""
+        near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
+        return near and prefill.info.compatibility == decode.info.compatibility
 
     def _local(self, request: Reserve, decode: ReplicaView, cached: dict[str, int], reason: str) -> Decision:
         uncached = _uncached_tokens(request, decode, cached)
@@ -127,11 +135,6 @@ class DecisionMaker:
         return decode.info.layout.num_blocks_for(request.num_tokens) - cached.get(decode.info.replica_id, 0)
 
 
-def _can_exchange(prefill: ReplicaView, decode: ReplicaView) -> bool:
-    """Whether KV blocks of one mean the same to the other."""
-    return prefill.info.compatibility == decode.info.compatibility
-
-
 def _takes_more(prefill: ReplicaView) -> bool:
     """Whether the replica holds less than about two steps of work."""
     return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
@@ -148,10 +151,11 @@ def _without(replicas: Sequence[ReplicaView], avoid: Iterable[str]) -> list[Repl
     return others or list(replicas)
 
 
-def _rank(decision: Decision) -> tuple[float, int, str, str]:
+def _rank(decision: Decision) -> tuple[bool, float, int, str, str]:
     prefill, decode = decision.prefill, decision.decode
     reservations = decode.num_reservations + (prefill.num_reservations if prefill else 0)
     return (
+        decision.crosses_zones,
         round(decision.predicted_ttft_s, 4),
         reservations,
         prefill.info.replica_id if prefill else "",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import log2
 
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import ReplicaStatus
@@ -38,6 +39,13 @@ class ReplicaView:
     def num_free_blocks(self) -> int:
         """Blocks that a new request can count on."""
         return self.status.num_free_blocks - sum(self.decode_requests.values())
+
+    def bytes_per_s_from(self, source_id: str) -> float:
+        """Measured speed of KV from a replica, to the nearest power of two: less is noise; 0 while unknown."""
+        for link in self.status.links:
+            if link.source_id == source_id and link.bytes_per_s > 0:
+                return float(2 ** round(log2(link.bytes_per_s)))
+        return 0.0
 
     @property
     def num_reservations(self) -> int:

@@ -11,7 +11,7 @@ from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, StaleMessage
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_scheduler import ReplicaStatus, Report, Reserve
+from core.messages.to_scheduler import LinkStatus, ReplicaStatus, Report, Reserve
 
 BLOCK = 16
 
@@ -125,6 +125,47 @@ def test_draining_and_silent_replicas_get_nothing(admission):
     assert (plan.prefill.replica_id, plan.decode.replica_id) == ("p1", "d1")
     admission.reserve(reserve("late"), 10.0)
     assert admission.dispatch(10.0) == [], "all have been silent for too long"
+
+
+def fill_both_zones(config: SchedulerConfig, *, with_near_prefill: bool) -> Admission:
+    admission = Admission(config)
+    zones = {"p-east": Role.PREFILL, "d-west": Role.DECODE}
+    if with_near_prefill:
+        zones["p-west"] = Role.PREFILL
+    for name, role in zones.items():
+        info = replace(replica(name, role), zone=name[2:])
+        rate = 9000.0 if name == "p-east" else 1000.0
+        admission.report(report(info, snapshot=True, prefill_tokens_per_s=rate), 0.0)
+    return admission
+
+
+@pytest.mark.parametrize(
+    ("affinity", "near", "prefill", "reason"),
+    [
+        ("ignore", True, "p-east", "pair"),
+        ("prefer", True, "p-west", "pair"),
+        ("prefer", False, "p-east", "pair"),
+        ("require", True, "p-west", "pair"),
+        ("require", False, None, "local_no_prefill"),
+    ],
+)
+def test_pairs_keep_to_their_zone_as_far_as_configured(affinity, near, prefill, reason):
+    admission = fill_both_zones(SchedulerConfig(zone_affinity=affinity), with_near_prefill=near)
+    plan = plan_one(admission, reserve("r"))
+    assert (plan.prefill and plan.prefill.replica_id, plan.reason) == (prefill, reason)
+
+
+def test_the_pair_with_the_faster_link_wins_and_small_differences_do_not_count(admission):
+    rates = {("p0", "d0"): 1e4, ("p1", "d0"): 1e9, ("p0", "d1"): 1e4, ("p1", "d1"): 1.1e9}
+    for decode in ("d0", "d1"):
+        links = tuple(LinkStatus(p, rate, 1, 1) for (p, d), rate in rates.items() if d == decode)
+        admission.report(report(replica(decode, Role.DECODE), links=links), 0.0)
+    plans = [
+        plan_one(admission, reserve(f"r{i}", tokens=tuple(range(i * 500, i * 500 + 20)), placement="pair"))
+        for i in range(2)
+    ]
+    assert [p.prefill.replica_id for p in plans] == ["p1", "p1"]
+    assert [p.decode.replica_id for p in plans] == ["d0", "d1"]
 
 
 def test_requests_wait_a_while_for_a_decode_replica():
