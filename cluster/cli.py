@@ -140,6 +140,26 @@ def status(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = "") -> None:
         fail(error)
 
 
+@app.command()
+def traffic(
+    weights: Annotated[list[str] | None, typer.Argument(help="GENERATION=WEIGHT ..., as in v1=90 v2=10")] = None,
+    back: Annotated[bool, typer.Option("--back", help="return to the weights before the last change")] = False,
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = "",
+) -> None:
+    """Share requests out between the generations of a fleet; without arguments, show how they are."""
+    from cluster.status import describe_weights, fetch_fleet, parse_weights, set_traffic
+
+    try:
+        if weights or back:
+            now = set_traffic(url, api_key, None if back else parse_weights(weights or []))
+        else:
+            now = fetch_fleet(url, api_key)["traffic"]
+    except BatonError as error:
+        fail(error)
+    console.print(describe_weights(now["weights"]) if now["weights"] else "no weights: all generations alike")
+
+
 def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:
     """The one line that says it all."""
     is_demo = settings.model.path == str(demo_model_path())

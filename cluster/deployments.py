@@ -1,11 +1,11 @@
-"""The Serve application: Ingress, GlobalScheduler, PrefillPool, DecodePool, and how they are wired."""
+"""The Serve applications: the front (Ingress, GlobalScheduler), and per generation PrefillPool and DecodePool."""
 
 from typing import Any
 
 from ray import serve
 
 from cluster.ingress_replica import Ingress
-from cluster.scaling import POOL_NAMES
+from cluster.names import POOL_NAMES, SCHEDULER_NAME
 from cluster.scheduler_replica import GlobalScheduler
 from cluster.supervisor import Supervisor
 from core.config import BatonConfig, PoolConfig
@@ -15,28 +15,34 @@ HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 15.0
 
 
-def build_application(config: BatonConfig) -> serve.Application:
-    """The whole application of one configuration."""
-    common: dict[str, Any] = {
+def front(config: BatonConfig) -> serve.Application:
+    """Ingress and global scheduler."""
+    scheduler = serve.deployment(**_common(), name=SCHEDULER_NAME)(GlobalScheduler).bind(config)
+    ingress = serve.deployment(
+        **_common(),
+        num_replicas=config.ingress.replicas,
+        max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=config.ingress.drain_timeout_s,
+    )(serve.ingress()(Ingress))
+    return ingress.bind(config, scheduler)
+
+
+def pools(config: BatonConfig) -> serve.Application:
+    """Both pools of one generation."""
+    prefill = _pool(Role.PREFILL, config.prefill).bind(Role.PREFILL, config)
+    application: serve.Application = _pool(Role.DECODE, config.decode).bind(Role.DECODE, config, prefill)
+    return application
+
+
+def _common() -> dict[str, Any]:
+    return {
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "ray_actor_options": {"num_cpus": 0},
     }
-    scheduler = serve.deployment(**common)(GlobalScheduler).bind(config)
-    pools = [
-        _pool(POOL_NAMES[role], pool).bind(role, config, scheduler)
-        for role, pool in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
-    ]
-    ingress = serve.deployment(
-        **common,
-        num_replicas=config.ingress.replicas,
-        max_ongoing_requests=10_000,
-        graceful_shutdown_timeout_s=10,
-    )(serve.ingress()(Ingress))
-    return ingress.bind(config, scheduler, *pools)
 
 
-def _pool(name: str, pool: PoolConfig) -> Any:
+def _pool(role: Role, pool: PoolConfig) -> Any:
     """One deployment per pool; a placement group per replica, one bundle per rank, all on one node."""
     resources = pool.resources_per_rank
     bundle = {"CPU": resources.num_cpus, **resources.custom}
@@ -45,12 +51,10 @@ def _pool(name: str, pool: PoolConfig) -> Any:
     if resources.accelerator_type:
         bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
     return serve.deployment(
-        name=name,
+        **_common(),
+        name=POOL_NAMES[role],
         num_replicas=pool.min_replicas,
-        ray_actor_options={"num_cpus": 0},
         placement_group_bundles=[bundle] * pool.tensor_parallel,
         placement_group_strategy="STRICT_PACK",
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=pool.drain_timeout_s + 15,
     )(Supervisor)

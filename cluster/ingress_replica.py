@@ -13,9 +13,9 @@ from core.config import BatonConfig
 
 
 class Ingress:
-    """Serve's replica around the FastAPI app; the pools' handles are held so that one application holds all."""
+    """Serve's replica around the FastAPI app."""
 
-    async def __init__(self, config: BatonConfig, scheduler: Any, prefill_pool: Any, decode_pool: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, config: BatonConfig, scheduler: Any) -> None:  # type: ignore[misc]
         prepare_replica(config, "ingress")
         from cluster.ingress.orchestrator import Fleet, Orchestrator
         from cluster.ingress.scheduler_client import SchedulerClient
@@ -24,7 +24,6 @@ class Ingress:
         from rpc.client import RpcClient
 
         self._config = config
-        self._pools = (prefill_pool, decode_pool)
         self._model = await asyncio.to_thread(
             load_served_model, Path(config.model.path), config.model.name, config.model.max_model_len
         )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from cluster.names import FRONT_NAME, pools_name
 from cluster.readiness import wait_until_ready
-from cluster.scaling import APP_NAME
 from core.config import BatonConfig
 from core.errors import ConfigurationError
 
@@ -101,10 +101,17 @@ def local_fleet(
 def _deploy(config: BatonConfig) -> None:
     from ray import serve
 
-    from cluster.deployments import build_application
+    from cluster import deployments
 
     try:
-        serve.run(build_application(config), name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
+        serve.run_many(
+            [
+                serve.RunTarget(deployments.front(config), FRONT_NAME, "/"),
+                serve.RunTarget(
+                    deployments.pools(config), pools_name(config.generation), None, external_scaler_enabled=True
+                ),
+            ]
+        )
     except RuntimeError as error:
         logger.error("the application did not deploy: %s", error)  # serve.status tells the waiting thread
 

@@ -2,12 +2,11 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 
-from cluster.scaling import APP_NAME
 from core.errors import ConfigurationError
 
 
@@ -25,22 +24,25 @@ def wait_until_ready(
     said = ""
     with httpx.Client(trust_env=False, timeout=2) as client:
         while time.monotonic() < deadline:
-            app = serve.status().applications.get(APP_NAME)
-            if app is not None:
+            apps = serve.status().applications
+            for name, app in apps.items():
                 if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
-                    raise ConfigurationError(f"the application did not start: {_first_failure(app)}")
-                state = ", ".join(
-                    f"{name} {sum(d.replica_states.values())}x {d.status.value.lower()}"
-                    for name, d in sorted(app.deployments.items())
-                )
-                if state != said:
-                    say(state)
-                    said = state
-                if app.status.value == "RUNNING" and _answers_ready(client, url):
-                    return
+                    raise ConfigurationError(f"application {name} did not start: {_first_failure(app)}")
+            state = _describe(apps)
+            if state and state != said:
+                say(state)
+                said = state
+            running = [app.status.value == "RUNNING" for app in apps.values()]
+            if len(running) > 1 and all(running) and _answers_ready(client, url):
+                return
             if stop.wait(0.1):
                 raise ConfigurationError("stopped while starting")
     raise ConfigurationError(f"not ready after {timeout_s:.0f} s: {said}")
+
+
+def _describe(apps: Mapping[str, Any]) -> str:
+    deployments = [item for _, app in sorted(apps.items()) for item in sorted(app.deployments.items())]
+    return ", ".join(f"{name} {sum(d.replica_states.values())}x {d.status.value.lower()}" for name, d in deployments)
 
 
 def _answers_ready(client: httpx.Client, url: str) -> bool:

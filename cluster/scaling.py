@@ -1,12 +1,10 @@
 """Changes the number of a pool's replicas while it serves."""
 
+from cluster.names import POOL_NAMES, pools_name
 from core.messages.fleet import Role
 
-APP_NAME = "baton"
-POOL_NAMES = {Role.PREFILL: "PrefillPool", Role.DECODE: "DecodePool"}
 
-
-def resize_pool(role: Role, num_replicas: int) -> None:
+def resize_pool(generation: str, role: Role, num_replicas: int) -> None:
     """Sets the target; returns at once. Replicas that go drain first. The application runs with an external scaler.
 
     This is what Serve's REST endpoint for scaling does; the local fleet has no dashboard to offer it.
@@ -17,5 +15,5 @@ def resize_pool(role: Role, num_replicas: int) -> None:
 
     client = _get_global_client()
     assert client is not None, "no application is served from this process"
-    deployment = DeploymentID(POOL_NAMES[role], APP_NAME)
+    deployment = DeploymentID(POOL_NAMES[role], pools_name(generation))
     ray.get(client._controller.update_deployment_replicas.remote(deployment, num_replicas))

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from cluster.scheduler.admission import Admission
 from core.config import SchedulerConfig
-from core.errors import BatonError
+from core.errors import BatonError, InvalidParameter
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
 from core.messages.to_scheduler import (
     Book,
@@ -17,8 +17,11 @@ from core.messages.to_scheduler import (
     Plan,
     Progress,
     Register,
+    Registered,
     Renew,
     Reserve,
+    SetTraffic,
+    Traffic,
     Watch,
 )
 from rpc import methods
@@ -54,6 +57,7 @@ class SchedulerService:
         unary(methods.DEREGISTER, self.deregister)
         unary(methods.BOOK, self.book)
         unary(methods.FLEET, self.fleet)
+        unary(methods.SET_TRAFFIC, self.set_traffic)
         bound = self._server.listen(port)
         await self._server.start()
         self._housekeeping = asyncio.create_task(self._housekeep())
@@ -105,16 +109,17 @@ class SchedulerService:
         self._admission.renew(message.request_ids, self._now())
         return Acknowledged()
 
-    async def register(self, message: Register) -> Acknowledged:
+    async def register(self, message: Register) -> Registered:
         """A supervisor's heartbeat: watches the replica unless that is done already."""
-        info = message.info
+        info, split = message.info, self._admission.traffic
+        split.learn(message.traffic)
         known = self._watches.get(info.replica_id)
         if known is not None and known[0] == info.incarnation and not known[1].done():
-            return Acknowledged()
+            return Registered(True, split.traffic)
         if known is not None:
             known[1].cancel()
         self._watches[info.replica_id] = (info.incarnation, asyncio.create_task(self._watch(info)))
-        return Acknowledged(False)
+        return Registered(False, split.traffic)
 
     async def deregister(self, message: Deregister) -> Acknowledged:
         """A supervisor ends its replica."""
@@ -128,10 +133,31 @@ class SchedulerService:
         """The replicas that take work."""
         return Book(self._admission.book(self._now()), self._admission.num_waiting)
 
+    async def set_traffic(self, message: SetTraffic) -> Traffic:
+        """Shares requests out anew. Raises InvalidParameter for a generation that no replica has."""
+        split = self._admission.traffic
+        if message.weights is None:
+            return split.roll_back()
+        known = {replica.info.generation for replica in self._admission.fleet}
+        unknown = sorted(generation for generation in message.weights if generation not in known)
+        if unknown or not any(weight > 0 for weight in message.weights.values()):
+            running = ", ".join(sorted(known)) or "none"
+            raise InvalidParameter(
+                f"weights must name generations that run ({running}) and one must be positive",
+                field=unknown[0] if unknown else "weights",
+            )
+        return split.change(message.weights)
+
     async def fleet(self, _: Empty) -> FleetStatus:
         """All that is known of the fleet, for people and metrics."""
         admission = self._admission
-        return FleetStatus(self._id, admission.replicas(self._now()), admission.num_waiting, admission.num_reserved)
+        return FleetStatus(
+            self._id,
+            admission.replicas(self._now()),
+            admission.num_waiting,
+            admission.num_reserved,
+            admission.traffic.traffic,
+        )
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -1,20 +1,28 @@
-"""What `serve deploy` builds: `import_path: cluster.serve_app:build`, with our configuration tree as `args`."""
+"""What `serve deploy` builds: `cluster.serve_app:front` once, `cluster.serve_app:pools` for every generation.
+
+Both take our configuration tree as `args`.
+"""
 
 from typing import Any
 
 from ray.serve import Application
 
-from cluster.deployments import build_application
+from cluster import deployments
 from cluster.settings import with_model
 from core.config import BatonConfig, config_with_secrets
 
 
-def build(args: dict[str, Any]) -> Application:
+def front(args: dict[str, Any]) -> Application:
     """Called by Serve on a node of the cluster; secrets come from that node's environment.
 
     Raises ConfigurationError, which Serve shows as the application's status.
     """
-    return build_application(on_cluster(config_with_secrets(args)))
+    return deployments.front(on_cluster(config_with_secrets(args)))
+
+
+def pools(args: dict[str, Any]) -> Application:
+    """Like `front`."""
+    return deployments.pools(on_cluster(config_with_secrets(args)))
 
 
 def on_cluster(config: BatonConfig) -> BatonConfig:

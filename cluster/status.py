@@ -6,33 +6,64 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from core.errors import NoReplica, Unauthorized
+from core.errors import InvalidParameter, NoReplica, Unauthorized
 
 SILENT_S = 3.0
 
 
 def fetch_fleet(url: str, api_key: str = "") -> dict[str, Any]:
     """The answer of `/fleet`. Raises NoReplica, Unauthorized."""
+    return _ask("GET", f"{url}/fleet", api_key, None)
+
+
+def set_traffic(url: str, api_key: str, weights: dict[str, float] | None) -> dict[str, Any]:
+    """Shares requests out between generations; None: as before the last change. Raises NoReplica, InvalidParameter."""
+    return _ask("PUT", f"{url}/fleet/traffic", api_key, {"weights": weights})
+
+
+def parse_weights(words: list[str]) -> dict[str, float]:
+    """`v1=90 v2=10` as a mapping. Raises InvalidParameter."""
+    weights = {}
+    for word in words:
+        generation, _, weight = word.partition("=")
+        try:
+            weights[generation] = float(weight)
+        except ValueError as error:
+            raise InvalidParameter(f"{word!r} is not GENERATION=WEIGHT, as in v2=10", field="weights") from error
+    return weights
+
+
+def _ask(method: str, url: str, api_key: str, body: dict[str, Any] | None) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{url}/fleet", headers=headers, trust_env=False, timeout=5)
+        answer = httpx.request(method, url, headers=headers, json=body, trust_env=False, timeout=5)
     except httpx.HTTPError as error:
         raise NoReplica(f"no server answers at {url}: {error}") from error
     if answer.status_code == 401:
         raise Unauthorized("the server wants an API key: --api-key or BATON_API_KEY")
+    if answer.status_code == 400:
+        raise InvalidParameter(answer.json()["error"]["message"])
     if answer.status_code != 200:
-        raise NoReplica(f"{url}/fleet answers {answer.status_code}: {answer.text[:200]}")
-    fleet: dict[str, Any] = answer.json()
-    return fleet
+        raise NoReplica(f"{url} answers {answer.status_code}: {answer.text[:200]}")
+    tree: dict[str, Any] = answer.json()
+    return tree
 
 
 def print_fleet(fleet: dict[str, Any], console: Console) -> None:
     """Three tables; a link is shown once KV has moved over it."""
     console.print(f"{fleet['num_reserved']} requests have a plan, {fleet['num_waiting']} wait for one")
+    if fleet["traffic"]["weights"]:
+        console.print(f"traffic by generation: {describe_weights(fleet['traffic']['weights'])}")
     console.print(_nodes(fleet["nodes"]))
     console.print(_replicas(fleet["replicas"]))
     links = _links(fleet["replicas"])
     console.print(links if links.row_count else "no KV has moved between replicas yet")
+
+
+def describe_weights(weights: dict[str, float]) -> str:
+    """Shares in percent."""
+    total = sum(weights.values())
+    return ", ".join(f"{generation} {100 * weight / total:.0f} %" for generation, weight in sorted(weights.items()))
 
 
 def _nodes(nodes: list[dict[str, Any]]) -> Table:
@@ -48,12 +79,13 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
 
 
 def _replicas(replicas: list[dict[str, Any]]) -> Table:
-    columns = ("replica", "state", "address", "ranks", "running", "waiting", "free blocks", "revision", "runs")
-    table = _table("replicas", *columns)
+    load = ("running", "waiting", "free blocks")
+    table = _table("replicas", "replica", "generation", "state", "address", "ranks", *load, "revision", "runs")
     for replica in sorted(replicas, key=lambda r: (r["info"]["role"], r["info"]["replica_id"])):
         info, status = replica["info"], replica["status"]
         table.add_row(
             info["replica_id"],
+            info["generation"],
             _state(replica),
             info["rank_addresses"][0],
             str(len(info["rank_addresses"])),

@@ -11,14 +11,16 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.names import FRONT_NAME, SCHEDULER_NAME
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
 from core.config import BatonConfig, PoolConfig
 from core.errors import BatonError, PeerLost
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_scheduler import Deregister, Register
+from core.messages.to_scheduler import Deregister, Register, Traffic
 from rpc.client import RpcClient
 from rpc.methods import DEREGISTER, REGISTER
 from worker.spec import RankSpec, new_incarnation
@@ -35,10 +37,13 @@ RANK_NAMESPACE = "baton-ranks"  # where rank actors are found by name, for opera
 class Supervisor:
     """Deployed once per pool, with the pool's role."""
 
-    async def __init__(self, role: Role, config: BatonConfig, scheduler: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, role: Role, config: BatonConfig, other_pool: Any = None) -> None:  # type: ignore[misc]
+        """`other_pool` is held so that one application of Serve, which has one root, has both pools."""
         self._role = role
         self._config = config
-        self._scheduler = scheduler
+        self._other_pool = other_pool
+        self._traffic = Traffic()
+        self._scheduler: Any = None
         self._client = RpcClient(config.cluster.secret)
         self._replica_id = f"{role.value}-{serve.get_replica_context().replica_id.unique_id}"
         self._host = prepare_replica(config, self._replica_id)
@@ -129,6 +134,7 @@ class Supervisor:
                 transfer=self._config.transfer,
                 block_size=self._config.block_size,
                 secret=self._config.cluster.secret,
+                generation=self._config.generation,
             )
             for rank in range(pool.tensor_parallel)
         ]
@@ -153,13 +159,17 @@ class Supervisor:
         assert self._info is not None
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
+                if self._scheduler is None:  # the front may have been deployed after us
+                    self._scheduler = serve.get_deployment_handle(SCHEDULER_NAME, FRONT_NAME)
                 address = await self._scheduler.address.remote()
             if deregister:
-                message = Deregister(self._info.replica_id, self._info.incarnation)
-                await self._client.call(address, DEREGISTER, message, CALL_TIMEOUT_S)
+                leaving = Deregister(self._info.replica_id, self._info.incarnation)
+                await self._client.call(address, DEREGISTER, leaving, CALL_TIMEOUT_S)
             else:
-                await self._client.call(address, REGISTER, Register(self._info), CALL_TIMEOUT_S)
-        except (BatonError, TimeoutError, ray.exceptions.RayError) as error:
+                heartbeat = Register(self._info, self._traffic)
+                answer = await self._client.call(address, REGISTER, heartbeat, CALL_TIMEOUT_S)
+                self._traffic = answer.traffic
+        except (BatonError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
             logger.warning("%s cannot reach the global scheduler: %s", self._replica_id, error)
 
     def _kill_ranks(self) -> None:

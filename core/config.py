@@ -108,6 +108,7 @@ class IngressConfig(Section):
     max_attempts: int = Field(default=5, ge=1)  # plans tried for one request before it fails
     max_buffered_tokens: int = Field(default=4096, ge=16)  # per stream, for slow clients
     max_body_mib: float = Field(default=16.0, gt=0)
+    drain_timeout_s: float = Field(default=10.0, ge=0)  # a replica that goes gives its streams this long to end
 
 
 class ClusterConfig(Section):
@@ -131,6 +132,7 @@ class BatonConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     ingress: IngressConfig = IngressConfig()
     cluster: ClusterConfig = ClusterConfig()
+    generation: str = Field(default="v1", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")  # pools of another name live beside
     block_size: int = Field(default=16, ge=1, le=256)  # tokens per hash block, a constant of the fleet
     tenant_salt: str = ""
     seed: int = Field(default=0, ge=0)

@@ -1,10 +1,10 @@
-"""A Ray Serve config file that carries our configuration tree as the arguments of one application."""
+"""A Ray Serve config file that carries our configuration tree as the arguments of its applications."""
 
 from typing import Any
 
 from core.errors import ConfigurationError
 
-IMPORT_PATH = "cluster.serve_app:build"
+IMPORT_PATH = "cluster.serve_app:front"
 
 
 def application_args(tree: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ PURE = [
     "cluster.scheduler.decision",
     "cluster.scheduler.fleet_view",
     "cluster.scheduler.index",
+    "cluster.scheduler.traffic",
+    "decode_worker.links",
     "decode_worker.handoffs",
     "decode_worker.scheduler",
     "cluster.ingress.stop_strings",

@@ -185,5 +185,6 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         max_num_batched_tokens=spec.pool.max_num_batched_tokens,
         max_model_len=min(limits),
         zone=spec.pool.zone,
+        generation=spec.generation,
         software=f"baton {VERSION}, torch {torch.__version__}, Python {python_version()}",
     )

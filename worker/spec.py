@@ -22,6 +22,7 @@ class RankSpec:
     transfer: TransferConfig
     block_size: int
     secret: str = ""
+    generation: str = ""
 
     @property
     def host(self) -> str:

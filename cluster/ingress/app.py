@@ -17,12 +17,12 @@ from cluster.ingress.errors import install_error_handlers
 from cluster.ingress.fleet_metrics import fleet_exposition
 from cluster.ingress.generation import Backend
 from cluster.ingress.metrics import Metrics
-from cluster.ingress.protocol import ChatRequest, CompletionRequest, RequestT, parse_request
+from cluster.ingress.protocol import ChatRequest, CompletionRequest, GenerationT, TrafficRequest, parse_request
 from cluster.ingress.request_scope import RequestScope
 from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
 from core.errors import BatonError, ModelNotFound, Unauthorized
-from core.messages.to_scheduler import FleetStatus
+from core.messages.to_scheduler import FleetStatus, Traffic
 
 
 def build_app(
@@ -50,11 +50,17 @@ def _fleet_routes(edge: Edge, nodes: Callable[[], list[dict[str, object]]]) -> A
         status = TypeAdapter(FleetStatus).dump_python(await edge.backend.fleet(), mode="json")
         return JSONResponse(status | {"nodes": nodes()})
 
+    @routes.put("/fleet/traffic")
+    async def traffic(http: Request) -> Response:
+        wanted = parse_request(TrafficRequest, await read_body(http, edge.config.max_body_mib))
+        changed = await edge.backend.set_traffic(wanted.weights)
+        return JSONResponse(TypeAdapter(Traffic).dump_python(changed, mode="json"))
+
     return routes
 
 
 def _api_routes(edge: Edge) -> APIRouter:
-    async def parsed(http: Request, kind: type[RequestT]) -> RequestT:
+    async def parsed(http: Request, kind: type[GenerationT]) -> GenerationT:
         request = parse_request(kind, await read_body(http, edge.config.max_body_mib))
         _check_model(edge.model, request.model)
         return request

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.messages.to_decode import Phases
-from core.messages.to_scheduler import FleetStatus
+from core.messages.to_scheduler import FleetStatus, Traffic
 from core.sampling import SamplingParams, TokenLogprobs
 
 
@@ -68,4 +68,8 @@ class Backend(Protocol):
 
     async def fleet(self) -> FleetStatus:
         """Replicas, their load and links. Raises PeerLost while nobody knows."""
+        ...
+
+    async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
+        """Shares requests out between generations; None: as before the last change. Raises InvalidParameter."""
         ...

@@ -20,7 +20,7 @@ from core.config import TransferConfig
 from core.errors import BatonError, NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout, Unavailable
 from core.messages.to_decode import Cancel, Open, Phases, Sequence, Ticket, TokenEvent
 from core.messages.to_prefill import FirstToken, Prefill
-from core.messages.to_scheduler import FleetStatus, Plan, Reserve
+from core.messages.to_scheduler import FleetStatus, Plan, Reserve, Traffic
 from rpc.client import RpcClient
 from rpc.methods import CANCEL, OPEN, PREFILL
 
@@ -45,6 +45,7 @@ class _Progress:
     num_resumes: int = 0
     phases: Phases | None = None  # of the first attempt that decoded
     finished: bool = False
+    fleet_generation: str = ""  # whose weights made the shown tokens
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Orchestrator:
         """From the scheduler. Raises PeerLost while it is away."""
         return await self._scheduler.fleet()
 
+    async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
+        """At the scheduler. Raises PeerLost while it is away, InvalidParameter."""
+        return await self._scheduler.set_traffic(weights)
+
     async def generate(self, generation: Generation) -> AsyncGenerator[GenerationEvent, None]:
         """See generation.Backend. Raises RequestTimeout, Overloaded, NoReplica, PeerError after the last attempt."""
         progress = _Progress(generation, asyncio.get_running_loop().time() + generation.timeout_s)
@@ -120,6 +125,7 @@ class Orchestrator:
             self._streams.subscribe(plan.decode, request_id, attempt) as subscription,
             self._lease(progress, plan, sequence, attempt, subscription) as ticket,
         ):
+            progress.fleet_generation = plan.decode.generation
             first: FirstToken | None = None
             if plan.prefill is not None:
                 first = await self._first_token(progress, plan, sequence, ticket, subscription)
@@ -280,6 +286,7 @@ class Orchestrator:
             self._remaining(progress),
             tuple(sorted(progress.avoid)),
             generation.placement,
+            progress.fleet_generation if progress.shown else "",
         )
 
     def _sequence(self, progress: _Progress) -> Sequence:

@@ -172,7 +172,14 @@ class ChatRequest(GenerationRequest):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+class TrafficRequest(Body):
+    """PUT /fleet/traffic. `weights` null returns to those before the last change."""
+
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e6, strict=False)]] | None
+
+
+RequestT = TypeVar("RequestT", bound=Body)
+GenerationT = TypeVar("GenerationT", bound=GenerationRequest)
 
 
 def parse_request(kind: type[RequestT], body: bytes) -> RequestT:

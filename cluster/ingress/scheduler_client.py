@@ -11,9 +11,9 @@ from typing import Any
 from cluster.ingress.generation import FleetHealth
 from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
-from core.messages.to_scheduler import Book, Finish, FleetStatus, Plan, Progress, Renew, Reserve
+from core.messages.to_scheduler import Book, Finish, FleetStatus, Plan, Progress, Renew, Reserve, SetTraffic, Traffic
 from rpc.client import RpcClient
-from rpc.methods import BOOK, FINISH, FLEET, PROGRESS, RENEW, RESERVE, Unary
+from rpc.methods import BOOK, FINISH, FLEET, PROGRESS, RENEW, RESERVE, SET_TRAFFIC, Unary
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,11 @@ class SchedulerClient:
         """The scheduler's view. Raises PeerLost while it is away."""
         address = self._address or await self._resolve_address()
         return await self._client.call(address, FLEET, Empty(), CALL_TIMEOUT_S)
+
+    async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
+        """Raises PeerLost while the scheduler is away, InvalidParameter."""
+        address = self._address or await self._resolve_address()
+        return await self._client.call(address, SET_TRAFFIC, SetTraffic(weights), CALL_TIMEOUT_S)
 
     @asynccontextmanager
     async def reservation(self, request: Reserve) -> AsyncIterator[Plan]:

@@ -6,11 +6,13 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from cluster.scheduler.decision import Decision, DecisionMaker
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.traffic import TrafficSplit
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
 from core.messages.fleet import ReplicaInfo, Role
@@ -41,6 +43,7 @@ class Admission:
     def __init__(self, config: SchedulerConfig) -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
+        self.traffic = TrafficSplit()
         self._config = config
         self._decision_maker = DecisionMaker(config)
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
@@ -92,12 +95,20 @@ class Admission:
         self._waiting[request.request_id] = _Waiting(request, now)
 
     def dispatch(self, now: float) -> list[Plan]:
-        """Plans for waiting requests, oldest first, until one finds no room."""
+        """Plans for waiting requests, oldest first, in each generation until one finds no room."""
         plans = []
+        decodes = self._decodes_by_generation(now)
+        full: set[str] = set()
         for waiting in list(self._waiting.values()):
-            decision = self._decide(waiting.request, now)
-            if decision is None:
+            if full == decodes.keys():
                 break
+            generation = self._generation_for(waiting.request, decodes)
+            if generation in full:
+                continue
+            decision = self._decide(waiting.request, decodes[generation], now)
+            if decision is None:
+                full.add(generation)  # nobody of this generation overtakes
+                continue
             del self._waiting[waiting.request.request_id]
             plans.append(self._book(waiting, decision, now))
         return plans
@@ -158,13 +169,21 @@ class Admission:
                 replica.prefill_tokens.pop(request_id, None)
                 replica.decode_requests.pop(request_id, None)
 
-    def _decide(self, request: Reserve, now: float) -> Decision | None:
-        return self._decision_maker.decide(
-            request,
-            self.fleet.usable(Role.PREFILL, now),
-            self.fleet.usable(Role.DECODE, now),
-            self.index.match(request.block_hashes),
-        )
+    def _decodes_by_generation(self, now: float) -> dict[str, list[ReplicaView]]:
+        decodes: dict[str, list[ReplicaView]] = {}
+        for decode in self.fleet.usable(Role.DECODE, now):
+            decodes.setdefault(decode.info.generation, []).append(decode)
+        return decodes
+
+    def _generation_for(self, request: Reserve, generations: Collection[str]) -> str:
+        """Tokens that were shown bind a request to the weights that made them, as long as those are served."""
+        if request.generation in generations:
+            return request.generation
+        return self.traffic.choose(request.request_id, generations)
+
+    def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
+        prefills = self.fleet.usable(Role.PREFILL, now)
+        return self._decision_maker.decide(request, prefills, decodes, self.index.match(request.block_hashes))
 
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request

@@ -97,9 +97,10 @@ class DecisionMaker:
         )
 
     def _may_pair(self, prefill: ReplicaView, decode: ReplicaView) -> bool:
-        """KV blocks of one mean the same to the other, and the zones allow it."""
-        near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
-        return near and prefill.info.compatibility == decode.info.compatibility
+        """KV blocks of one mean the same to the other, both are of one generation, and the zones allow it."""
+        ours, theirs = prefill.info, decode.info
+        near = self._config.zone_affinity != "require" or ours.zone == theirs.zone
+        return near and ours.compatibility == theirs.compatibility and ours.generation == theirs.generation
 
     def _local(self, request: Reserve, decode: ReplicaView, cached: dict[str, int], reason: str) -> Decision:
         uncached = _uncached_tokens(request, decode, cached)

@@ -29,6 +29,7 @@ class ReplicaInfo:
     max_model_len: int
     zone: str = ""
     software: str = ""  # versions that it runs
+    generation: str = ""  # of configuration and weights; pairs form within one
 
     @property
     def address(self) -> str:

@@ -2,7 +2,7 @@
 by Watch streams that it opens itself, from replicas (Report).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.block_hash import BlockHash
 from core.messages.fleet import ReplicaInfo
@@ -21,6 +21,7 @@ class Reserve:
     timeout_s: float
     avoid: tuple[str, ...] = ()
     placement: str = "auto"  # "pair" or "local" when the client insists
+    generation: str = ""  # of the tokens already shown; empty: the traffic split decides
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,35 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """How requests are shared out between generations. Replicas remember the newest for a scheduler that restarts."""
+
+    version: int = 0
+    weights: dict[str, float] = field(default_factory=dict)  # by generation
+    previous: dict[str, float] = field(default_factory=dict)  # before the last change
+
+
+@dataclass(frozen=True)
 class Register:
     """A supervisor's heartbeat: this replica lives. The scheduler watches it from then on."""
 
     info: ReplicaInfo
+    traffic: Traffic = Traffic()
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Whether the scheduler watches the replica already, and the traffic split to remember."""
+
+    known: bool = True
+    traffic: Traffic = Traffic()
+
+
+@dataclass(frozen=True)
+class SetTraffic:
+    """New weights by generation; None returns to those before the last change."""
+
+    weights: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -143,3 +169,4 @@ class FleetStatus:
     replicas: tuple[ReplicaState, ...]
     num_waiting: int  # requests without a plan
     num_reserved: int  # requests with one
+    traffic: Traffic = Traffic()

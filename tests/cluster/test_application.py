@@ -120,9 +120,13 @@ async def until_degraded_is_over(fleet, num_pools: int = 2) -> None:
 
     async with asyncio.timeout(120), httpx.AsyncClient(trust_env=False, timeout=10) as http:
         while True:
-            status = serve.status().applications["baton"].status.value
+            apps = serve.status().applications
             answer = await http.get(f"{fleet.url}/readyz")
-            if status == "RUNNING" and answer.status_code == 200 and not answer.json()["degraded"]:
+            if (
+                all(app.status.value == "RUNNING" for app in apps.values())
+                and answer.status_code == 200
+                and not answer.json()["degraded"]
+            ):
                 return
             await asyncio.sleep(0.2)
 
@@ -246,7 +250,7 @@ async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, expected):
     before = resumes_of(fleet)
     load = Load(client_of(fleet), expected, 8)
     await load.until_done(8)
-    await asyncio.to_thread(resize_pool, Role.DECODE, 1)
+    await asyncio.to_thread(resize_pool, "v1", Role.DECODE, 1)
     async with asyncio.timeout(60):
         while decode_states() != {"RUNNING": 1}:
             await asyncio.sleep(0.1)
@@ -258,4 +262,4 @@ async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, expected):
 def decode_states() -> dict[str, int]:
     from ray import serve
 
-    return serve.status().applications["baton"].deployments["DecodePool"].replica_states
+    return serve.status().applications["baton-v1"].deployments["DecodePool"].replica_states

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from cluster.serve_app import build, on_cluster
+from cluster.serve_app import front, on_cluster, pools
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path, laptop_config_path, resolve_config
 from core.config import BatonConfig, ClusterConfig, load_config, parse_config
 from core.errors import ConfigurationError
@@ -73,7 +73,7 @@ def test_every_shipped_configuration_is_valid(file: Path):
     assert parse_config(yaml.safe_load(file.read_text())).block_size > 0
 
 
-SERVE_FORM = {"applications": [{"name": "baton", "import_path": "cluster.serve_app:build", "args": {"block_size": 32}}]}
+SERVE_FORM = {"applications": [{"name": "baton", "import_path": "cluster.serve_app:front", "args": {"block_size": 32}}]}
 
 
 def test_a_serve_config_is_read_as_the_arguments_of_its_application(tmp_path, monkeypatch):
@@ -88,11 +88,11 @@ def test_a_serve_config_is_read_as_the_arguments_of_its_application(tmp_path, mo
     ("applications", "says"),
     [
         ("baton", "list of mappings"),
-        ([], "exactly one with import_path cluster.serve_app:build, not 0"),
+        ([], "exactly one with import_path cluster.serve_app:front, not 0"),
         ([{"import_path": "another:app"}], "not 0"),
         (SERVE_FORM["applications"] * 2, "not 2"),
-        ([{"import_path": "cluster.serve_app:build", "args": [1]}], "args of the application"),
-        ([{"import_path": "cluster.serve_app:build", "args": {"blok_size": 1}}], "blok_size"),
+        ([{"import_path": "cluster.serve_app:front", "args": [1]}], "args of the application"),
+        ([{"import_path": "cluster.serve_app:front", "args": {"blok_size": 1}}], "blok_size"),
     ],
 )
 def test_a_serve_config_without_our_application_is_refused(tmp_path, applications, says):
@@ -117,9 +117,9 @@ def test_on_a_cluster_the_bundled_model_is_filled_in_and_nothing_is_on_loopback(
     named = BatonConfig(cluster=ClusterConfig(address="10.0.0.1:6379"))
     assert on_cluster(named).cluster.address == "10.0.0.1:6379"
     with pytest.raises(ConfigurationError, match=r"config\.json"):
-        build({"model": {"path": str(tmp_path)}})
+        front({"model": {"path": str(tmp_path)}})
 
 
-def test_the_application_is_built_from_arguments_alone():
-    app = build({"prefill": {"max_replicas": 2}})
-    assert app._bound_deployment.name == "Ingress"
+def test_the_applications_are_built_from_arguments_alone():
+    args = {"prefill": {"max_replicas": 2}}
+    assert (front(args)._bound_deployment.name, pools(args)._bound_deployment.name) == ("Ingress", "DecodePool")

@@ -16,7 +16,7 @@ from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
 from core.errors import PeerLost
 from core.messages.to_decode import Phases
-from core.messages.to_scheduler import FleetStatus
+from core.messages.to_scheduler import FleetStatus, Traffic
 from core.sampling import TokenLogprobs
 
 Script = Callable[[Generation], AsyncGenerator[GenerationEvent, None]]
@@ -62,6 +62,9 @@ class ScriptedBackend:
         if self.fleet_now is None:
             raise PeerLost("the scheduler is away")
         return self.fleet_now
+
+    async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
+        return Traffic(7, weights or {})
 
 
 def scripted_logprobs(generation: Generation, token_ids: Sequence[int]) -> tuple[TokenLogprobs, ...]:
