@@ -10,7 +10,7 @@ on the idle fleet. On a machine with fewer cores than ranks, ingress and client 
 gives each of them alone: the ratio then tells as much about the machine as about the path.
 
     python -m bench.http --streams 1 8 32
-    python -m bench.http --config ray_configs/laptop_cpu.yaml --prefill 2 --decode 2
+    python -m bench.http --config ray_configs/serve/laptop_cpu.yaml --prefill 2 --decode 2
 """
 
 import argparse

@@ -11,7 +11,7 @@ DEMO_MODEL_NAME = "baton-demo"
 
 def laptop_config_path() -> Path:
     """The configuration of `baton serve` without a file."""
-    return Path(str(files("ray_configs"))) / "laptop_cpu.yaml"
+    return Path(str(files("ray_configs"))) / "serve" / "laptop_cpu.yaml"
 
 
 def demo_model_path() -> Path:
