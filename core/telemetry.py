@@ -2,6 +2,7 @@
 
 import logging
 from contextvars import ContextVar
+from pathlib import Path
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -19,7 +20,9 @@ class RequestIdFilter(logging.Filter):
 
 
 def configure_logging(path: str | None, level: int = logging.INFO) -> None:
-    """Sends this process's log to `path` (None: standard error), once."""
+    """Sends this process's log to `path` (None: standard error), once; makes its folder."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     handler: logging.Handler = logging.FileHandler(path) if path else logging.StreamHandler()
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     handler.addFilter(RequestIdFilter())

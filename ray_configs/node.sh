@@ -41,6 +41,7 @@ environment() {
     RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=3
     RAY_gcs_rpc_server_reconnect_timeout_s=120
     set +a
+    grep -qs RAY_AUTH_MODE "$HOME/.bashrc" || echo "export RAY_AUTH_MODE=token" >> "$HOME/.bashrc" # for commands by hand
 }
 resources() {
     role=${1:-}
