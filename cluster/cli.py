@@ -85,6 +85,22 @@ def demo(port: Port = None) -> None:
         fail(error)
 
 
+@app.command()
+def check(
+    config: ConfigFile = None,
+    model: ModelDir = None,
+    memory_gib: Annotated[float | None, typer.Option(help="of a GPU; without it, by accelerator_type")] = None,
+    cluster_file: Annotated[Path | None, typer.Option(help="a `ray up` file whose nodes shall hold the pools")] = None,
+) -> None:
+    """Say what a configuration will allocate on every GPU, and refuse what cannot fit. Starts nothing."""
+    from cluster.check.command import run_check
+
+    try:
+        run_check(config, model, memory_gib, cluster_file, console)
+    except BatonError as error:
+        fail(error)
+
+
 def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:
     """The one line that says it all."""
     is_demo = settings.model.path == str(demo_model_path())
