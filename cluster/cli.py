@@ -101,6 +101,21 @@ def check(
         fail(error)
 
 
+@app.command()
+def doctor(
+    cluster: Annotated[str, typer.Option(help="address of a Ray cluster, or auto; without it, this host")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Check this host, or every host of a cluster, before it serves; ends with status 1 when a check fails."""
+    from cluster.doctor.command import run_doctor
+
+    try:
+        is_fit = run_doctor(cluster, as_json, console)
+    except BatonError as error:
+        fail(error)
+    sys.exit(not is_fit)
+
+
 def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:
     """The one line that says it all."""
     is_demo = settings.model.path == str(demo_model_path())
