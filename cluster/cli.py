@@ -5,10 +5,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from cluster.local import LocalFleet, local_fleet
 from cluster.settings import demo_model_path, resolve_config
@@ -16,8 +17,21 @@ from core.config import BatonConfig
 from core.errors import BatonError
 from core.version import VERSION
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False)
+
+
+class _Commands(TyperGroup):
+    """Says what is wrong and ends with status 1 when a command raises an error of the tree."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BatonError as error:
+            console.print(f"[red]error:[/red] {error.message}")
+            sys.exit(1)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML configuration; without it, this laptop's CPU")]
 ModelDir = Annotated[Path | None, typer.Option(help="Hugging Face checkpoint folder; without it, the demo model")]
@@ -50,15 +64,12 @@ def serve(config: ConfigFile = None, model: ModelDir = None, port: Port = None) 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    try:
-        settings = resolve_config(config, model, port)
-        with console.status("starting") as status, local_fleet(settings, status.update, stop) as fleet:
-            status.stop()
-            console.print(ready_line(fleet, settings, time.monotonic() - started))
-            stop.wait()
-            console.print("stopping: replicas finish what they hold")
-    except BatonError as error:
-        fail(error)
+    settings = resolve_config(config, model, port)
+    with console.status("starting") as status, local_fleet(settings, status.update, stop) as fleet:
+        status.stop()
+        console.print(ready_line(fleet, settings, time.monotonic() - started))
+        stop.wait()
+        console.print("stopping: replicas finish what they hold")
 
 
 @app.command()
@@ -71,10 +82,7 @@ def chat(
     """Talk to a running server; Ctrl-D ends."""
     from cluster.chat import converse
 
-    try:
-        converse(url, system, max_tokens, api_key, console)
-    except BatonError as error:
-        fail(error)
+    converse(url, system, max_tokens, api_key, console)
 
 
 @app.command()
@@ -82,10 +90,7 @@ def demo(port: Port = None) -> None:
     """Show handoffs and local prefills side by side, on a running server or on one started for it."""
     from cluster.demo import run_demo
 
-    try:
-        run_demo(port, console)
-    except BatonError as error:
-        fail(error)
+    run_demo(port, console)
 
 
 @app.command()
@@ -93,10 +98,7 @@ def up(cluster: ClusterYaml, config: ServeYaml) -> None:
     """Start a cluster's hosts (`ray up`) and deploy to them (`serve deploy`)."""
     from cluster.ray_up import bring_up, read_cluster_file
 
-    try:
-        bring_up(read_cluster_file(cluster), config, console.print)
-    except BatonError as error:
-        fail(error)
+    bring_up(read_cluster_file(cluster), config, console.print)
 
 
 @app.command()
@@ -107,10 +109,31 @@ def down(
     """Drain a cluster's fleet and end Ray on all its hosts."""
     from cluster.ray_up import read_cluster_file, take_down
 
-    try:
-        take_down(read_cluster_file(cluster), drain_timeout, console.print)
-    except BatonError as error:
-        fail(error)
+    take_down(read_cluster_file(cluster), drain_timeout, console.print)
+
+
+@app.command()
+def check(
+    config: ConfigFile = None,
+    model: ModelDir = None,
+    memory_gib: Annotated[float | None, typer.Option(help="of a GPU; without it, by accelerator_type")] = None,
+    cluster_file: Annotated[Path | None, typer.Option(help="a `ray up` file whose nodes shall hold the pools")] = None,
+) -> None:
+    """Say what a configuration will allocate on every GPU, and refuse what cannot fit. Starts nothing."""
+    from cluster.check.command import run_check
+
+    run_check(config, model, memory_gib, cluster_file, console)
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[str, typer.Option(help="address of a Ray cluster, or auto; without it, this host")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Check this host, or every host of a cluster, before it serves; ends with status 1 when a check fails."""
+    from cluster.doctor.command import run_doctor
+
+    sys.exit(not run_doctor(cluster, as_json, console))
 
 
 @app.command()
@@ -122,10 +145,7 @@ def deploy(
     from cluster.ray_up import deploy_here
 
     started = time.monotonic()
-    try:
-        url = deploy_here(config, console.print, timeout)
-    except BatonError as error:
-        fail(error)
+    url = deploy_here(config, console.print, timeout)
     console.print(f"ready after {time.monotonic() - started:.1f} s: {url}/v1; `baton status` shows the fleet")
 
 
@@ -134,10 +154,7 @@ def status(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = "") -> None:
     """Show nodes, pools, replicas, links, blocks and versions of a running fleet."""
     from cluster.status import fetch_fleet, print_fleet
 
-    try:
-        print_fleet(fetch_fleet(url, api_key), console)
-    except BatonError as error:
-        fail(error)
+    print_fleet(fetch_fleet(url, api_key), console)
 
 
 @app.command()
@@ -150,13 +167,10 @@ def traffic(
     """Share requests out between the generations of a fleet; without arguments, show how they are."""
     from cluster.status import describe_weights, fetch_fleet, parse_weights, set_traffic
 
-    try:
-        if weights or back:
-            now = set_traffic(url, api_key, None if back else parse_weights(weights or []))
-        else:
-            now = fetch_fleet(url, api_key)["traffic"]
-    except BatonError as error:
-        fail(error)
+    if weights or back:
+        now = set_traffic(url, api_key, None if back else parse_weights(weights or []))
+    else:
+        now = fetch_fleet(url, api_key)["traffic"]
     console.print(describe_weights(now["weights"]) if now["weights"] else "no weights: all generations alike")
 
 
@@ -169,9 +183,3 @@ def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:
         f"{settings.prefill.min_replicas} prefill + {settings.decode.min_replicas} decode replicas; "
         f"try `baton chat --url {fleet.url}` or `baton demo`; logs in {fleet.log_dir}"
     )
-
-
-def fail(error: BatonError) -> NoReturn:
-    """Says what is wrong and ends with status 1."""
-    console.print(f"[red]error:[/red] {error.message}")
-    sys.exit(1)

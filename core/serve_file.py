@@ -24,3 +24,18 @@ def application_args(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(args, dict):
         raise ConfigurationError(f"args of the application {IMPORT_PATH} must be a mapping", field="applications.args")
     return args
+
+
+def require_same_http(tree: dict[str, Any], host: str, port: int) -> None:
+    """Raises ConfigurationError when a Serve config's http_options are not the ingress section's host and port.
+
+    `serve deploy` goes by the first, `baton serve` by the second. A tree without applications has no http_options.
+    """
+    options = tree.get("http_options") or {}
+    if "applications" not in tree:
+        return
+    for name, ours, default in (("host", host, "0.0.0.0"), ("port", port, 8000)):
+        theirs = options.get(name, default)
+        if theirs != ours:
+            message = f"http_options.{name} is {theirs}, but ingress.{name} is {ours}"
+            raise ConfigurationError(message, field=f"http_options.{name}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.errors import ConfigurationError
 from core.kv_layout import DTYPE_BYTES, KVLayout
+from core.model_geometry import ModelGeometry
 from engine.models.family import BlockFeatures
 from engine.models.registry import FAMILIES
 from engine.parsed_config import parsed_config
@@ -43,24 +44,29 @@ class ModelSpec:
         return self.features.head_dim
 
     @property
+    def geometry(self) -> ModelGeometry:
+        """What memory and splitting depend on."""
+        return ModelGeometry(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            tie_word_embeddings=self.tie_word_embeddings,
+            max_model_len=self.max_model_len,
+            dtype=self.dtype,
+        )
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the whole model, biases and norms left out."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        block = attention + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * block + self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.geometry.num_parameters
 
     def kv_layout(self, tensor_parallel: int, block_size: int) -> KVLayout:
         """Raises ConfigurationError when the model cannot be split that way."""
-        if self.num_heads % tensor_parallel or self.intermediate_size % tensor_parallel:
-            raise ConfigurationError(
-                f"tensor_parallel {tensor_parallel} must divide {self.num_heads} attention heads and "
-                f"an intermediate size of {self.intermediate_size}"
-            )
-        if max(tensor_parallel, self.num_kv_heads) % min(tensor_parallel, self.num_kv_heads):
-            raise ConfigurationError(
-                f"tensor_parallel {tensor_parallel} must divide {self.num_kv_heads} KV heads, or be a multiple of them"
-            )
-        return KVLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, self.dtype, tensor_parallel)
+        return self.geometry.kv_layout(tensor_parallel, block_size)
 
 
 def load_model_spec(path: Path, dtype: str | None = None) -> ModelSpec:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigurationError
-from core.kv_layout import DTYPE_BYTES, KVLayout
+from core.kv_budget import blocks_within, gpu_kv_bytes
+from core.kv_layout import KVLayout
 from engine.checkpoint import ModelSpec
 from engine.weights import TORCH_DTYPES
-
-ACTIVATION_MARGIN_BYTES = 1 << 30  # CUDA: workspaces, activations, channel buffers
 
 
 class KVCache:
@@ -67,16 +66,10 @@ def decide_num_blocks(
     if device.type == "cpu":
         budget_bytes = kv_cache_mib << 20
     else:
-        weight_bytes = spec.num_parameters * DTYPE_BYTES[spec.dtype] // layout.tensor_parallel
-        total_bytes = torch.cuda.get_device_properties(device).total_memory
-        budget_bytes = int(total_bytes * memory_fraction) - weight_bytes - ACTIVATION_MARGIN_BYTES
-    found = budget_bytes // layout.block_bytes_per_rank
-    if found < 2:
-        raise ConfigurationError(
-            f"{max(0, budget_bytes) >> 20} MiB for the KV cache hold {max(0, found)} blocks of "
-            f"{layout.block_bytes_per_rank} bytes; at least 2 are needed"
-        )
-    return found
+        weight_bytes = spec.geometry.weight_bytes_per_rank(layout.tensor_parallel)
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+        budget_bytes = gpu_kv_bytes(memory_bytes, memory_fraction, weight_bytes)
+    return blocks_within(layout, budget_bytes)
 
 
 def _allocate_shared(num_bytes: int) -> int:

@@ -55,16 +55,17 @@ resources() {
 }
 start_head() {
     environment
-    mkdir -p "$state"
-    if [ -z "${RAY_REDIS_ADDRESS:-}" ]; then
-        export RAY_gcs_storage=rocksdb RAY_gcs_storage_path="${BATON_GCS_PATH:-$state/gcs}"
-        mkdir -p "$RAY_gcs_storage_path"
-    fi
-    from_ray_up=$HOME/ray_bootstrap_config.yaml
-    [ ! -f "$from_ray_up" ] || set -- "$@" "--autoscaling-config=$from_ray_up"
-    "$venv/bin/ray" start --head --port="$port" --dashboard-host=127.0.0.1 "$@"
+    [ -n "${RAY_REDIS_ADDRESS:-}" ] || export RAY_gcs_storage=rocksdb RAY_gcs_storage_path="${BATON_GCS_PATH:-$state/gcs}"
+    mkdir -p "$state" "${RAY_gcs_storage_path:-$state}"
+    [ ! -f ~/ray_bootstrap_config.yaml ] || set -- "$@" "--autoscaling-config=$HOME/ray_bootstrap_config.yaml"
+    "$venv/bin/ray" start --head --node-ip-address="${BATON_NODE_IP:-$(hostname -I | cut -d' ' -f1)}" --port="$port" "$@"
     nohup "$venv/bin/python" -m cluster.gcs_keeper --port "$port" >> "$state/gcs_keeper.log" 2>&1 < /dev/null &
     echo $! > "$keeper"
+}
+start_worker() {
+    environment
+    towards_head=$(ip -oneline route get "${RAY_HEAD_IP:?}" | sed 's/.* src \([^ ]*\).*/\1/')
+    exec "$venv/bin/ray" start --address="$RAY_HEAD_IP:$port" --node-ip-address="${BATON_NODE_IP:-$towards_head}" "$@"
 }
 stop() {
     if [ -f "$keeper" ] && grep -qs gcs_keeper "/proc/$(cat "$keeper")/cmdline"; then kill "$(cat "$keeper")"; fi
@@ -73,6 +74,6 @@ stop() {
 case ${1:-} in
     keys | setup | stop) "$1" ;;
     head) start_head $(resources "${2:-}") ;;
-    worker) environment && exec "$venv/bin/ray" start --address="${RAY_HEAD_IP:?}:$port" $(resources "${2:-}") ;;
+    worker) start_worker $(resources "${2:-}") ;;
     *) sed -n '2,10s/^# //p' "$0" && exit 2 ;;
 esac

@@ -42,6 +42,10 @@ HOMES = {
 }
 
 PURE = [
+    "cluster.check.node_types",
+    "cluster.check.plan",
+    "cluster.check.rank_memory",
+    "cluster.doctor.compare",
     "cluster.scheduler.admission",
     "cluster.scheduler.decision",
     "cluster.scheduler.fleet_view",

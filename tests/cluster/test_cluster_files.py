@@ -88,3 +88,10 @@ def test_kubernetes_offers_what_the_pools_of_its_manifest_ask_for():
         (container,) = groups[name]["template"]["spec"]["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
         assert {v["name"] for v in container["volumeMounts"]} == {"models", "shm"}
+
+
+def test_the_readme_says_of_every_file_whether_it_was_run():
+    table = (FOLDER.parent / "README.md").read_text()
+    for file in [*CLUSTERS, *SERVES, KUBERAY]:
+        (row,) = [line for line in table.splitlines() if line.startswith("|") and file.name in line]
+        assert row.endswith("run |") or "`make test`" in row

@@ -44,7 +44,7 @@ def test_secrets_of_the_environment_fill_what_the_file_leaves_out(tmp_path, monk
     monkeypatch.setenv("BATON_API_KEY", "key")
     monkeypatch.setenv("BATON_CLUSTER_SECRET", "secret")
     file = tmp_path / "config.yaml"
-    file.write_text("cluster: {secret: own}\n")
+    file.write_text("cluster: {secret: own}\ningress: {api_key: ''}\n")
     config = load_config(file)
     assert (config.ingress.api_key, config.cluster.secret) == ("key", "own")
 

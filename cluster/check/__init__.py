@@ -1,0 +1,1 @@
+"""`baton check`: what a configuration will allocate, and why it cannot."""

@@ -1,0 +1,26 @@
+"""Counts a checkpoint's parameters by the headers of its weight files."""
+
+import json
+from math import prod
+from pathlib import Path
+
+from core.errors import ConfigurationError
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Of all safetensors files in `folder`; None where there are none yet. Raises ConfigurationError."""
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(map(_count, files)) if files else None
+
+
+def _count(file: Path) -> int:
+    """The format: 8 bytes of little-endian header length, then JSON with a shape per tensor."""
+    try:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > file.stat().st_size:
+                raise ValueError("it is cut short")
+            header = json.loads(stream.read(header_bytes))
+        return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"cannot read {file}: it is cut short or no safetensors file") from error

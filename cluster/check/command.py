@@ -1,0 +1,60 @@
+"""`baton check`: reads files, prints what every rank will allocate, refuses what cannot work."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.check.checkpoint_size import count_parameters
+from cluster.check.node_types import read_node_types
+from cluster.check.plan import Hardware, Plan, make_plan
+from cluster.settings import laptop_config_path, resolve_config
+from core.config import read_yaml
+from core.errors import ConfigurationError
+from core.model_geometry import read_geometry
+from core.serve_file import require_same_http
+
+
+def run_check(
+    path: Path | None, model: Path | None, memory_gib: float | None, cluster_file: Path | None, console: Console
+) -> None:
+    """Prints the plan. Raises ConfigurationError that names every field that is wrong, with its limit."""
+    config = resolve_config(path, model)
+    require_same_http(read_yaml(path or laptop_config_path()), config.ingress.host, config.ingress.port)
+    folder = Path(config.model.path)
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    node_types = read_node_types(read_yaml(cluster_file)) if cluster_file else ()
+    num_parameters = count_parameters(folder)
+    plan = make_plan(config, read_geometry(folder), num_parameters, Hardware(host_bytes, memory_gib, node_types))
+    console.print(_table(plan))
+    source = "formula: the folder holds no weights yet" if num_parameters is None else "headers of the weight files"
+    console.print(f"model {folder}; weights by the {source}; channels with all replicas up")
+    if plan.problems:
+        raise ConfigurationError("; ".join(f"{problem.field}: {problem.message}" for problem in plan.problems))
+    console.print("[green]it fits[/green]")
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(title="one rank, GiB")
+    for column in ("pool", "ranks", "weights", "KV", "blocks", "tokens/replica", "channels", "reserve", "total", "of"):
+        table.add_column(column, justify="left" if column == "pool" else "right")
+    for pool in plan.pools:
+        rank = pool.rank
+        table.add_row(
+            f"{pool.name} on {pool.pool.device}",
+            f"{pool.pool.max_replicas} x TP {pool.pool.tensor_parallel}",
+            _gib(rank.weight_bytes),
+            _gib(rank.kv_bytes),
+            f"{rank.num_blocks}",
+            f"{pool.num_tokens}",
+            f"{rank.num_channels}: {_gib(rank.channel_bytes)}",
+            _gib(rank.reserve_bytes),
+            _gib(rank.total_bytes),
+            _gib(pool.memory_bytes),
+        )
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"

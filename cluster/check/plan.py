@@ -1,0 +1,193 @@
+"""From a configuration and a model's sizes to what every rank allocates and what cannot work (pure)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cluster.check.node_types import NodeType, require_room
+from cluster.check.rank_memory import RankMemory, count_channels, gib, size_rank
+from core.config import BatonConfig, PoolConfig
+from core.errors import ConfigurationError
+from core.kv_layout import KVLayout
+from core.model_geometry import ModelGeometry
+
+# As torch reports a device's memory, GiB; below what the name says. Names are Ray's accelerator types.
+GPU_MEMORY_GIB = {
+    "A100": 39.4,
+    "A100-40G": 39.4,
+    "A100-80G": 79.1,
+    "B200": 178.3,
+    "H100": 79.1,
+    "H200": 139.0,
+    "L4": 22.0,
+}
+GPUS_PER_NODE = 8  # where no cluster file says it
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`memory_gib` (of a GPU, or of the host for pools on CPU) overrides the table; no `node_types`: not known."""
+
+    host_bytes: int
+    memory_gib: float | None = None
+    node_types: Sequence[NodeType] = ()
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One pool's ranks, all alike."""
+
+    name: str
+    pool: PoolConfig
+    layout: KVLayout
+    rank: RankMemory
+    memory_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """KV capacity of one replica."""
+        return self.rank.num_blocks * self.layout.block_size
+
+    @property
+    def num_ranks(self) -> int:
+        """With all replicas up."""
+        return self.pool.max_replicas * self.pool.tensor_parallel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`pools` lacks those that cannot be sized; no `problems`: it fits."""
+
+    pools: tuple[PoolPlan, ...]
+    problems: tuple[ConfigurationError, ...]
+
+
+def make_plan(config: BatonConfig, geometry: ModelGeometry, num_parameters: int | None, hardware: Hardware) -> Plan:
+    """Every problem names its field and limit. `num_parameters` as in `size_rank`."""
+    problems: list[ConfigurationError] = []
+    pools = {"prefill": config.prefill, "decode": config.decode}
+    problems += _disagreements(config, geometry)
+    try:
+        layouts = {name: _layout(name, pool, config, geometry) for name, pool in pools.items()}
+    except ConfigurationError as error:
+        return Plan((), (*problems, error))
+    if not any(problem.field == "decode.dtype" for problem in problems):
+        to_decode, to_prefill = count_channels(layouts["prefill"], layouts["decode"])
+        channels = {
+            "prefill": to_decode * config.decode.max_replicas,
+            "decode": to_prefill * config.prefill.max_replicas,
+        }
+    else:
+        channels = dict.fromkeys(pools, 0)
+    sized = []
+    for name, pool in pools.items():
+        layout = layouts[name]
+        try:
+            memory_bytes = _memory_bytes(pool, hardware)
+            typed = replace(geometry, dtype=layout.dtype)
+            rank = size_rank(pool, layout, typed, num_parameters, memory_bytes, channels[name], config.transfer)
+        except ConfigurationError as error:
+            problems.append(ConfigurationError(error.message, field=f"{name}.{error.field or _kv_field(pool)}"))
+            continue
+        sized.append(PoolPlan(name, pool, layout, rank, memory_bytes))
+    needed = config.model.max_model_len or geometry.max_model_len
+    problems += [problem for plan in sized for problem in _shortages(plan, needed)]
+    problems += _host_shortage([plan for plan in sized if plan.pool.device == "cpu"])
+    problems += _no_room(pools, hardware)
+    return Plan(tuple(sized), tuple(problems))
+
+
+def _disagreements(config: BatonConfig, geometry: ModelGeometry) -> list[ConfigurationError]:
+    """What is wrong whatever the hardware."""
+    found = []
+    prefill, decode = (pool.dtype or config.model.dtype or geometry.dtype for pool in (config.prefill, config.decode))
+    if prefill != decode:
+        found.append(ConfigurationError(f"{decode}, but prefill has {prefill}: KV cannot pass", field="decode.dtype"))
+    if config.prefill.device != config.decode.device:
+        message = f"{config.decode.device}, but prefill is on {config.prefill.device}: no channel joins them"
+        found.append(ConfigurationError(message, field="decode.device"))
+    elif (config.prefill.device == "cuda") != (config.transfer.channel == "nccl"):
+        message = f"{config.transfer.channel} cannot carry pools on {config.prefill.device}"
+        found.append(ConfigurationError(message, field="transfer.channel"))
+    asked = config.model.max_model_len
+    if asked is not None and asked > geometry.max_model_len:
+        message = f"{asked} exceeds the checkpoint's {geometry.max_model_len}"
+        found.append(ConfigurationError(message, field="model.max_model_len"))
+    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        if pool.device == "cuda" and pool.resources_per_rank.num_gpus != 1:
+            message = f"{pool.resources_per_rank.num_gpus:g}: a rank on cuda computes on 1 GPU"
+            found.append(ConfigurationError(message, field=f"{name}.resources_per_rank.num_gpus"))
+    return found
+
+
+def _layout(name: str, pool: PoolConfig, config: BatonConfig, geometry: ModelGeometry) -> KVLayout:
+    dtype = pool.dtype or config.model.dtype or geometry.dtype
+    try:
+        return replace(geometry, dtype=dtype).kv_layout(pool.tensor_parallel, config.block_size)
+    except ConfigurationError as error:
+        raise ConfigurationError(error.message, field=f"{name}.tensor_parallel") from error
+
+
+def _memory_bytes(pool: PoolConfig, hardware: Hardware) -> int:
+    if hardware.memory_gib is not None:
+        return int(hardware.memory_gib * 2**30)
+    if pool.device == "cpu":
+        return hardware.host_bytes
+    name = pool.resources_per_rank.accelerator_type or ""
+    if name not in GPU_MEMORY_GIB:
+        raise ConfigurationError(
+            f"{name!r} has no known memory; known are {', '.join(GPU_MEMORY_GIB)}; or give --memory-gib",
+            field="resources_per_rank.accelerator_type",
+        )
+    return int(GPU_MEMORY_GIB[name] * 2**30)
+
+
+def _kv_field(pool: PoolConfig) -> str:
+    """The field that decides how many blocks there are."""
+    if pool.num_blocks is not None:
+        return "num_blocks"
+    return "memory_fraction" if pool.device == "cuda" else "kv_cache_mib"
+
+
+def _shortages(plan: PoolPlan, needed_tokens: int) -> list[ConfigurationError]:
+    found = []
+    if plan.num_tokens < needed_tokens:
+        message = (
+            f"{plan.rank.num_blocks} blocks hold {plan.num_tokens} tokens, fewer than the {needed_tokens} of "
+            "model.max_model_len"
+        )
+        found.append(ConfigurationError(message, field=f"{plan.name}.{_kv_field(plan.pool)}"))
+    if plan.rank.total_bytes > plan.memory_bytes:
+        message = (
+            f"a rank takes {gib(plan.rank.total_bytes)} of {gib(plan.memory_bytes)}, with "
+            f"{gib(plan.rank.kv_bytes)} of KV and {gib(plan.rank.channel_bytes)} for {plan.rank.num_channels} channels"
+        )
+        found.append(ConfigurationError(message, field=f"{plan.name}.{_kv_field(plan.pool)}"))
+    return found
+
+
+def _host_shortage(plans: Sequence[PoolPlan]) -> list[ConfigurationError]:
+    """Pools on CPU share one host's memory."""
+    total_bytes = sum(plan.num_ranks * plan.rank.total_bytes for plan in plans)
+    if not plans or total_bytes <= plans[0].memory_bytes:
+        return []
+    ranks = sum(plan.num_ranks for plan in plans)
+    message = f"{ranks} ranks take {gib(total_bytes)} of the host's {gib(plans[0].memory_bytes)}"
+    return [ConfigurationError(message, field="prefill.max_replicas, decode.max_replicas")]
+
+
+def _no_room(pools: dict[str, PoolConfig], hardware: Hardware) -> list[ConfigurationError]:
+    if hardware.node_types:
+        try:
+            require_room(pools, hardware.node_types)
+        except ConfigurationError as error:
+            return [error]
+        return []
+    return [
+        ConfigurationError(
+            f"{pool.tensor_parallel} GPUs, but a replica lies on one node, taken to have {GPUS_PER_NODE}; "
+            "--cluster-file names others",
+            field=f"{name}.tensor_parallel",
+        )
+        for name, pool in pools.items()
+        if pool.device == "cuda" and pool.tensor_parallel > GPUS_PER_NODE
+    ]

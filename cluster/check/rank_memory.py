@@ -1,0 +1,94 @@
+"""What one rank of a pool allocates (pure)."""
+
+from dataclasses import dataclass
+
+from core.config import PoolConfig, TransferConfig
+from core.errors import ConfigurationError
+from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, gpu_kv_bytes
+from core.kv_layout import DTYPE_BYTES, KVLayout
+from core.model_geometry import ModelGeometry
+from kv_transfer.plan import plan_copies
+
+PROCESS_BYTES = 192 << 20  # of a host: a rank's process with torch, before it loads anything
+NCCL_PAIR_BYTES = 52 * 10**6  # of a GPU: one communicator of two ranks at 8 thread blocks
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes by purpose; `num_channels` pairs at most, with all replicas of the other pool up."""
+
+    weight_bytes: int
+    num_blocks: int
+    kv_bytes: int
+    num_channels: int
+    channel_bytes: int  # of all of them
+    reserve_bytes: int  # activations on a GPU, the process itself on a host
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.kv_bytes + self.channel_bytes + self.reserve_bytes
+
+
+def size_rank(
+    pool: PoolConfig,
+    layout: KVLayout,
+    geometry: ModelGeometry,
+    num_parameters: int | None,
+    memory_bytes: int,
+    num_channels: int,
+    transfer: TransferConfig,
+) -> RankMemory:
+    """`num_parameters`: counted in the weight files, where there are any; the engine's KV budget goes by the formula.
+
+    Raises ConfigurationError when the weights alone do not fit, or fewer than two blocks do.
+    """
+    weight_bytes = geometry.weight_bytes_per_rank(layout.tensor_parallel)
+    found_bytes = (num_parameters or 0) * DTYPE_BYTES[layout.dtype] // layout.tensor_parallel or weight_bytes
+    limit_bytes = int(memory_bytes * (pool.memory_fraction if pool.device == "cuda" else 1))
+    if found_bytes > limit_bytes:
+        raise ConfigurationError(
+            f"{gib(found_bytes)} of weights per rank at tensor_parallel {layout.tensor_parallel} exceed "
+            f"{gib(limit_bytes)} of its memory",
+            field="tensor_parallel",
+        )
+    if pool.num_blocks is not None:
+        num_blocks = pool.num_blocks
+    elif pool.device == "cuda":
+        num_blocks = blocks_within(layout, gpu_kv_bytes(memory_bytes, pool.memory_fraction, weight_bytes))
+    else:
+        num_blocks = blocks_within(layout, pool.kv_cache_mib << 20)
+    return RankMemory(
+        weight_bytes=found_bytes,
+        num_blocks=num_blocks,
+        kv_bytes=num_blocks * layout.block_bytes_per_rank,
+        num_channels=num_channels,
+        channel_bytes=num_channels * channel_bytes(transfer, layout),
+        reserve_bytes=ACTIVATION_MARGIN_BYTES if pool.device == "cuda" else PROCESS_BYTES,
+    )
+
+
+def channel_bytes(transfer: TransferConfig, layout: KVLayout) -> int:
+    """One end of one channel: a slab, never less than one layer of one block, and NCCL's own buffers."""
+    if transfer.channel == "shared_memory":
+        return 0  # the receiver reads the peer's pool itself
+    cell_bytes = layout.block_bytes_per_rank // layout.num_layers
+    slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)
+    return slab_bytes + (NCCL_PAIR_BYTES if transfer.channel == "nccl" else 0)
+
+
+def count_channels(prefill: KVLayout, decode: KVLayout) -> tuple[int, int]:
+    """Channels of the busiest prefill rank to one decode replica, and of the busiest decode rank to one prefill
+    replica: pairs of ranks whose KV heads overlap.
+    """
+    sources = [
+        {copy.source_rank for copy in plan_copies(prefill, decode, rank, 0, 1, (0,), (0,))}
+        for rank in range(decode.tensor_parallel)
+    ]
+    senders = [sum(rank in found for found in sources) for rank in range(prefill.tensor_parallel)]
+    return max(senders), max(map(len, sources))
+
+
+def gib(num_bytes: int) -> str:
+    """For people."""
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,1 @@
+"""`baton doctor`: whether hosts are fit to serve, before they do."""
