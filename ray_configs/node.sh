@@ -1,7 +1,7 @@
 #!/bin/sh
 # One host of a Ray cluster for Baton.
 #   node.sh keys           on the operator's machine, once: the secrets that the cluster files copy to every host
-#   node.sh setup          installs this project into BATON_VENV, and puts it on the PATH of later shells
+#   node.sh setup          installs this project into BATON_VENV and puts it on the PATH
 #   node.sh head [ROLE]    starts Ray's head; its state is in RocksDB, or in Redis where RAY_REDIS_ADDRESS names one
 #   node.sh worker [ROLE]  joins the head at RAY_HEAD_IP
 #   node.sh stop           ends Ray on this host
@@ -27,8 +27,7 @@ setup() {
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baton needs Python 3.11 or newer")'
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/pip" install --quiet --constraint "$project/constraints.txt" --editable "$project"
-    grep -qsF "$venv/bin" "$HOME/.bashrc" ||
-        echo "export RAY_AUTH_MODE=token PATH=\"$venv/bin:\$PATH\"" >> "$HOME/.bashrc"
+    grep -qsF "$venv/bin" "$HOME/.bashrc" || echo "export PATH=\"$venv/bin:\$PATH\"" >> "$HOME/.bashrc"
 }
 environment() {
     ulimit -n "$(ulimit -H -n)"
