@@ -42,6 +42,7 @@ HOMES = {
 }
 
 PURE = [
+    "cluster.check.agreement",
     "cluster.check.node_types",
     "cluster.check.plan",
     "cluster.check.rank_memory",

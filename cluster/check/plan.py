@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cluster.check.agreement import disagreements, dtype_of
 from cluster.check.node_types import NodeType, require_room
 from cluster.check.rank_memory import RankMemory, count_channels, gib, size_rank
 from core.config import BatonConfig, PoolConfig
@@ -63,32 +64,23 @@ class Plan:
 
 def make_plan(config: BatonConfig, geometry: ModelGeometry, num_parameters: int | None, hardware: Hardware) -> Plan:
     """Every problem names its field and limit. `num_parameters` as in `size_rank`."""
-    problems: list[ConfigurationError] = []
+    problems = list(disagreements(config, geometry))
     pools = {"prefill": config.prefill, "decode": config.decode}
-    problems += _disagreements(config, geometry)
     try:
         layouts = {name: _layout(name, pool, config, geometry) for name, pool in pools.items()}
     except ConfigurationError as error:
         return Plan((), (*problems, error))
-    if not any(problem.field == "decode.dtype" for problem in problems):
-        to_decode, to_prefill = count_channels(layouts["prefill"], layouts["decode"])
-        channels = {
-            "prefill": to_decode * config.decode.max_replicas,
-            "decode": to_prefill * config.prefill.max_replicas,
-        }
-    else:
-        channels = dict.fromkeys(pools, 0)
+    channels = _channels(config, layouts)
     sized = []
     for name, pool in pools.items():
-        layout = layouts[name]
         try:
             memory_bytes = _memory_bytes(pool, hardware)
-            typed = replace(geometry, dtype=layout.dtype)
-            rank = size_rank(pool, layout, typed, num_parameters, memory_bytes, channels[name], config.transfer)
+            typed = replace(geometry, dtype=layouts[name].dtype)
+            rank = size_rank(pool, layouts[name], typed, num_parameters, memory_bytes, channels[name], config.transfer)
         except ConfigurationError as error:
             problems.append(ConfigurationError(error.message, field=f"{name}.{error.field or _kv_field(pool)}"))
             continue
-        sized.append(PoolPlan(name, pool, layout, rank, memory_bytes))
+        sized.append(PoolPlan(name, pool, layouts[name], rank, memory_bytes))
     needed = config.model.max_model_len or geometry.max_model_len
     problems += [problem for plan in sized for problem in _shortages(plan, needed)]
     problems += _host_shortage([plan for plan in sized if plan.pool.device == "cpu"])
@@ -96,33 +88,18 @@ def make_plan(config: BatonConfig, geometry: ModelGeometry, num_parameters: int 
     return Plan(tuple(sized), tuple(problems))
 
 
-def _disagreements(config: BatonConfig, geometry: ModelGeometry) -> list[ConfigurationError]:
-    """What is wrong whatever the hardware."""
-    found = []
-    prefill, decode = (pool.dtype or config.model.dtype or geometry.dtype for pool in (config.prefill, config.decode))
-    if prefill != decode:
-        found.append(ConfigurationError(f"{decode}, but prefill has {prefill}: KV cannot pass", field="decode.dtype"))
-    if config.prefill.device != config.decode.device:
-        message = f"{config.decode.device}, but prefill is on {config.prefill.device}: no channel joins them"
-        found.append(ConfigurationError(message, field="decode.device"))
-    elif (config.prefill.device == "cuda") != (config.transfer.channel == "nccl"):
-        message = f"{config.transfer.channel} cannot carry pools on {config.prefill.device}"
-        found.append(ConfigurationError(message, field="transfer.channel"))
-    asked = config.model.max_model_len
-    if asked is not None and asked > geometry.max_model_len:
-        message = f"{asked} exceeds the checkpoint's {geometry.max_model_len}"
-        found.append(ConfigurationError(message, field="model.max_model_len"))
-    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
-        if pool.device == "cuda" and pool.resources_per_rank.num_gpus != 1:
-            message = f"{pool.resources_per_rank.num_gpus:g}: a rank on cuda computes on 1 GPU"
-            found.append(ConfigurationError(message, field=f"{name}.resources_per_rank.num_gpus"))
-    return found
+def _channels(config: BatonConfig, layouts: dict[str, KVLayout]) -> dict[str, int]:
+    """Of the busiest rank of each pool, with all replicas of the other up."""
+    if layouts["prefill"].dtype != layouts["decode"].dtype:
+        return dict.fromkeys(layouts, 0)  # a problem already
+    to_decode, to_prefill = count_channels(layouts["prefill"], layouts["decode"])
+    return {"prefill": to_decode * config.decode.max_replicas, "decode": to_prefill * config.prefill.max_replicas}
 
 
 def _layout(name: str, pool: PoolConfig, config: BatonConfig, geometry: ModelGeometry) -> KVLayout:
-    dtype = pool.dtype or config.model.dtype or geometry.dtype
+    typed = replace(geometry, dtype=dtype_of(pool, config, geometry))
     try:
-        return replace(geometry, dtype=dtype).kv_layout(pool.tensor_parallel, config.block_size)
+        return typed.kv_layout(pool.tensor_parallel, config.block_size)
     except ConfigurationError as error:
         raise ConfigurationError(error.message, field=f"{name}.tensor_parallel") from error
 

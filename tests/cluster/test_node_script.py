@@ -56,6 +56,16 @@ def test_keys_are_made_once_and_for_their_owner_alone(host):
     assert (token.read_text(), secrets.read_text()) == made
 
 
+def test_setup_may_be_repeated_and_later_shells_find_ray(host):
+    host.install(host.home / "python", RECORDER)
+    host.install(host.venv / "bin" / "pip", RECORDER)
+    for _ in range(2):
+        host.run("setup", PYTHON=str(host.home / "python"))
+    assert sum(line.startswith("pip install") for line in host.calls) == 2  # pip itself finds nothing to do
+    profile = (host.home / ".bashrc").read_text()
+    assert profile == f'export PATH="{host.venv}/bin:$PATH"\n'
+
+
 def test_a_head_keeps_its_state_in_rocksdb_and_starts_with_the_secrets(host):
     host.run("keys")
     host.run("head", NCCL_SOCKET_IFNAME="eth9")
