@@ -7,7 +7,7 @@
 #   node.sh stop           ends Ray on this host
 # ROLE (prefill or decode) gives the host one such resource per GPU; leave it out where an autoscaler says what a host
 # has. ROLE by_host: hosts whose address is in BATON_PREFILL_HOSTS are prefill, all others decode.
-# NCCL_SOCKET_IFNAME and other variables that are exported to this script reach every rank.
+# BATON_NODE_IP: the address that a host with several advertises. NCCL_SOCKET_IFNAME and the like reach every rank.
 set -eu
 project=$(cd "$(dirname "$0")/.." && pwd)
 venv=${BATON_VENV:-$HOME/baton-venv}
@@ -41,7 +41,7 @@ environment() {
     RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=3
     RAY_gcs_rpc_server_reconnect_timeout_s=120
     set +a
-    grep -qs RAY_AUTH_MODE "$HOME/.bashrc" || echo "export RAY_AUTH_MODE=token" >> "$HOME/.bashrc" # for commands by hand
+    grep -qs RAY_AUTH_MODE "$HOME/.bashrc" || echo "export RAY_AUTH_MODE=token" >> "$HOME/.bashrc"
 }
 resources() {
     role=${1:-}
@@ -54,16 +54,15 @@ resources() {
     [ -z "$role" ] || printf '%s' "--resources={\"$role\":${BATON_RANKS:-$(nvidia-smi -L | wc -l)}}"
 }
 start_head() {
-    environment
-    [ -n "${RAY_REDIS_ADDRESS:-}" ] || export RAY_gcs_storage=rocksdb RAY_gcs_storage_path="${BATON_GCS_PATH:-$state/gcs}"
-    mkdir -p "$state" "${RAY_gcs_storage_path:-$state}"
+    here=${BATON_NODE_IP:-$(hostname -I | cut -d' ' -f1)} gcs=${BATON_GCS_PATH:-$state/gcs}
+    mkdir -p "$gcs" "$state"
+    [ -n "${RAY_REDIS_ADDRESS:-}" ] || export RAY_gcs_storage=rocksdb RAY_gcs_storage_path="$gcs"
     [ ! -f ~/ray_bootstrap_config.yaml ] || set -- "$@" "--autoscaling-config=$HOME/ray_bootstrap_config.yaml"
-    "$venv/bin/ray" start --head --node-ip-address="${BATON_NODE_IP:-$(hostname -I | cut -d' ' -f1)}" --port="$port" "$@"
+    "$venv/bin/ray" start --head --port="$port" --node-ip-address="$here" "$@"
     nohup "$venv/bin/python" -m cluster.gcs_keeper --port "$port" >> "$state/gcs_keeper.log" 2>&1 < /dev/null &
     echo $! > "$keeper"
 }
 start_worker() {
-    environment
     towards_head=$(ip -oneline route get "${RAY_HEAD_IP:?}" | sed 's/.* src \([^ ]*\).*/\1/')
     exec "$venv/bin/ray" start --address="$RAY_HEAD_IP:$port" --node-ip-address="${BATON_NODE_IP:-$towards_head}" "$@"
 }
@@ -73,7 +72,7 @@ stop() {
 }
 case ${1:-} in
     keys | setup | stop) "$1" ;;
-    head) start_head $(resources "${2:-}") ;;
-    worker) start_worker $(resources "${2:-}") ;;
+    head) environment && start_head $(resources "${2:-}") ;;
+    worker) environment && start_worker $(resources "${2:-}") ;;
     *) sed -n '2,10s/^# //p' "$0" && exit 2 ;;
 esac

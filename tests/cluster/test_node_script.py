@@ -24,6 +24,7 @@ class Host:
         for program in (self.venv / "bin" / "ray", self.venv / "bin" / "python"):
             self.install(program, RECORDER)
         self.install(self.path / "nvidia-smi", "#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
+        self.install(self.path / "ip", "#!/bin/sh\necho 10.0.0.1 via 10.0.0.254 dev eth0 src 10.0.0.11 uid 0\n")
         self.install(self.path / "hostname", "#!/bin/sh\necho 10.0.0.11 172.17.0.1\n")
 
     def install(self, file: Path, text: str) -> None:
@@ -69,7 +70,7 @@ def test_setup_may_be_repeated_and_later_shells_find_ray(host):
 def test_a_head_keeps_its_state_in_rocksdb_and_starts_with_the_secrets(host):
     host.run("keys")
     host.run("head", NCCL_SOCKET_IFNAME="eth9")
-    assert "ray start --head --port=6379 --dashboard-host=127.0.0.1" in host.calls
+    assert "ray start --head --port=6379 --node-ip-address=10.0.0.11" in host.calls
     for line in (
         "RAY_gcs_storage=rocksdb",
         f"RAY_gcs_storage_path={host.home}/.baton/gcs",
@@ -104,7 +105,7 @@ def test_a_head_that_ray_up_made_takes_its_cluster_file_and_may_use_redis(host):
 )
 def test_a_worker_joins_with_the_resource_of_its_role(host, role, variables, resources):
     host.run("worker", *role, RAY_HEAD_IP="10.0.0.1", **variables)
-    assert f"ray start --address=10.0.0.1:6379{resources}" in host.calls
+    assert f"ray start --address=10.0.0.1:6379 --node-ip-address=10.0.0.11{resources}" in host.calls
 
 
 def test_a_worker_without_a_head_is_refused(host):
