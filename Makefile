@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0
 SERVE_FLAGS := $(CONFIG) $(if $(MODEL),--model $(MODEL)) $(if $(PORT),--port $(PORT))
 
-.PHONY: serve demo test check format bench soak clean
+.PHONY: serve demo test test-hosts check format bench soak clean
 
 serve: $(INSTALLED)
 	$(BIN)/baton serve $(SERVE_FLAGS)
@@ -18,10 +18,13 @@ demo: $(INSTALLED)
 	$(BIN)/baton demo $(if $(PORT),--port $(PORT))
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak and not hosts"
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak
+
+test-hosts: $(INSTALLED)
+	$(BIN)/python -m pytest -m hosts -s 2>&1 | tee bench/results/hosts.log
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
