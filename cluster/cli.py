@@ -139,13 +139,14 @@ def doctor(
 @app.command()
 def deploy(
     config: ServeYaml,
+    hosts: Annotated[int, typer.Option(help="wait until so many have joined, so that replicas spread over all")] = 1,
     timeout: Annotated[float, typer.Option(help="seconds until every replica must be ready")] = 1800.0,
 ) -> None:
     """On a node of a running cluster: deploy, and wait until the fleet answers."""
     from cluster.ray_up import deploy_here
 
     started = time.monotonic()
-    url = deploy_here(config, console.print, timeout)
+    url = deploy_here(config, hosts, console.print, timeout)
     console.print(f"ready after {time.monotonic() - started:.1f} s: {url}/v1; `baton status` shows the fleet")
 
 

@@ -3,10 +3,12 @@
 Ray's local provider leaves the workers' processes running when a cluster goes down; `take_down` ends them too.
 """
 
+import logging
 import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from cluster.nodes import list_nodes
 from core.config import load_config
 from core.errors import ConfigurationError
 
@@ -33,6 +36,7 @@ class ClusterFile:
     hosts: tuple[str, ...]  # of provider `local`, the head first; empty for clouds, which end their own machines
     ssh_user: str
     ssh_key: str
+    num_hosts: int  # that are started at once, the head included
 
 
 def read_cluster_file(path: Path) -> ClusterFile:
@@ -48,7 +52,10 @@ def read_cluster_file(path: Path) -> ClusterFile:
     if is_local and not provider.get("head_ip"):
         raise ConfigurationError(f"{path}: provider.head_ip is missing", field="provider.head_ip")
     hosts = (provider["head_ip"], *provider.get("worker_ips", ())) if is_local else ()
-    return ClusterFile(path, provider["type"], hosts, auth.get("ssh_user", ""), auth.get("ssh_private_key", ""))
+    types = tree.get("available_node_types") or {}
+    num_workers = max(tree.get("min_workers", 0), sum(kind.get("min_workers", 0) for kind in types.values()))
+    user, key = auth.get("ssh_user", ""), auth.get("ssh_private_key", "")
+    return ClusterFile(path, provider["type"], hosts, user, key, 1 + num_workers)
 
 
 def bring_up(cluster: ClusterFile, serve_file: Path, say: Say) -> None:
@@ -58,7 +65,7 @@ def bring_up(cluster: ClusterFile, serve_file: Path, say: Say) -> None:
     _ray("up", "--yes", "--no-config-cache", str(cluster.path))
     say("deploying")
     _ray("rsync-up", str(cluster.path), str(serve_file), REMOTE_CONFIG)
-    _ray("exec", str(cluster.path), f"baton deploy {REMOTE_CONFIG}")
+    _ray("exec", str(cluster.path), f"baton deploy {REMOTE_CONFIG} --hosts {cluster.num_hosts}")
 
 
 def take_down(cluster: ClusterFile, drain_timeout_s: float, say: Say) -> None:
@@ -75,24 +82,38 @@ def take_down(cluster: ClusterFile, drain_timeout_s: float, say: Say) -> None:
         raise ConfigurationError(f"Ray may still run on {', '.join(unreached)}: not reached by ssh", field="provider")
 
 
-def deploy_here(serve_file: Path, say: Say, timeout_s: float) -> str:
-    """On a node of the cluster: hands the application to Serve and waits until it answers; returns its URL.
+def deploy_here(serve_file: Path, num_hosts: int, say: Say, timeout_s: float) -> str:
+    """On a node of the cluster: hands the applications to Serve and waits until they answer; returns the URL.
 
-    A second deployment changes what differs. Raises ConfigurationError.
+    Waits for `num_hosts` before, so that replicas spread over all of them. A second deployment changes what differs.
+    Raises ConfigurationError.
     """
     config = load_config(serve_file)
-    _run([str(Path(sys.executable).with_name("serve")), "deploy", str(serve_file)])
     import ray
 
     from cluster.readiness import wait_until_ready
 
-    ray.init(address="auto", log_to_driver=False)
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     try:
+        _wait_for_hosts(num_hosts, say, timeout_s)
+        _run([str(Path(sys.executable).with_name("serve")), "deploy", str(serve_file)])
         url = f"http://127.0.0.1:{config.ingress.port}"
         wait_until_ready(url, say, timeout_s)
     finally:
         ray.shutdown()
     return url
+
+
+def _wait_for_hosts(num_hosts: int, say: Say, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    said = 0
+    while (num_alive := sum(node["alive"] for node in list_nodes())) < num_hosts:
+        if num_alive != said:
+            say(f"{num_alive} of {num_hosts} hosts have joined")
+            said = num_alive
+        if time.monotonic() > deadline:
+            raise ConfigurationError(f"{num_alive} of {num_hosts} hosts joined within {timeout_s:.0f} s")
+        time.sleep(0.5)
 
 
 def _end_ray_on(cluster: ClusterFile, host: str) -> bool:

@@ -26,7 +26,7 @@ async def run_load(url: str, api_key: str, expected: dict[str, list[int]], num: 
     async def stream(i: int) -> None:
         nonlocal longest_gap_s
         prompts = list(expected)
-        while not stop.exists():
+        while not stop.exists():  # noqa: ASYNC240 - a local file, and nothing else here is in a hurry
             prompt = prompts[i % len(prompts)]
             try:
                 tokens, last = [], time.monotonic()

@@ -103,9 +103,9 @@ def write_serve_file(hosts: Hosts, changes: dict, generations: tuple[str, ...] =
     """A serve config of CPU pools; each pool takes the hosts of its role."""
 
     def pool(role: str) -> dict:
-        resources = {"num_cpus": 0.1, "custom": {role: 1}}
         return {
-            "min_replicas": 1, "max_replicas": 2, "kv_cache_mib": 64, "drain_timeout_s": 5, "resources_per_rank": resources,
+            "min_replicas": 1, "max_replicas": 2, "kv_cache_mib": 64, "drain_timeout_s": 5,
+            "resources_per_rank": {"num_cpus": 0.1, "custom": {role: 1}},
         }  # fmt: skip
 
     def tree(generation: str) -> dict:
