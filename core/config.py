@@ -81,7 +81,7 @@ class TransferConfig(Section):
     data_timeout_s: float = Field(default=10.0, gt=0)
     control_timeout_s: float = Field(default=2.0, gt=0)
     lease_ttl_s: float = Field(default=15.0, gt=0)  # unrenewed leases end after this time
-    reattach_grace_s: float = Field(default=5.0, ge=0)  # a lost token stream may come back within this time
+    reattach_grace_s: float = Field(default=2.0, ge=0)  # a lost token stream may come back within this time
 
 
 class SchedulerConfig(Section):

@@ -3,7 +3,7 @@
 #   hosts.sh up N          hosts 10.77.0.10, .11, ...; each has sshd on port 22, a home, /tmp/ray and /dev/shm of its own
 #   hosts.sh hub CMD...    runs a command beside the bridge: where an operator sits
 #   hosts.sh cut I | heal I   takes host I off the network, and back
-#   hosts.sh kill I        ends host I at once, all its processes with it
+#   hosts.sh kill I | revive I   ends host I at once, all its processes with it; boots it again, its disk as it was
 #   hosts.sh bytes I       bytes that host I has received and sent
 #   hosts.sh down          ends all of it
 # STATE is a folder for keys and homes, BIN a folder that hosts have on their PATH. Needs root, sshd, rsync, ip.
@@ -54,6 +54,7 @@ case $action in
     cut) ip netns exec hub ip link set "v$1" down ;;
     heal) ip netns exec hub ip link set "v$1" up ;;
     kill) end_host "$1" ;;
+    revive) start_host "$1" ;;
     bytes) ip netns exec "h$1" sh -c 'cat /sys/class/net/eth0/statistics/rx_bytes /sys/class/net/eth0/statistics/tx_bytes' ;;
     *) sed -n '2,9s/^# //p' "$0" && exit 2 ;;
 esac
