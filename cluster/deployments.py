@@ -46,7 +46,7 @@ def _pool(name: str, pool: PoolConfig) -> Any:
         bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
     return serve.deployment(
         name=name,
-        num_replicas=pool.min_replicas,
+        num_replicas=max(1, pool.min_replicas),  # Serve starts no deployment at 0; the autoscaler may go there
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=[bundle] * pool.tensor_parallel,
         placement_group_strategy="STRICT_PACK",

@@ -3,12 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import aclosing
+from datetime import UTC, datetime
 
+from cluster.autoscaling.signals import FleetSignals
 from cluster.scheduler.admission import Admission
+from cluster.scheduler.fleet_signals import fleet_signals
 from core.config import SchedulerConfig
 from core.errors import BatonError
-from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
+from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import (
     Book,
     Deregister,
@@ -32,10 +36,12 @@ HOUSEKEEPING_S = 0.1
 class SchedulerService:
     """Thin shell: plans are handed to the calls that wait for them."""
 
-    def __init__(self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str) -> None:
+    def __init__(
+        self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str, rate_window_s: float = 30.0
+    ) -> None:
         self._id = scheduler_id
         self._host = host
-        self._admission = Admission(config)
+        self._admission = Admission(config, rate_window_s)
         self._client = RpcClient(secret)
         self._server = RpcServer(host, secret)
         self._plans: dict[str, asyncio.Future[Plan]] = {}
@@ -125,6 +131,12 @@ class SchedulerService:
     async def book(self, _: Empty) -> Book:
         """The replicas that take work."""
         return Book(self._admission.book(self._now()), self._admission.num_waiting)
+
+    def signals(self, targets: Mapping[Role, int]) -> FleetSignals:
+        """For the autoscaler, which has asked for `targets` replicas. Requests wait for decode replicas that start."""
+        signals = fleet_signals(self._admission, targets, self._now(), datetime.now(UTC))
+        self._admission.decode_is_starting = signals.decode.num_starting > 0
+        return signals
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -42,10 +42,23 @@ HOMES = {
 }
 
 PURE = [
+    "cluster.autoscaling.autoscaling",
+    "cluster.autoscaling.budget",
+    "cluster.autoscaling.forecast",
+    "cluster.autoscaling.holt_winters",
+    "cluster.autoscaling.itl_model",
+    "cluster.autoscaling.policy",
+    "cluster.autoscaling.schedule",
+    "cluster.autoscaling.signals",
+    "cluster.autoscaling.slo",
+    "cluster.autoscaling.smoothing",
+    "cluster.autoscaling.steady",
     "cluster.scheduler.admission",
     "cluster.scheduler.decision",
+    "cluster.scheduler.fleet_signals",
     "cluster.scheduler.fleet_view",
     "cluster.scheduler.index",
+    "cluster.scheduler.traffic",
     "decode_worker.handoffs",
     "decode_worker.scheduler",
     "cluster.ingress.stop_strings",

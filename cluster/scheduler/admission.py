@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cluster.scheduler.decision import Decision, DecisionMaker
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.traffic import TrafficMeter
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
 from core.messages.fleet import ReplicaInfo, Role
@@ -26,6 +27,7 @@ class Reservation:
     attempt: int
     prefill_id: str | None
     decode_id: str
+    planned_at: float
     expires_at: float
 
 
@@ -38,9 +40,11 @@ class _Waiting:
 class Admission:
     """Queue, reservations and the fleet's state; dispatch in order of arrival."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0) -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
+        self.traffic = TrafficMeter(rate_window_s)
+        self.decode_is_starting = False  # somebody has asked for a decode replica: requests wait for it in the queue
         self._config = config
         self._decision_maker = DecisionMaker(config)
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
@@ -51,6 +55,16 @@ class Admission:
     def num_waiting(self) -> int:
         """Requests without a plan."""
         return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Their prompt tokens, cached or not."""
+        return sum(waiting.request.num_tokens for waiting in self._waiting.values())
+
+    @property
+    def max_decode_kv_usage(self) -> float:
+        """The share of a decode replica's blocks beyond which it gets no new request."""
+        return self._config.max_decode_kv_usage
 
     @property
     def num_reserved(self) -> int:
@@ -90,6 +104,8 @@ class Admission:
         if len(self._waiting) >= self._config.queue_limit:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
+        if request.attempt == 0:
+            self.traffic.arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, until one finds no room."""
@@ -116,6 +132,8 @@ class Admission:
         """Ends an attempt in any state, also before its Reserve came; idempotent."""
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
+        if reservation and reservation.attempt <= attempt:
+            self.traffic.finished(now - reservation.planned_at)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             self._drop(request_id)
 
@@ -129,7 +147,7 @@ class Admission:
         """Ends reservations that nobody renewed; returns the requests that waited too long for a plan, and why."""
         for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
             self._drop(reservation.request_id)
-        has_decode = bool(self.fleet.usable(Role.DECODE, now))
+        has_decode = self.decode_is_starting or bool(self.fleet.usable(Role.DECODE, now))
         late: dict[str, Unavailable] = {}
         for waiting in self._waiting.values():
             waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
@@ -165,6 +183,7 @@ class Admission:
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
+        self.traffic.planned(request.num_tokens, decision.num_uncached_tokens)
         (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
         decode.decode_requests[request.request_id] = decision.num_decode_blocks
         self._reservations[request.request_id] = Reservation(
@@ -172,6 +191,7 @@ class Admission:
             request.attempt,
             prefill.info.replica_id if prefill else None,
             decode.info.replica_id,
+            now,
             now + self._config.reservation_ttl_s,
         )
         return Plan(

@@ -1,0 +1,25 @@
+"""Replicas that a steady request rate needs in both pools, from the measured work of a request."""
+
+from cluster.autoscaling.signals import Demand, FleetSignals, PoolDemand, Traffic
+from core.autoscaling_config import AutoscalingConfig
+
+
+def steady_demand(rate: float, traffic: Traffic, signals: FleetSignals, config: AutoscalingConfig) -> Demand:
+    """The ratio rule of DistServe (Zhong et al., OSDI 2024): each pool in proportion to the work that it gets.
+
+    prefill = rate * prompt tokens to compute / (tokens/s of a replica * prefill_utilization)
+    decode  = rate * seconds that a request is held / (max_num_seqs * decode_batch_share), by Little's law
+
+    A pool without a ready replica has no measured rate: it needs one as soon as anything comes.
+    """
+    if not rate:
+        return Demand(PoolDemand(0.0, "no requests"), PoolDemand(0.0, "no requests"))
+    prefill, decode = signals.prefill, signals.decode
+    tokens_per_s = prefill.prefill_tokens_per_s * config.prefill_utilization
+    num_slots = decode.max_num_seqs * config.decode_batch_share
+    num_prefills = rate * traffic.prompt_tokens_per_request / tokens_per_s if tokens_per_s else 1.0
+    num_decodes = rate * traffic.held_s_per_request / num_slots if num_slots else 1.0
+    return Demand(
+        PoolDemand(num_prefills, f"{rate:.2f} requests/s of {traffic.prompt_tokens_per_request:.0f} prompt tokens"),
+        PoolDemand(num_decodes, f"{rate:.2f} requests/s held for {traffic.held_s_per_request:.1f} s"),
+    )
