@@ -89,5 +89,7 @@ class Autoscaler:
             await asyncio.sleep(self._config.interval_s)
             try:
                 await self.tick()
+            except BatonError as error:
+                logger.warning("no decision: %s", error)
             except Exception:  # a policy of the user's own may raise anything, and the fleet serves on
                 logger.exception("no decision: pools stay as they are")

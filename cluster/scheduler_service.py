@@ -94,7 +94,7 @@ class SchedulerService:
 
     async def progress(self, message: Progress) -> Acknowledged:
         """Prefill of a request is over."""
-        self._admission.progress(message.request_id)
+        self._admission.progress(message.request_id, self._now())
         self._dispatch()
         return Acknowledged()
 

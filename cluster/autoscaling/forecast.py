@@ -93,7 +93,7 @@ class ForecastFloor:
             return Demand(silent, silent)
         now_s = signals.wall.timestamp()
         self._forecaster.observe(now_s, signals.traffic.requests_per_s)
-        if signals.prefill.num_ready and signals.decode.num_ready and signals.traffic.held_s_per_request:
+        if signals.prefill.num_ready and signals.decode.num_ready and signals.traffic.decode_s_per_request:
             self._last_known = signals
         moments = (now_s, now_s + self._config.replica_start_s, now_s + 2 * self._config.replica_start_s)
         rate = max((rate for at in moments if (rate := self._forecaster.forecast(at)) is not None), default=None)

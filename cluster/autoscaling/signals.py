@@ -39,7 +39,7 @@ class Traffic:
 
     requests_per_s: float
     prompt_tokens_per_request: float  # to compute, cached prefixes left out
-    held_s_per_request: float  # from plan to finish; by Little's law rate * held = requests that run
+    decode_s_per_request: float  # from first token to finish
 
 
 @dataclass(frozen=True)

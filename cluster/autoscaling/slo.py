@@ -54,17 +54,16 @@ class SloPolicy:
 
     def _batch(self, signals: FleetSignals) -> PoolDemand:
         """needed = ceil(ready * load / target), the rule of Kubernetes' HorizontalPodAutoscaler; ceil comes later."""
-        pool = signals.decode
-        num_requests = pool.num_running + pool.num_waiting
+        pool, num_requests = signals.decode, self._num_decoding(signals)
         if not pool.max_num_seqs:
-            return PoolDemand(1.0 if num_requests else 0.0, f"{num_requests} requests wait and no replica is ready")
+            return PoolDemand(1.0 if num_requests else 0.0, f"{num_requests:.0f} requests wait and no replica is ready")
         num = num_requests / (pool.max_num_seqs * self._config.decode_batch_share)
-        return PoolDemand(num, f"{num_requests} requests for batches of {pool.max_num_seqs}")
+        return PoolDemand(num, f"{num_requests:.0f} requests for batches of {pool.max_num_seqs}")
 
     def _kv(self, signals: FleetSignals) -> PoolDemand:
         """The same rule; those who wait will take what those who run take on average."""
         pool = signals.decode
-        growth = 1 + pool.num_waiting / max(1, pool.num_running)
+        growth = max(1.0, self._num_decoding(signals) / max(1, pool.num_running))
         num = min(pool.num_ready * pool.kv_usage * growth / self._config.decode_kv_usage, self._most(signals))
         return PoolDemand(num, f"KV use {pool.kv_usage:.0%}")
 
@@ -79,6 +78,16 @@ class SloPolicy:
         return PoolDemand(
             min(num, self._most(signals)), f"ITL {pool.itl_s * 1e3:.0f} ms, target {target_s * 1e3:.0f} ms"
         )
+
+    def _num_decoding(self, signals: FleetSignals) -> float:
+        """Who runs, and as many of those who wait as will run at once if the queue is gone within `replica_start_s`.
+
+        Short answers come one after another through the same slots: to find room for all together would be too much.
+        """
+        pool, stay_s = signals.decode, signals.traffic.decode_s_per_request
+        horizon_s = max(self._config.ttft_target_s, self._config.replica_start_s)
+        share = min(1.0, stay_s / horizon_s) if stay_s else 1.0
+        return pool.num_running + share * pool.num_waiting
 
     @staticmethod
     def _most(signals: FleetSignals) -> float:

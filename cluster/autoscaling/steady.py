@@ -8,7 +8,10 @@ def steady_demand(rate: float, traffic: Traffic, signals: FleetSignals, config: 
     """The ratio rule of DistServe (Zhong et al., OSDI 2024): each pool in proportion to the work that it gets.
 
     prefill = rate * prompt tokens to compute / (tokens/s of a replica * prefill_utilization)
-    decode  = rate * seconds that a request is held / (max_num_seqs * decode_batch_share), by Little's law
+    decode  = rate * seconds that a request stays / (max_num_seqs * decode_batch_share), by Little's law
+
+    A request stays on decode while it decodes and, its blocks being promised, while it is prefilled; what it queues
+    there is left out, which is for lack of prefill replicas.
 
     A pool without a ready replica has no measured rate: it needs one as soon as anything comes.
     """
@@ -18,8 +21,11 @@ def steady_demand(rate: float, traffic: Traffic, signals: FleetSignals, config: 
     tokens_per_s = prefill.prefill_tokens_per_s * config.prefill_utilization
     num_slots = decode.max_num_seqs * config.decode_batch_share
     num_prefills = rate * traffic.prompt_tokens_per_request / tokens_per_s if tokens_per_s else 1.0
-    num_decodes = rate * traffic.held_s_per_request / num_slots if num_slots else 1.0
+    rate_of_one = prefill.prefill_tokens_per_s
+    own_prefill_s = traffic.prompt_tokens_per_request / rate_of_one if rate_of_one else 0.0
+    stay_s = traffic.decode_s_per_request + own_prefill_s
+    num_decodes = rate * stay_s / num_slots if num_slots else 1.0
     return Demand(
         PoolDemand(num_prefills, f"{rate:.2f} requests/s of {traffic.prompt_tokens_per_request:.0f} prompt tokens"),
-        PoolDemand(num_decodes, f"{rate:.2f} requests/s held for {traffic.held_s_per_request:.1f} s"),
+        PoolDemand(num_decodes, f"{rate:.2f} requests/s of {stay_s:.1f} s on decode"),
     )

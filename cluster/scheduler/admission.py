@@ -27,8 +27,8 @@ class Reservation:
     attempt: int
     prefill_id: str | None
     decode_id: str
-    planned_at: float
     expires_at: float
+    decoding_since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,12 @@ class Admission:
             plans.append(self._book(waiting, decision, now))
         return plans
 
-    def progress(self, request_id: str) -> None:
+    def progress(self, request_id: str, now: float) -> None:
         """Its first token is out: prefill is free again, and decode's own report counts its blocks."""
         reservation = self._reservations.get(request_id)
         if reservation is None:
             return
+        reservation.decoding_since = now
         for replica in self._replicas_of(reservation):
             replica.prefill_tokens.pop(request_id, None)
             if request_id in replica.decode_requests:
@@ -132,8 +133,8 @@ class Admission:
         """Ends an attempt in any state, also before its Reserve came; idempotent."""
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
-        if reservation and reservation.attempt <= attempt:
-            self.traffic.finished(now - reservation.planned_at)
+        if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
+            self.traffic.decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             self._drop(request_id)
 
@@ -191,7 +192,6 @@ class Admission:
             request.attempt,
             prefill.info.replica_id if prefill else None,
             decode.info.replica_id,
-            now,
             now + self._config.reservation_ttl_s,
         )
         return Plan(

@@ -21,7 +21,7 @@ class TrafficMeter:
         self._decayed_at = 0.0
         self._prompt_tokens = MovingAverage(SAMPLE_WEIGHT)
         self._uncached_tokens = MovingAverage(SAMPLE_WEIGHT)
-        self._held_s = MovingAverage(SAMPLE_WEIGHT)
+        self._decode_s = MovingAverage(SAMPLE_WEIGHT)
 
     @property
     def uncached_share(self) -> float:
@@ -38,14 +38,14 @@ class TrafficMeter:
         self._prompt_tokens.add(num_prompt_tokens)
         self._uncached_tokens.add(num_uncached_tokens)
 
-    def finished(self, held_s: float) -> None:
-        """A request ended so long after its plan."""
-        self._held_s.add(held_s)
+    def decoded(self, decode_s: float) -> None:
+        """A request ended so long after its first token."""
+        self._decode_s.add(decode_s)
 
     def traffic(self, now: float) -> Traffic:
         """The estimates at this moment."""
         self._decay(now)
-        return Traffic(self._arrivals / self._window_s, self._uncached_tokens.value, self._held_s.value)
+        return Traffic(self._arrivals / self._window_s, self._uncached_tokens.value, self._decode_s.value)
 
     def _decay(self, now: float) -> None:
         self._arrivals *= exp(-(now - self._decayed_at) / self._window_s)
