@@ -96,7 +96,7 @@ class AutoscalingConfig(Section):
     decode_batch_share: float = Field(default=0.75, gt=0, le=1)  # of max_num_seqs
     decode_kv_usage: float = Field(default=0.75, gt=0, le=1)  # of the blocks
     replica_start_s: float = Field(default=60.0, ge=0)  # until a new replica serves: how far ahead plans reach
-    rate_window_s: float = Field(default=30.0, gt=0)  # time constant of the measured request rate
+    rate_window_s: float = Field(default=15.0, gt=0)  # time constant of the measured request rate
 
     dead_band: float = Field(default=0.1, ge=0, lt=1)  # demand this close to what stands changes nothing
     upscale_delay_s: float = Field(default=5.0, ge=0)  # demand must last this long

@@ -45,15 +45,15 @@ class Budget:
         clipped = {role: min(wanted[role], limits.max_replicas) for role, limits in self._limits.items()}
         kept = {role: min(clipped[role], held[role]) for role in clipped}
         for goal in (kept, clipped):
-            self._give_out(granted, goal)
+            self._give_out(granted, goal, wanted)
         return granted
 
-    def _give_out(self, granted: dict[Role, int], goal: Mapping[Role, int]) -> None:
+    def _give_out(self, granted: dict[Role, int], goal: Mapping[Role, int], wanted: Mapping[Role, int]) -> None:
         while True:
             short = [role for role in granted if granted[role] < goal[role] and self._affords(granted, role)]
             if not short:
                 return
-            granted[min(short, key=lambda role: (granted[role] / goal[role], role is Role.PREFILL))] += 1
+            granted[min(short, key=lambda role: (granted[role] / wanted[role], role is Role.PREFILL))] += 1
 
     def _affords(self, granted: Mapping[Role, int], role: Role) -> bool:
         spent = sum(num * self._limits[of].cost for of, num in granted.items())

@@ -57,6 +57,11 @@ class FleetSignals:
         return self.prefill if role is Role.PREFILL else self.decode
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that wait at the scheduler, for whichever pool."""
+        return max(self.prefill.num_waiting, self.decode.num_waiting)
+
+    @property
     def predicted_ttft_s(self) -> float:
         """Of a request that comes now: all prompt tokens before it, and its own, at the pool's rate."""
         pool, own = self.prefill, self.traffic.prompt_tokens_per_request

@@ -80,14 +80,18 @@ class SloPolicy:
         )
 
     def _num_decoding(self, signals: FleetSignals) -> float:
-        """Who runs, and as many of those who wait as will run at once if the queue is gone within `replica_start_s`.
+        """Who will run at once when the queue is worked off within `replica_start_s`.
 
-        Short answers come one after another through the same slots: to find room for all together would be too much.
+        Of those who wait that is stay / horizon: short answers come one after another through the same slots. Who waits
+        for prefill counts as well, beside steady traffic: by the time prefill has grown, decode must have, too.
         """
-        pool, stay_s = signals.decode, signals.traffic.decode_s_per_request
-        horizon_s = max(self._config.ttft_target_s, self._config.replica_start_s)
-        share = min(1.0, stay_s / horizon_s) if stay_s else 1.0
-        return pool.num_running + share * pool.num_waiting
+        pool, traffic = signals.decode, signals.traffic
+        stay_s = traffic.decode_s_per_request
+        if not stay_s:
+            return pool.num_running + pool.num_waiting
+        share = min(1.0, stay_s / max(self._config.ttft_target_s, self._config.replica_start_s))
+        steady = traffic.requests_per_s * stay_s
+        return max(pool.num_running + share * pool.num_waiting, steady + share * signals.num_waiting)
 
     @staticmethod
     def _most(signals: FleetSignals) -> float:

@@ -64,6 +64,10 @@ def test_both_pools_come_short_by_the_same_share_and_keep_what_they_hold():
     assert budget.fit({P: 40, D: 20}, {P: 0, D: 0}) == {P: 8, D: 4}
     assert budget.fit({P: 40, D: 20}, {P: 2, D: 10}) == {P: 2, D: 10}
     assert budget.fit({P: 40, D: 9}, {P: 2, D: 10}) == {P: 3, D: 9}
+    small = Budget({role: PoolLimits(1, 20, 1) for role in Role}, 12)
+    assert small.fit({P: 200, D: 20}, {P: 0, D: 0}) == {P: 10, D: 2}, (
+        "the ratio is that of the wishes, not of the limits"
+    )
     costly = Budget({P: PoolLimits(1, 100, 1), D: PoolLimits(1, 100, 8)}, 20)
     assert costly.fit({P: 10, D: 10}, {P: 0, D: 0}) == {P: 4, D: 2}
 
