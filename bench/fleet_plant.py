@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cluster.autoscaling.signals import FleetSignals, PoolSignals
-from cluster.scheduler.traffic import TrafficMeter
+from cluster.scheduler.workload_meter import WorkloadMeter
 from core.messages.fleet import Role
 
 
@@ -82,7 +82,7 @@ class FleetPlant:
         self.requests: list[Request] = []
         self.replica_s = 0.0
         self._wall = wall
-        self._traffic = TrafficMeter(rate_window_s)
+        self._workload = WorkloadMeter(rate_window_s)
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._prefilled_tokens = 0.0  # of the first in line
@@ -105,7 +105,7 @@ class FleetPlant:
         request = Request(self.now, num_prompt, num_output)
         self.requests.append(request)
         self._waiting.append(request)
-        self._traffic.arrived(self.now)
+        self._workload.arrived(self.now)
 
     def resize(self, role: Role, num_replicas: int) -> None:
         """What Serve does at once."""
@@ -130,7 +130,7 @@ class FleetPlant:
             self._wall + timedelta(seconds=self.now),
             self._pool(Role.PREFILL, waited_for=prefill_is_full),
             self._pool(Role.DECODE, waited_for=decode_is_full or not prefill_is_full),
-            self._traffic.traffic(self.now),
+            self._workload.measured(self.now),
         )
 
     # ---- inside -------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class FleetPlant:
         while self._waiting and not self._prefill_is_full and not self._decode_is_full(self._waiting[0].num_prompt):
             request = self._waiting.popleft()
             request.planned_at = self.now
-            self._traffic.planned(request.num_prompt, request.num_prompt)
+            self._workload.planned(request.num_prompt, request.num_prompt)
             self._prefilling.append(request)
 
     def _prefill(self, step_s: float) -> None:
@@ -182,7 +182,7 @@ class FleetPlant:
         for request in self._decoding:
             request.num_decoded += num_tokens
             if request.num_decoded >= request.num_output:
-                self._traffic.decoded(self.now - request.first_token_at)
+                self._workload.decoded(self.now - request.first_token_at)
         self._decoding = [request for request in self._decoding if request.num_decoded < request.num_output]
 
     def _pool(self, role: Role, *, waited_for: bool) -> PoolSignals:

@@ -58,7 +58,7 @@ PURE = [
     "cluster.scheduler.fleet_signals",
     "cluster.scheduler.fleet_view",
     "cluster.scheduler.index",
-    "cluster.scheduler.traffic",
+    "cluster.scheduler.workload_meter",
     "decode_worker.handoffs",
     "decode_worker.scheduler",
     "cluster.ingress.stop_strings",

@@ -92,14 +92,14 @@ class ForecastFloor:
         if self._forecaster is None:
             return Demand(silent, silent)
         now_s = signals.wall.timestamp()
-        self._forecaster.observe(now_s, signals.traffic.requests_per_s)
-        if signals.prefill.num_ready and signals.decode.num_ready and signals.traffic.decode_s_per_request:
+        self._forecaster.observe(now_s, signals.workload.requests_per_s)
+        if signals.prefill.num_ready and signals.decode.num_ready and signals.workload.decode_s_per_request:
             self._last_known = signals
         moments = (now_s, now_s + self._config.replica_start_s, now_s + 2 * self._config.replica_start_s)
         rate = max((rate for at in moments if (rate := self._forecaster.forecast(at)) is not None), default=None)
         if rate is None or self._last_known is None:
             return Demand(silent, silent)
-        floor = steady_demand(rate, self._last_known.traffic, self._last_known, self._config)
+        floor = steady_demand(rate, self._last_known, self._config)
         return Demand(_forecast(floor.prefill), _forecast(floor.decode))
 
 

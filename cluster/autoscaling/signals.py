@@ -34,7 +34,7 @@ class PoolSignals:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Workload:
     """Requests as they come, measured over the last `rate_window_s`."""
 
     requests_per_s: float
@@ -50,7 +50,7 @@ class FleetSignals:
     wall: datetime  # with a time zone
     prefill: PoolSignals
     decode: PoolSignals
-    traffic: Traffic
+    workload: Workload
 
     def of(self, role: Role) -> PoolSignals:
         """The pool of a role."""
@@ -64,7 +64,7 @@ class FleetSignals:
     @property
     def predicted_ttft_s(self) -> float:
         """Of a request that comes now: all prompt tokens before it, and its own, at the pool's rate."""
-        pool, own = self.prefill, self.traffic.prompt_tokens_per_request
+        pool, own = self.prefill, self.workload.prompt_tokens_per_request
         backlog = pool.queued_prompt_tokens + pool.outstanding_prompt_tokens
         if not pool.num_ready or not pool.prefill_tokens_per_s:
             return inf if backlog else 0.0

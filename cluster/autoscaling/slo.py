@@ -19,8 +19,7 @@ class SloPolicy:
 
     def demand(self, signals: FleetSignals) -> Demand:
         """See policy.Policy."""
-        rate = signals.traffic.requests_per_s
-        steady = steady_demand(rate, signals.traffic, signals, self._config)
+        steady = steady_demand(signals.workload.requests_per_s, signals, self._config)
         prefill = (steady.prefill, self._backlog(signals, steady.prefill.num_replicas), self._ttft(signals))
         decode = (steady.decode, self._batch(signals), self._kv(signals), self._itl(signals))
         return Demand(_largest(*prefill), _largest(*decode))
@@ -35,7 +34,7 @@ class SloPolicy:
         backlog = pool.queued_prompt_tokens + pool.outstanding_prompt_tokens
         if not pool.prefill_tokens_per_s:
             return PoolDemand(1.0 if backlog else 0.0, f"{backlog} prompt tokens wait and no replica is ready")
-        own_s = signals.traffic.prompt_tokens_per_request / pool.prefill_tokens_per_s
+        own_s = signals.workload.prompt_tokens_per_request / pool.prefill_tokens_per_s
         slack_s = max(self._config.ttft_target_s - own_s, LEAST_SLACK * self._config.ttft_target_s)
         horizon_s = max(slack_s, self._config.replica_start_s)
         num_busy = num_steady * self._config.prefill_utilization  # catching up may use the reserve
@@ -45,7 +44,7 @@ class SloPolicy:
     def _ttft(self, signals: FleetSignals) -> PoolDemand:
         """One more than serve now while the target is missed, as the fast loop of Dynamo's planner does."""
         ttft_s = signals.predicted_ttft_s
-        own_s = signals.traffic.prompt_tokens_per_request / (signals.prefill.prefill_tokens_per_s or 1.0)
+        own_s = signals.workload.prompt_tokens_per_request / (signals.prefill.prefill_tokens_per_s or 1.0)
         more_helps = not isinf(ttft_s) and ttft_s - own_s > LEAST_SLACK * self._config.ttft_target_s
         if ttft_s <= self._config.ttft_target_s or not more_helps:
             return PoolDemand(0.0, "TTFT within its target")
@@ -85,12 +84,12 @@ class SloPolicy:
         Of those who wait that is stay / horizon: short answers come one after another through the same slots. Who waits
         for prefill counts as well, beside steady traffic: by the time prefill has grown, decode must have, too.
         """
-        pool, traffic = signals.decode, signals.traffic
-        stay_s = traffic.decode_s_per_request
+        pool, workload = signals.decode, signals.workload
+        stay_s = workload.decode_s_per_request
         if not stay_s:
             return pool.num_running + pool.num_waiting
         share = min(1.0, stay_s / max(self._config.ttft_target_s, self._config.replica_start_s))
-        steady = traffic.requests_per_s * stay_s
+        steady = workload.requests_per_s * stay_s
         return max(pool.num_running + share * pool.num_waiting, steady + share * signals.num_waiting)
 
     @staticmethod

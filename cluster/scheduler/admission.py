@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cluster.scheduler.decision import Decision, DecisionMaker
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
 from cluster.scheduler.index import PrefixIndex
-from cluster.scheduler.traffic import TrafficMeter
+from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
 from core.messages.fleet import ReplicaInfo, Role
@@ -43,7 +43,7 @@ class Admission:
     def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0) -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
-        self.traffic = TrafficMeter(rate_window_s)
+        self.workload = WorkloadMeter(rate_window_s)
         self.decode_is_starting = False  # somebody has asked for a decode replica: requests wait for it in the queue
         self._config = config
         self._decision_maker = DecisionMaker(config)
@@ -105,7 +105,7 @@ class Admission:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
         if request.attempt == 0:
-            self.traffic.arrived(now)
+            self.workload.arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, until one finds no room."""
@@ -134,7 +134,7 @@ class Admission:
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
         if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
-            self.traffic.decoded(now - reservation.decoding_since)
+            self.workload.decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             self._drop(request_id)
 
@@ -184,7 +184,7 @@ class Admission:
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
-        self.traffic.planned(request.num_tokens, decision.num_uncached_tokens)
+        self.workload.planned(request.num_tokens, decision.num_uncached_tokens)
         (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
         decode.decode_requests[request.request_id] = decision.num_decode_blocks
         self._reservations[request.request_id] = Reservation(

@@ -24,7 +24,7 @@ def fleet_signals(admission: Admission, targets: Mapping[Role, int], now: float,
         wall,
         _pool(admission, prefills, targets[Role.PREFILL], waited_for=prefill_is_full),
         _pool(admission, decodes, targets[Role.DECODE], waited_for=decode_is_full or not prefill_is_full),
-        admission.traffic.traffic(now),
+        admission.workload.measured(now),
     )
 
 
@@ -33,7 +33,7 @@ def _pool(admission: Admission, replicas: Sequence[ReplicaView], num_target: int
         num_ready=len(replicas),
         num_target=num_target,
         num_waiting=admission.num_waiting if waited_for else 0,
-        queued_prompt_tokens=round(admission.num_waiting_tokens * admission.traffic.uncached_share)
+        queued_prompt_tokens=round(admission.num_waiting_tokens * admission.workload.uncached_share)
         if waited_for
         else 0,
         outstanding_prompt_tokens=sum(replica.outstanding_prefill_tokens for replica in replicas),

@@ -8,7 +8,7 @@ import pytest
 from cluster.autoscaler import Autoscaler
 from cluster.autoscaling.autoscaling import Autoscaling
 from cluster.autoscaling.budget import Budget
-from cluster.autoscaling.signals import Demand, FleetSignals, PoolDemand, PoolSignals, Traffic
+from cluster.autoscaling.signals import Demand, FleetSignals, PoolDemand, PoolSignals, Workload
 from core.config import parse_config
 from core.errors import PeerLost
 from core.messages.fleet import Role
@@ -60,7 +60,7 @@ def make(policy: Wishes, serve: FakeServe, max_gpus: float = 0, **section) -> Au
 
     def read(targets) -> FleetSignals:
         pools = {role: replace(IDLE, num_ready=num, num_target=num) for role, num in targets.items()}
-        return FleetSignals(float(next(ticks)), NOON, pools[Role.PREFILL], pools[Role.DECODE], Traffic(0, 0, 0))
+        return FleetSignals(float(next(ticks)), NOON, pools[Role.PREFILL], pools[Role.DECODE], Workload(0, 0, 0))
 
     autoscaling = Autoscaling(config.autoscaling, policy, Budget.of(config))
     return Autoscaler(config.autoscaling, autoscaling, read, serve.resize, serve.first_targets)

@@ -1,11 +1,11 @@
-"""What the autoscaler is told of a scheduler's state: load, those who wait and for whom, traffic."""
+"""What the autoscaler is told of a scheduler's state: load, those who wait and for whom, workload."""
 
 import pytest
 
 from cluster.autoscaling.signals import FleetSignals
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.fleet_signals import fleet_signals
-from cluster.scheduler.traffic import TrafficMeter
+from cluster.scheduler.workload_meter import WorkloadMeter
 from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded
@@ -42,7 +42,7 @@ def test_an_idle_fleet(admission):
     assert (signals.decode.num_ready, signals.decode.num_starting) == (2, 0)
     assert (signals.prefill.prefill_tokens_per_s, signals.decode.max_num_seqs) == (1000, 4)
     assert (signals.decode.num_running, signals.decode.kv_usage, signals.decode.itl_s) == (0, 0, 0)
-    assert signals.traffic.requests_per_s == 0
+    assert signals.workload.requests_per_s == 0
     assert signals.predicted_ttft_s == 0
 
 
@@ -87,7 +87,7 @@ def test_queued_tokens_are_counted_as_far_as_they_are_computed(admission):
     fill(admission, Role.DECODE)
     admission.reserve(reserve("next", tokens), 0.0)
     assert admission.dispatch(0.0) == []
-    assert signals_of(admission).traffic.prompt_tokens_per_request == 64
+    assert signals_of(admission).workload.prompt_tokens_per_request == 64
     assert signals_of(admission).prefill.queued_prompt_tokens == 64
 
 
@@ -98,27 +98,27 @@ def test_decoding_is_timed_from_the_first_token_and_aborted_requests_are_not(adm
     admission.progress("r", 1.0)
     admission.finish("r", 0, 4.0)
     admission.finish("aborted", 0, 9.0)
-    assert signals_of(admission, 9.0).traffic.decode_s_per_request == 3.0
+    assert signals_of(admission, 9.0).workload.decode_s_per_request == 3.0
 
 
 def test_a_retry_is_no_new_request(admission):
     for attempt in range(3):
         admission.reserve(reserve("r", attempt=attempt), 0.0)
-    assert signals_of(admission).traffic.requests_per_s == pytest.approx(0.1)
+    assert signals_of(admission).workload.requests_per_s == pytest.approx(0.1)
 
 
 def test_the_rate_follows_within_its_window_and_is_forgotten():
-    meter, rates = TrafficMeter(window_s=10), {}
+    meter, rates = WorkloadMeter(window_s=10), {}
     for tenth in range(1, 1201):
         now = tenth / 10
         if now <= 60:
             meter.arrived(now)
-        rates[now] = meter.traffic(now).requests_per_s
+        rates[now] = meter.measured(now).requests_per_s
     assert rates[10.0] == pytest.approx(10 * 0.632, rel=0.02)
     assert rates[60.0] == pytest.approx(10.0, rel=0.02)
     assert rates[70.0] == pytest.approx(10 * 0.368, rel=0.02)
     meter.arrived(130.0)
-    assert meter.traffic(200.0).requests_per_s == 0.0
+    assert meter.measured(200.0).requests_per_s == 0.0
 
 
 def test_requests_wait_for_a_decode_replica_that_is_starting_instead_of_failing():

@@ -7,7 +7,7 @@ from math import cos, pi
 import pytest
 
 from cluster.autoscaling.forecast import DAY_S, ForecastFloor, SeasonalNaive, make_forecaster
-from cluster.autoscaling.signals import FleetSignals, PoolSignals, Traffic
+from cluster.autoscaling.signals import FleetSignals, PoolSignals, Workload
 from core.autoscaling_config import AutoscalingConfig, ForecastConfig
 from core.errors import ConfigurationError
 
@@ -64,8 +64,8 @@ def test_nothing_is_said_before_a_day_was_seen_and_old_days_are_forgotten():
 def signals_at(epoch_s: float, rate: float, num_ready: int = 1) -> FleetSignals:
     prefill = PoolSignals(num_ready, num_ready, 0, 0, 0, 1000.0 * bool(num_ready), 0, 16, 0.0, 0.0)
     decode = PoolSignals(num_ready, num_ready, 0, 0, 0, 0.0, 0, 16 * bool(num_ready), 0.0, 0.0)
-    traffic = Traffic(rate, 350.0, 5.65)
-    return FleetSignals(epoch_s, datetime.fromtimestamp(epoch_s, UTC), prefill, decode, traffic)
+    workload = Workload(rate, 350.0, 5.65)
+    return FleetSignals(epoch_s, datetime.fromtimestamp(epoch_s, UTC), prefill, decode, workload)
 
 
 def test_the_floor_is_there_before_the_load_even_from_zero():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.autoscaling.autoscaling import Autoscaling
 from cluster.autoscaling.budget import Budget, PoolLimits
-from cluster.autoscaling.signals import Demand, FleetSignals, PoolDemand, PoolSignals, Traffic
+from cluster.autoscaling.signals import Demand, FleetSignals, PoolDemand, PoolSignals, Workload
 from core.autoscaling_config import AutoscalingConfig
 from core.messages.fleet import Role
 from tests.autoscaling.closed_loop import NOON, config_of
@@ -32,7 +32,7 @@ pools = st.builds(
     kv_usage=st.floats(0, 1),
     itl_s=st.floats(0, 2),
 )
-traffics = st.builds(Traffic, st.floats(0, 100), st.floats(0, 10_000), st.floats(0, 100))
+workloads = st.builds(Workload, st.floats(0, 100), st.floats(0, 10_000), st.floats(0, 100))
 
 
 class Nervous:
@@ -78,12 +78,12 @@ def decided(autoscaling: Autoscaling, signals: FleetSignals) -> tuple[int, int]:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(pools, pools, traffics), min_size=1, max_size=30), st.integers(4, 20))
+@given(st.lists(st.tuples(pools, pools, workloads), min_size=1, max_size=30), st.integers(4, 20))
 def test_the_slo_policy_stays_within_limits_whatever_it_sees(seen, max_gpus):
     config = config_of(min_replicas=2, max_replicas=9, max_gpus=max_gpus, downscale_delay_s=3, downscale_pause_s=0)
     autoscaling = Autoscaling.of(config)
-    for i, (prefill, decode, traffic) in enumerate(seen):
-        signals = FleetSignals(float(i), NOON + timedelta(seconds=i), prefill, decode, traffic)
+    for i, (prefill, decode, workload) in enumerate(seen):
+        signals = FleetSignals(float(i), NOON + timedelta(seconds=i), prefill, decode, workload)
         num = decided(autoscaling, signals)
         assert all(2 <= n <= 9 for n in num) and sum(num) <= max_gpus, num
 
@@ -99,7 +99,7 @@ def test_so_does_any_policy_of_ones_own(demands):
     )
     pool = {P: idle, D: idle}
     for i, policy.says in enumerate(demands):
-        targets = autoscaling.decide(FleetSignals(float(i), NOON, pool[P], pool[D], Traffic(0, 0, 0)))
+        targets = autoscaling.decide(FleetSignals(float(i), NOON, pool[P], pool[D], Workload(0, 0, 0)))
         num = {role: targets.of(role).num_replicas for role in Role}
         assert 1 <= num[P] <= 10 and 1 <= num[D] <= 30 and 2 * num[P] + num[D] <= 24
         pool = {role: replace(idle, num_ready=num[role], num_target=num[role]) for role in Role}

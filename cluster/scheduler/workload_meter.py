@@ -2,14 +2,14 @@
 
 from math import exp
 
-from cluster.autoscaling.signals import Traffic
+from cluster.autoscaling.signals import Workload
 from worker.rates import MovingAverage
 
 SAMPLE_WEIGHT = 0.05  # of one request in the means: they follow the last twenty or so
 FORGOTTEN = 0.01  # arrivals decayed to less than this count as none, so that an idle fleet reads exactly 0
 
 
-class TrafficMeter:
+class WorkloadMeter:
     """The arrival rate decays with `window_s`: after a step of the load it has 63 % of the way behind it by then.
 
     For Poisson arrivals at `rate` the estimate's relative deviation is 1 / sqrt(2 * rate * window_s).
@@ -42,10 +42,10 @@ class TrafficMeter:
         """A request ended so long after its first token."""
         self._decode_s.add(decode_s)
 
-    def traffic(self, now: float) -> Traffic:
+    def measured(self, now: float) -> Workload:
         """The estimates at this moment."""
         self._decay(now)
-        return Traffic(self._arrivals / self._window_s, self._uncached_tokens.value, self._decode_s.value)
+        return Workload(self._arrivals / self._window_s, self._uncached_tokens.value, self._decode_s.value)
 
     def _decay(self, now: float) -> None:
         self._arrivals *= exp(-(now - self._decayed_at) / self._window_s)
