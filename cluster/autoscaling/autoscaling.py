@@ -34,7 +34,7 @@ class Autoscaling:
     def decide(self, signals: FleetSignals) -> Targets:
         """What both pools shall have now. Call it at a steady interval: delays are counted by `signals.now`."""
         demand = self._demand(signals)
-        current = {role: signals.of(role).num_coming for role in Role}
+        current = {role: signals.of(role).num_target for role in Role}
         wanted = {
             role: outside_dead_band(demand.of(role).num_replicas, current[role], self._dead_band) for role in Role
         }

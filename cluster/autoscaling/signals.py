@@ -12,7 +12,7 @@ class PoolSignals:
     """One pool at one moment. `*_per_s` and `max_num_seqs` are of one replica, means over those that are ready."""
 
     num_ready: int  # replicas that take new work
-    num_target: int  # replicas asked for; those that are not ready yet are starting
+    num_target: int  # replicas asked for; fewer are ready while some start, more until those that go begin to drain
     num_waiting: int  # requests that wait at the scheduler because this pool has no room
     queued_prompt_tokens: int  # of those, as far as they will be computed
     outstanding_prompt_tokens: int  # reserved or accepted by replicas, not yet computed
@@ -26,11 +26,6 @@ class PoolSignals:
     def num_starting(self) -> int:
         """Replicas that were asked for and are not ready."""
         return max(0, self.num_target - self.num_ready)
-
-    @property
-    def num_coming(self) -> int:
-        """What is or will be there without another decision."""
-        return max(self.num_target, self.num_ready)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class FakeServe:
         self.targets = dict.fromkeys(Role, 1)
         self.calls: list[tuple[Role, int]] = []
         self.num_failures = num_failures
+        self.num_ready = 0  # in both pools whatever was asked for; 0: as asked for
         self.resized = asyncio.Event()
 
     async def resize(self, role: Role, num_replicas: int) -> None:
@@ -59,7 +60,7 @@ def make(policy: Wishes, serve: FakeServe, max_gpus: float = 0, **section) -> Au
     ticks = iter(range(10**6))
 
     def read(targets) -> FleetSignals:
-        pools = {role: replace(IDLE, num_ready=num, num_target=num) for role, num in targets.items()}
+        pools = {role: replace(IDLE, num_ready=serve.num_ready or num, num_target=num) for role, num in targets.items()}
         return FleetSignals(float(next(ticks)), NOON, pools[Role.PREFILL], pools[Role.DECODE], Workload(0, 0, 0))
 
     autoscaling = Autoscaling(config.autoscaling, policy, Budget.of(config))
@@ -86,6 +87,17 @@ async def test_a_resize_that_fails_is_tried_again_and_does_not_hold_up_the_other
     await autoscaler.tick()
     assert serve.targets == {Role.PREFILL: 3, Role.DECODE: 2}
     assert len(serve.calls) == 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 2), (2, 5)])
+async def test_replicas_that_have_not_started_or_drained_yet_change_no_mind(before, after):
+    serve, policy = FakeServe(), Wishes(before - 0.25, before - 0.25)
+    autoscaler = make(policy, serve, downscale_step=9, downscale_pause_s=3)
+    await autoscaler.tick()
+    serve.num_ready, policy.prefill, policy.decode = before, after - 0.25, after - 0.25
+    for _ in range(6):
+        await autoscaler.tick()
+    assert serve.calls == [(role, num) for num in (before, after) for role in Role]
 
 
 async def test_who_gives_back_goes_first():
