@@ -17,6 +17,7 @@ BENCHMARKS = {
     "handoff": ("--repeats", "5"),
     "startup": (),
     "http": ("--rounds", "2"),
+    "autoscaling": (),
 }
 
 

@@ -3,12 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import aclosing
+from datetime import UTC, datetime
 
+from cluster.autoscaling.signals import FleetSignals
 from cluster.scheduler.admission import Admission
+from cluster.scheduler.fleet_signals import fleet_signals
 from core.config import SchedulerConfig
 from core.errors import BatonError, InvalidParameter
-from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
+from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import (
     Book,
     Deregister,
@@ -36,10 +40,12 @@ HOUSEKEEPING_S = 0.1
 class SchedulerService:
     """Thin shell: plans are handed to the calls that wait for them."""
 
-    def __init__(self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str) -> None:
+    def __init__(
+        self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str, rate_window_s: float = 30.0
+    ) -> None:
         self._id = scheduler_id
         self._host = host
-        self._admission = Admission(config)
+        self._admission = Admission(config, rate_window_s)
         self._client = RpcClient(secret)
         self._server = RpcServer(host, secret)
         self._plans: dict[str, asyncio.Future[Plan]] = {}
@@ -94,7 +100,7 @@ class SchedulerService:
 
     async def progress(self, message: Progress) -> Acknowledged:
         """Prefill of a request is over."""
-        self._admission.progress(message.request_id)
+        self._admission.progress(message.request_id, self._now())
         self._dispatch()
         return Acknowledged()
 
@@ -158,6 +164,12 @@ class SchedulerService:
             admission.num_reserved,
             admission.traffic.traffic,
         )
+
+    def signals(self, generation: str, targets: Mapping[Role, int]) -> FleetSignals:
+        """For the autoscaler, which has asked for `targets` replicas. Requests wait for decode replicas that start."""
+        signals = fleet_signals(self._admission, generation, targets, self._now(), datetime.now(UTC))
+        self._admission.decode_is_starting = signals.decode.num_starting > 0
+        return signals
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -8,21 +8,17 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from core.autoscaling_config import AutoscalingConfig
 from core.errors import ConfigurationError
+from core.section import Section
 from core.serve_file import application_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 ZoneAffinity = Literal["ignore", "prefer", "require"]
 ChannelKind = Literal["gloo", "nccl", "shared_memory"]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelConfig(Section):
@@ -67,6 +63,11 @@ class PoolConfig(Section):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self
+
+    @property
+    def replica_cost(self) -> float:
+        """GPUs of one replica; without GPUs a rank counts as one, so that budgets can be tried on CPUs."""
+        return self.tensor_parallel * (self.resources_per_rank.num_gpus or 1.0)
 
 
 class TransferConfig(Section):
@@ -130,12 +131,28 @@ class BatonConfig(Section):
     decode: PoolConfig = PoolConfig()
     transfer: TransferConfig = TransferConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     ingress: IngressConfig = IngressConfig()
     cluster: ClusterConfig = ClusterConfig()
     generation: str = Field(default="v1", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")  # pools of another name live beside
     block_size: int = Field(default=16, ge=1, le=256)  # tokens per hash block, a constant of the fleet
     tenant_salt: str = ""
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _affordable(self) -> "BatonConfig":
+        least = sum(pool.min_replicas * pool.replica_cost for pool in (self.prefill, self.decode))
+        if 0 < self.autoscaling.max_gpus < least:
+            raise ValueError(
+                f"autoscaling.max_gpus {self.autoscaling.max_gpus:g} is below the {least:g} of min_replicas"
+            )
+        for i, floor in enumerate(self.autoscaling.schedule):
+            for name, num, pool in (("prefill", floor.prefill, self.prefill), ("decode", floor.decode, self.decode)):
+                if num > pool.max_replicas:
+                    raise ValueError(
+                        f"autoscaling.schedule.{i}.{name} {num} is above max_replicas {pool.max_replicas} of the pool"
+                    )
+        return self
 
 
 def parse_config(tree: dict[str, Any]) -> BatonConfig:

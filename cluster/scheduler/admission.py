@@ -13,6 +13,7 @@ from cluster.scheduler.decision import Decision, DecisionMaker
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.traffic import TrafficSplit
+from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
 from core.messages.fleet import ReplicaInfo, Role
@@ -29,6 +30,7 @@ class Reservation:
     prefill_id: str | None
     decode_id: str
     expires_at: float
+    decoding_since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class _Waiting:
 class Admission:
     """Queue, reservations and the fleet's state; dispatch in order of arrival."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0) -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
         self.traffic = TrafficSplit()
+        self.workload = WorkloadMeter(rate_window_s)
+        self.decode_is_starting = False  # somebody has asked for a decode replica: requests wait for it in the queue
         self._config = config
         self._decision_maker = DecisionMaker(config)
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
@@ -54,6 +58,16 @@ class Admission:
     def num_waiting(self) -> int:
         """Requests without a plan."""
         return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Their prompt tokens, cached or not."""
+        return sum(waiting.request.num_tokens for waiting in self._waiting.values())
+
+    @property
+    def max_decode_kv_usage(self) -> float:
+        """The share of a decode replica's blocks beyond which it gets no new request."""
+        return self._config.max_decode_kv_usage
 
     @property
     def num_reserved(self) -> int:
@@ -93,6 +107,8 @@ class Admission:
         if len(self._waiting) >= self._config.queue_limit:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
+        if request.attempt == 0:
+            self.workload.arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, in each generation until one finds no room."""
@@ -113,11 +129,12 @@ class Admission:
             plans.append(self._book(waiting, decision, now))
         return plans
 
-    def progress(self, request_id: str) -> None:
+    def progress(self, request_id: str, now: float) -> None:
         """Its first token is out: prefill is free again, and decode's own report counts its blocks."""
         reservation = self._reservations.get(request_id)
         if reservation is None:
             return
+        reservation.decoding_since = now
         for replica in self._replicas_of(reservation):
             replica.prefill_tokens.pop(request_id, None)
             if request_id in replica.decode_requests:
@@ -127,6 +144,8 @@ class Admission:
         """Ends an attempt in any state, also before its Reserve came; idempotent."""
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
+        if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
+            self.workload.decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             self._drop(request_id)
 
@@ -140,7 +159,7 @@ class Admission:
         """Ends reservations that nobody renewed; returns the requests that waited too long for a plan, and why."""
         for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
             self._drop(reservation.request_id)
-        has_decode = bool(self.fleet.usable(Role.DECODE, now))
+        has_decode = self.decode_is_starting or bool(self.fleet.usable(Role.DECODE, now))
         late: dict[str, Unavailable] = {}
         for waiting in self._waiting.values():
             waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
@@ -188,6 +207,7 @@ class Admission:
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
+        self.workload.planned(request.num_tokens, decision.num_uncached_tokens)
         (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
         decode.decode_requests[request.request_id] = decision.num_decode_blocks
         self._reservations[request.request_id] = Reservation(

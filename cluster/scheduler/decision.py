@@ -59,7 +59,7 @@ class DecisionMaker:
         prefills = _without(prefills, request.avoid)
         decodes = _without(decodes, request.avoid)
         with_room = [decode for decode in decodes if self._has_room(request, decode)]
-        ready_prefills = [prefill for prefill in prefills if _takes_more(prefill) and request.placement != "local"]
+        ready_prefills = [prefill for prefill in prefills if takes_more(prefill) and request.placement != "local"]
         candidates = []
         for decode in with_room:
             partners = [prefill for prefill in prefills if self._may_pair(prefill, decode)]
@@ -136,9 +136,15 @@ class DecisionMaker:
         return decode.info.layout.num_blocks_for(request.num_tokens) - cached.get(decode.info.replica_id, 0)
 
 
-def _takes_more(prefill: ReplicaView) -> bool:
+def takes_more(prefill: ReplicaView) -> bool:
     """Whether the replica holds less than about two steps of work."""
     return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
+
+
+def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:
+    """Whether a request of hardly any tokens would find room."""
+    is_below_watermark = decode.num_free_blocks > (1 - max_kv_usage) * decode.info.num_blocks
+    return is_below_watermark and decode.num_decode_requests < decode.info.max_num_seqs
 
 
 def _uncached_tokens(request: Reserve, replica: ReplicaView, cached: dict[str, int]) -> int:

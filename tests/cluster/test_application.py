@@ -6,61 +6,25 @@ One fleet serves all tests of this file: two prefill replicas, two decode replic
 import asyncio
 import os
 import signal
-from dataclasses import dataclass
 
 import httpx
 import openai
 import psutil
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.local import free_port, local_fleet
 from cluster.scaling import resize_pool
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path
 from core.config import parse_config
 from core.messages.fleet import Role
+from tests.cluster.live_fleet import NUM_TOKENS, PROMPTS, Load, Oracle, client_of, pool_states, stream_tokens
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
-
-PROMPTS = [
-    "It is a truth universally acknowledged",
-    "KING RICHARD II:\nMy lord, what news from",
-    "I was born in Tokyo, and I went to the country school as a teacher because nothing else",
-    "Elizabeth could not but smile as",
-    "The sun was setting when we",
-    "Shall I compare thee to a summer's day? " * 20 + "And then",
-]
-NUM_TOKENS = 48
-
-
-@dataclass
-class Oracle:
-    """Greedy tokens of transformers in fp32."""
-
-    model: object
-    tokenizer: object
-
-    def tokens(self, prompt: str, num_tokens: int) -> list[int]:
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            temperature=None,
-            top_p=None,
-        )
-        return out[0, ids.shape[1] :].tolist()
 
 
 @pytest.fixture(scope="module")
 def oracle():
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
-    model.generation_config.pad_token_id = 0
-    return Oracle(model, AutoTokenizer.from_pretrained(demo_model_path()))
+    return Oracle.load()
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +50,6 @@ def fleet(tmp_path_factory):
         yield fleet
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before and p.is_running()]
     assert not [p for p in left if "ray" in p.name() or "haproxy" in p.name()], left
-
-
-def client_of(fleet) -> openai.AsyncOpenAI:
-    http = httpx.AsyncClient(trust_env=False, timeout=120)
-    return openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="none", http_client=http, max_retries=0)
-
-
-async def stream_tokens(client, prompt: str, num_tokens: int = NUM_TOKENS, **extra) -> list[int]:
-    """Token ids of one greedy streamed completion."""
-    body = {"ignore_eos": True, "return_token_ids": True} | extra
-    stream = await client.completions.create(
-        model=DEMO_MODEL_NAME, prompt=prompt, max_tokens=num_tokens, temperature=0, stream=True, extra_body=body
-    )
-    tokens: list[int] = []
-    async for chunk in stream:
-        for choice in chunk.choices:
-            tokens += choice.token_ids or []
-    return tokens
 
 
 def resumes_of(fleet) -> float:
@@ -195,35 +141,6 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-class Load:
-    """Streams that begin anew until told to stop; every answer is checked."""
-
-    def __init__(self, client, expected, num_streams: int) -> None:
-        self._client, self._expected = client, expected
-        self._stop = asyncio.Event()
-        self.num_done = 0
-        self._tasks = [asyncio.create_task(self._run(i)) for i in range(num_streams)]
-
-    async def _run(self, i: int) -> None:
-        while not self._stop.is_set():
-            which = i % len(PROMPTS)
-            tokens = await stream_tokens(self._client, PROMPTS[which])
-            assert tokens == self._expected[which]
-            self.num_done += 1
-
-    async def until_done(self, count: int) -> None:
-        async with asyncio.timeout(120):
-            while self.num_done < count:
-                for task in self._tasks:
-                    if task.done():
-                        task.result()
-                await asyncio.sleep(0.02)
-
-    async def finish(self) -> None:
-        self._stop.set()
-        await asyncio.gather(*self._tasks)
-
-
 def rank_pids(role: Role) -> list[int]:
     """Processes of a pool's ranks, the last rank of a replica last."""
     import ray
@@ -252,14 +169,8 @@ async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, expected):
     await load.until_done(8)
     await asyncio.to_thread(resize_pool, "v1", Role.DECODE, 1)
     async with asyncio.timeout(60):
-        while decode_states() != {"RUNNING": 1}:
+        while pool_states(Role.DECODE) != {"RUNNING": 1}:
             await asyncio.sleep(0.1)
     await load.until_done(load.num_done + 8)
     await load.finish()
     assert resumes_of(fleet) > before, "the replica that went was to hand its streams over"
-
-
-def decode_states() -> dict[str, int]:
-    from ray import serve
-
-    return serve.status().applications["baton-v1"].deployments["DecodePool"].replica_states

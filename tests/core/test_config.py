@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from cluster.serve_app import front, on_cluster, pools
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path, resolve_config
+from core.autoscaling_config import parse_days
 from core.config import BatonConfig, ClusterConfig, load_config, parse_config
 from core.errors import ConfigurationError
 
@@ -19,11 +20,28 @@ from core.errors import ConfigurationError
         ({"transfer": {"channel": "carrier pigeon"}}, "transfer.channel"),
         ({"ingress": {"port": 70000}}, "ingress.port"),
         ({"block_size": "many"}, "block_size"),
+        ({"autoscaling": {"ttft_target_s": 0}}, "autoscaling.ttft_target_s"),
+        ({"autoscaling": {"max_gpus": 3}, "decode": {"tensor_parallel": 4}}, r"max_gpus 3 is below the 5 of min_rep"),
+        ({"autoscaling": {"forecast": {"bin_s": 7000}}}, "autoscaling.forecast.bin_s"),
+        ({"autoscaling": {"schedule": [{"at": "8 am", "until": "18:00"}]}}, "autoscaling.schedule.0.at: .*'8 am'"),
+        ({"autoscaling": {"schedule": [{"at": 750, "until": "18:00"}]}}, "autoscaling.schedule.0.at: .*in quotes"),
+        ({"autoscaling": {"schedule": [{"at": "08:45", "until": "24:00"}]}}, "autoscaling.schedule.0.until"),
+        ({"autoscaling": {"schedule": [{"at": "08:45", "until": "9:00", "days": "mon-fry"}]}}, "schedule.0.days.*fry"),
+        ({"autoscaling": {"schedule": [{"at": "8:45", "until": "9:00", "timezone": "Paris"}]}}, "schedule.0.timezone"),
+        ({"autoscaling": {"schedule": [{"at": "8:45", "until": "9:00", "decode": 2}]}}, "schedule.0.decode 2 is above"),
     ],
 )
 def test_what_is_wrong_is_named(tree, named):
     with pytest.raises(ConfigurationError, match=named):
         parse_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "days"),
+    [("mon-fri", {0, 1, 2, 3, 4}), ("sat,sun", {5, 6}), ("Fri-Mon, wed", {4, 5, 6, 0, 2}), ("sun", {6})],
+)
+def test_days_are_names_and_ranges(text, days):
+    assert parse_days(text) == days
 
 
 def test_a_configuration_does_not_change():

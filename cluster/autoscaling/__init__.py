@@ -1,0 +1,1 @@
+"""How many replicas each pool shall have: signals in, targets out. Pure."""

@@ -1,0 +1,58 @@
+"""What the scheduler knows of load, put into the words of the autoscaler. Pure."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from statistics import fmean
+
+from cluster.autoscaling.signals import FleetSignals, PoolSignals
+from cluster.scheduler.admission import Admission
+from cluster.scheduler.decision import has_free_slot, takes_more
+from cluster.scheduler.fleet_view import ReplicaView
+from core.messages.fleet import Role
+
+
+def fleet_signals(
+    admission: Admission, generation: str, targets: Mapping[Role, int], now: float, wall: datetime
+) -> FleetSignals:
+    """Signals of one generation at `now`. Those who wait count at the pool without room, at both when neither has any.
+
+    Counting them at both always would have a full decode pool grow the idle prefill pool too.
+    """
+    prefills, decodes = (
+        [replica for replica in admission.fleet.usable(role, now) if replica.info.generation == generation]
+        for role in (Role.PREFILL, Role.DECODE)
+    )
+    prefill_is_full = not any(takes_more(prefill) for prefill in prefills)
+    decode_is_full = not any(has_free_slot(decode, admission.max_decode_kv_usage) for decode in decodes)
+    return FleetSignals(
+        now,
+        wall,
+        _pool(admission, prefills, targets[Role.PREFILL], waited_for=prefill_is_full),
+        _pool(admission, decodes, targets[Role.DECODE], waited_for=decode_is_full or not prefill_is_full),
+        admission.workload.measured(now),
+    )
+
+
+def _pool(admission: Admission, replicas: Sequence[ReplicaView], num_target: int, *, waited_for: bool) -> PoolSignals:
+    return PoolSignals(
+        num_ready=len(replicas),
+        num_target=num_target,
+        num_waiting=admission.num_waiting if waited_for else 0,
+        queued_prompt_tokens=round(admission.num_waiting_tokens * admission.workload.uncached_share)
+        if waited_for
+        else 0,
+        outstanding_prompt_tokens=sum(replica.outstanding_prefill_tokens for replica in replicas),
+        prefill_tokens_per_s=_mean([replica.prefill_tokens_per_s for replica in replicas]),
+        num_running=sum(replica.num_decode_requests for replica in replicas),
+        max_num_seqs=round(_mean([replica.info.max_num_seqs for replica in replicas])),
+        kv_usage=_mean([_kv_usage(replica) for replica in replicas]),
+        itl_s=_mean([replica.status.decode_step_s for replica in replicas if replica.status.num_running]),
+    )
+
+
+def _kv_usage(replica: ReplicaView) -> float:
+    return min(1.0, max(0.0, 1 - replica.num_free_blocks / replica.info.num_blocks))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else 0.0

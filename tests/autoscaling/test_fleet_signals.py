@@ -1,0 +1,133 @@
+"""What the autoscaler is told of a scheduler's state: load, those who wait and for whom, workload."""
+
+import pytest
+
+from cluster.autoscaling.signals import FleetSignals
+from cluster.scheduler.admission import Admission
+from cluster.scheduler.fleet_signals import fleet_signals
+from cluster.scheduler.workload_meter import WorkloadMeter
+from core.block_hash import hash_blocks
+from core.config import SchedulerConfig
+from core.errors import NoReplica, Overloaded
+from core.messages.fleet import Role
+from tests.autoscaling.closed_loop import NOON
+from tests.cluster.test_scheduler import BLOCK, replica, report, reserve
+
+TARGETS = {Role.PREFILL: 3, Role.DECODE: 2}
+
+
+@pytest.fixture
+def admission() -> Admission:
+    """Two prefill and two decode replicas of four slots; plans as in tests/cluster/test_scheduler.py."""
+    admission = Admission(SchedulerConfig(queue_timeout_s=30, replica_timeout_s=100), rate_window_s=10)
+    for name, role in (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)):
+        admission.report(report(replica(name, role), snapshot=True), 0.0)
+    return admission
+
+
+def signals_of(admission: Admission, now: float = 0.0) -> FleetSignals:
+    return fleet_signals(admission, "", TARGETS, now, NOON)
+
+
+def fill(admission: Admission, role: Role, now: float = 0.0) -> None:
+    """Both replicas of a pool as full as they get."""
+    for name in ("0", "1"):
+        full = {"num_waiting_tokens": 2000} if role is Role.PREFILL else {"num_running": 4, "decode_step_s": 0.03}
+        admission.report(report(replica(role.value[0] + name, role), **full), now)
+
+
+def test_an_idle_fleet(admission):
+    signals = signals_of(admission)
+    assert (signals.prefill.num_ready, signals.prefill.num_target, signals.prefill.num_starting) == (2, 3, 1)
+    assert (signals.decode.num_ready, signals.decode.num_starting) == (2, 0)
+    assert (signals.prefill.prefill_tokens_per_s, signals.decode.max_num_seqs) == (1000, 4)
+    assert (signals.decode.num_running, signals.decode.kv_usage, signals.decode.itl_s) == (0, 0, 0)
+    assert signals.workload.requests_per_s == 0
+    assert signals.predicted_ttft_s == 0
+
+
+def test_plans_count_at_once_and_reports_later(admission):
+    for i in range(4):
+        admission.reserve(reserve(f"r{i}", tokens=tuple(range(i * 500, i * 500 + 200))), 0.0)
+    admission.dispatch(0.0)
+    signals = signals_of(admission)
+    assert signals.prefill.outstanding_prompt_tokens == 800
+    assert signals.decode.num_running == 4
+    assert signals.decode.kv_usage == pytest.approx(4 * 13 / 2000), "13 blocks of each prompt, of 1000 on each"
+    assert signals.predicted_ttft_s == pytest.approx((800 / 2 + 200) / 1000)
+    admission.report(report(replica("d0", Role.DECODE), num_running=3, num_free_blocks=500, decode_step_s=0.02), 1.0)
+    admission.report(report(replica("d1", Role.DECODE), decode_step_s=9.0), 1.0)
+    signals = signals_of(admission, 1.0)
+    assert signals.decode.num_running == 5
+    assert signals.decode.itl_s == 0.02, "a replica that decodes nothing has nothing to tell"
+
+
+def test_who_waits_counts_where_there_is_no_room(admission):
+    fill(admission, Role.DECODE)
+    admission.reserve(reserve("r"), 0.0)
+    assert admission.dispatch(0.0) == []
+    signals = signals_of(admission)
+    assert (signals.prefill.num_waiting, signals.decode.num_waiting) == (0, 1)
+    assert signals.prefill.queued_prompt_tokens == 0, "prefill has nothing to do: another replica would not help"
+    fill(admission, Role.PREFILL)
+    signals = signals_of(admission)
+    assert (signals.prefill.num_waiting, signals.decode.num_waiting) == (1, 1)
+    assert signals.prefill.queued_prompt_tokens == 200
+    admission.report(report(replica("d0", Role.DECODE), num_running=1), 0.0)
+    assert signals_of(admission).decode.num_waiting == 0
+
+
+def test_queued_tokens_are_counted_as_far_as_they_are_computed(admission):
+    tokens = tuple(range(320))
+    for name in ("p0", "p1"):
+        admission.report(report(replica(name, Role.PREFILL), stored=hash_blocks(tokens[:256], BLOCK)), 0.0)
+    admission.reserve(reserve("warm", tokens), 0.0)
+    admission.dispatch(0.0)
+    fill(admission, Role.PREFILL)
+    fill(admission, Role.DECODE)
+    admission.reserve(reserve("next", tokens), 0.0)
+    assert admission.dispatch(0.0) == []
+    assert signals_of(admission).workload.prompt_tokens_per_request == 64
+    assert signals_of(admission).prefill.queued_prompt_tokens == 64
+
+
+def test_decoding_is_timed_from_the_first_token_and_aborted_requests_are_not(admission):
+    for name in ("r", "aborted"):
+        admission.reserve(reserve(name), 0.0)
+    admission.dispatch(0.0)
+    admission.progress("r", 1.0)
+    admission.finish("r", 0, 4.0)
+    admission.finish("aborted", 0, 9.0)
+    assert signals_of(admission, 9.0).workload.decode_s_per_request == 3.0
+
+
+def test_a_retry_is_no_new_request(admission):
+    for attempt in range(3):
+        admission.reserve(reserve("r", attempt=attempt), 0.0)
+    assert signals_of(admission).workload.requests_per_s == pytest.approx(0.1)
+
+
+def test_the_rate_follows_within_its_window_and_is_forgotten():
+    meter, rates = WorkloadMeter(window_s=10), {}
+    for tenth in range(1, 1201):
+        now = tenth / 10
+        if now <= 60:
+            meter.arrived(now)
+        rates[now] = meter.measured(now).requests_per_s
+    assert rates[10.0] == pytest.approx(10 * 0.632, rel=0.02)
+    assert rates[60.0] == pytest.approx(10.0, rel=0.02)
+    assert rates[70.0] == pytest.approx(10 * 0.368, rel=0.02)
+    meter.arrived(130.0)
+    assert meter.measured(200.0).requests_per_s == 0.0
+
+
+def test_requests_wait_for_a_decode_replica_that_is_starting_instead_of_failing():
+    admission = Admission(SchedulerConfig(queue_limit=2, queue_timeout_s=30, no_replica_timeout_s=5))
+    admission.decode_is_starting = True
+    for name in ("a", "b"):
+        admission.reserve(reserve(name), 0.0)
+    with pytest.raises(Overloaded):
+        admission.reserve(reserve("c"), 0.0)
+    assert admission.expire(29.0) == {}
+    admission.decode_is_starting = False
+    assert all(isinstance(error, NoReplica) for error in admission.expire(29.0).values())

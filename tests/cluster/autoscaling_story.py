@@ -1,0 +1,69 @@
+"""A local fleet that grows under load and shrinks after it; in a process of its own: Ray's switches are set once."""
+
+import asyncio
+from collections.abc import Callable
+
+from cluster.autoscaler import Decision
+from cluster.local import free_port, local_fleet
+from cluster.settings import DEMO_MODEL_NAME, demo_model_path
+from core.config import parse_config
+from core.messages.fleet import Role
+from tests.cluster.live_fleet import PROMPTS, Load, Oracle, client_of, pool_states
+
+NUM_TOKENS = 96
+PATIENCE_S = 60.0
+
+
+def grow_and_shrink(log_dir: str) -> list[tuple[int, int]]:
+    """Returns the targets of prefill and decode, changes only. Raises AssertionError on a wrong token or size."""
+    config = parse_config(
+        {
+            "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
+            "prefill": {"max_replicas": 2, "num_blocks": 256, "drain_timeout_s": 2},
+            "decode": {"max_replicas": 2, "num_blocks": 512, "max_num_seqs": 8, "drain_timeout_s": 1},
+            "autoscaling": {
+                "policy": "slo", "interval_s": 0.5, "upscale_delay_s": 1, "downscale_delay_s": 4,
+                "downscale_pause_s": 1, "replica_start_s": 10, "rate_window_s": 5, "itl_target_s": 5,
+            },
+            "ingress": {"port": free_port(), "request_timeout_s": 120},
+            "cluster": {"log_dir": log_dir},
+        }
+    )  # fmt: skip
+    oracle = Oracle.load()
+    expected = [oracle.tokens(prompt, NUM_TOKENS) for prompt in PROMPTS]
+    with local_fleet(config, lambda _: None) as fleet:
+        return asyncio.run(_story(fleet, expected))
+
+
+async def _story(fleet, expected: list[list[int]]) -> list[tuple[int, int]]:
+    from ray import serve  # not before the fleet has set Ray's switches
+
+    scheduler = serve.get_deployment_handle("GlobalScheduler", "baton")
+    client = client_of(fleet)
+    crowd = Load(client, expected, 8)
+    await _until(lambda: pool_states(Role.DECODE) == {"RUNNING": 2}, crowd)
+    more = Load(client, expected, 6)
+    await more.until_done(6)
+    await crowd.finish()
+    await more.finish()
+    few = Load(client, expected, 1)
+    await _until(lambda: pool_states(Role.DECODE) == {"RUNNING": 1}, few)
+    await few.until_done(few.num_done + 1)
+    await few.finish()
+    return _changes(await scheduler.autoscaling_history.remote())
+
+
+async def _until(holds: Callable[[], bool], load: Load) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not await asyncio.to_thread(holds):
+            load.require_health()
+            await asyncio.sleep(0.1)
+
+
+def _changes(history: tuple[Decision, ...]) -> list[tuple[int, int]]:
+    changes: list[tuple[int, int]] = []
+    for decision in history:
+        sizes = decision.targets.prefill.num_replicas, decision.targets.decode.num_replicas
+        if not changes or changes[-1] != sizes:
+            changes.append(sizes)
+    return changes
