@@ -9,6 +9,7 @@ from bench.rank_processes import LOOPBACK
 from cluster.ingress.orchestrator import Fleet, Orchestrator
 from cluster.ingress.scheduler_client import SchedulerClient
 from cluster.ingress.token_streams import TokenStreams
+from cluster.scheduler.admission import Admission
 from cluster.scheduler_service import SchedulerService
 from core.config import SchedulerConfig, TransferConfig
 from core.errors import BatonError
@@ -62,7 +63,7 @@ async def control_plane(
     async with AsyncExitStack() as stack:
         client = RpcClient("")
         stack.push_async_callback(client.close)
-        service = SchedulerService(scheduler, "s", LOOPBACK, "")
+        service = SchedulerService(Admission(scheduler), "s", LOOPBACK, "")
         address = await service.start()
         stack.push_async_callback(service.close)
 

@@ -7,6 +7,7 @@ from cluster.autoscaler import Autoscaler, Decision
 from cluster.autoscaling.autoscaling import Autoscaling
 from cluster.replica import prepare_replica
 from cluster.scaling import PoolScaler
+from cluster.scheduler.admission import Admission
 from cluster.scheduler_service import SchedulerService
 from core.config import BatonConfig
 
@@ -21,8 +22,8 @@ class GlobalScheduler:
     async def __init__(self, config: BatonConfig) -> None:  # type: ignore[misc]
         host = prepare_replica(config, "scheduler")
         scheduler_id = f"scheduler-{secrets.token_hex(4)}"
-        rate_window_s = config.autoscaling.rate_window_s
-        self._service = SchedulerService(config.scheduler, scheduler_id, host, config.cluster.secret, rate_window_s)
+        admission = Admission(config.scheduler, config.autoscaling.rate_window_s, config.generation)
+        self._service = SchedulerService(admission, scheduler_id, host, config.cluster.secret)
         self._autoscaler: Autoscaler | None = None
         if config.autoscaling.is_active:
             scaler = PoolScaler(config.generation)

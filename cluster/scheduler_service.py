@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from cluster.autoscaling.signals import FleetSignals
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.fleet_signals import fleet_signals
-from core.config import SchedulerConfig
 from core.errors import BatonError, InvalidParameter
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import (
@@ -40,12 +39,10 @@ HOUSEKEEPING_S = 0.1
 class SchedulerService:
     """Thin shell: plans are handed to the calls that wait for them."""
 
-    def __init__(
-        self, config: SchedulerConfig, scheduler_id: str, host: str, secret: str, rate_window_s: float = 30.0
-    ) -> None:
+    def __init__(self, admission: Admission, scheduler_id: str, host: str, secret: str) -> None:
         self._id = scheduler_id
         self._host = host
-        self._admission = Admission(config, rate_window_s)
+        self._admission = admission
         self._client = RpcClient(secret)
         self._server = RpcServer(host, secret)
         self._plans: dict[str, asyncio.Future[Plan]] = {}

@@ -42,10 +42,10 @@ class _Waiting:
 class Admission:
     """Queue, reservations and the fleet's state; dispatch in order of arrival."""
 
-    def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0) -> None:
+    def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0, first_generation: str = "") -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
-        self.traffic = TrafficSplit()
+        self.traffic = TrafficSplit(first_generation)
         self.workload = WorkloadMeter(rate_window_s)
         self.decode_is_starting = False  # somebody has asked for a decode replica: requests wait for it in the queue
         self._config = config

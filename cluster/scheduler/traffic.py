@@ -9,11 +9,13 @@ from core.messages.to_scheduler import Traffic
 class TrafficSplit:
     """Shares out requests by weight; the same request always falls to the same generation.
 
-    A generation without a weight gets nothing while another has one; with no weights at all, every generation counts
-    alike. The highest version that was ever heard is in force, so that a restarted scheduler learns it from replicas.
+    Without weights the first generation gets everything, so that a second one can come up beside it unnoticed. A
+    generation without a weight gets nothing while another has one. The highest version that was ever heard is in
+    force, so that a restarted scheduler learns it from replicas.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: str = "") -> None:
+        self._first = first
         self.traffic = Traffic()
 
     def learn(self, traffic: Traffic) -> None:
@@ -33,7 +35,8 @@ class TrafficSplit:
     def choose(self, request_id: str, generations: Collection[str]) -> str:
         """One of `generations` (at least one), which are those that can take the request."""
         ordered = sorted(generations)
-        weights = [self.traffic.weights.get(generation, 0.0) for generation in ordered]
+        given = self.traffic.weights or {self._first: 1.0}
+        weights = [given.get(generation, 0.0) for generation in ordered]
         if not any(weights):
             weights = [1.0] * len(ordered)
         point = _unit_interval(request_id) * sum(weights)

@@ -19,10 +19,12 @@ def shares(split: TrafficSplit, generations=("v1", "v2"), num: int = 4000) -> di
 
 
 def test_requests_are_shared_out_by_weight_and_a_request_stays_where_it_fell():
-    split = TrafficSplit()
-    assert shares(split) == pytest.approx({"v1": 0.5, "v2": 0.5}, abs=0.03)
+    split = TrafficSplit("v1")
+    assert shares(split) == {"v1": 1.0}, "a second generation comes up unnoticed"
+    assert shares(split, ("v2", "v3")) == pytest.approx({"v2": 0.5, "v3": 0.5}, abs=0.03)
+    split.change({"v2": 5})
+    assert shares(split) == {"v2": 1.0}, "a generation without a weight gets nothing"
     split.change({"v1": 90})
-    assert shares(split) == {"v1": 1.0}, "a generation without a weight gets nothing"
     split.change({"v1": 90, "v2": 10})
     assert shares(split) == pytest.approx({"v1": 0.9, "v2": 0.1}, abs=0.03)
     assert len({split.choose("r", ("v1", "v2")) for _ in range(10)}) == 1
