@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 
-from cluster.autoscaler import Decision
 from cluster.local import free_port, local_fleet
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path
 from core.config import parse_config
@@ -11,11 +10,11 @@ from core.messages.fleet import Role
 from tests.cluster.live_fleet import PROMPTS, Load, Oracle, client_of, pool_states
 
 NUM_TOKENS = 96
-PATIENCE_S = 60.0
+PATIENCE_S = 90.0
 
 
-def grow_and_shrink(log_dir: str) -> list[tuple[int, int]]:
-    """Returns the targets of prefill and decode, changes only. Raises AssertionError on a wrong token or size."""
+def grow_and_shrink(log_dir: str) -> None:
+    """Raises AssertionError on a wrong token, TimeoutError when the decode pool does not come to its size."""
     config = parse_config(
         {
             "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
@@ -32,13 +31,10 @@ def grow_and_shrink(log_dir: str) -> list[tuple[int, int]]:
     oracle = Oracle.load()
     expected = [oracle.tokens(prompt, NUM_TOKENS) for prompt in PROMPTS]
     with local_fleet(config, lambda _: None) as fleet:
-        return asyncio.run(_story(fleet, expected))
+        asyncio.run(_story(fleet, expected))
 
 
-async def _story(fleet, expected: list[list[int]]) -> list[tuple[int, int]]:
-    from ray import serve  # not before the fleet has set Ray's switches
-
-    scheduler = serve.get_deployment_handle("GlobalScheduler", "baton")
+async def _story(fleet, expected: list[list[int]]) -> None:
     client = client_of(fleet)
     crowd = Load(client, expected, 8)
     await _until(lambda: pool_states(Role.DECODE) == {"RUNNING": 2}, crowd)
@@ -50,7 +46,6 @@ async def _story(fleet, expected: list[list[int]]) -> list[tuple[int, int]]:
     await _until(lambda: pool_states(Role.DECODE) == {"RUNNING": 1}, few)
     await few.until_done(few.num_done + 1)
     await few.finish()
-    return _changes(await scheduler.autoscaling_history.remote())
 
 
 async def _until(holds: Callable[[], bool], load: Load) -> None:
@@ -58,12 +53,3 @@ async def _until(holds: Callable[[], bool], load: Load) -> None:
         while not await asyncio.to_thread(holds):
             load.require_health()
             await asyncio.sleep(0.1)
-
-
-def _changes(history: tuple[Decision, ...]) -> list[tuple[int, int]]:
-    changes: list[tuple[int, int]] = []
-    for decision in history:
-        sizes = decision.targets.prefill.num_replicas, decision.targets.decode.num_replicas
-        if not changes or changes[-1] != sizes:
-            changes.append(sizes)
-    return changes
