@@ -93,7 +93,7 @@ def _replicas(replicas: list[dict[str, Any]]) -> Table:
             str(status["num_waiting"]),
             f"{status['num_free_blocks']} of {info['num_blocks']}",
             info["compatibility"]["weights_revision"][:12],
-            info["software"],
+            f"{info['software']}, protocol {info['protocol']}",
         )
     return table
 

@@ -108,7 +108,7 @@ class TransferFailed(PeerError):
 
 
 class Incompatible(PeerError):
-    """Two replicas cannot exchange KV blocks; `field` names what differs."""
+    """Two processes cannot exchange messages, or two replicas KV blocks; `field` names what differs."""
 
     status = 409
     retryable = False

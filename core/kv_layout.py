@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from core.errors import Incompatible
 
-PROTOCOL_VERSION = 1
+TRANSFER_PROTOCOL = 1  # how KV moves between two ranks; the control plane has its own version in core/version.py
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -61,7 +61,7 @@ class Compatibility:
     kv_dtype: str
     block_size: int
     hash_scheme: str
-    protocol_version: int = PROTOCOL_VERSION
+    protocol_version: int = TRANSFER_PROTOCOL  # on the wire under its first name
 
     def require_equal(self, other: "Compatibility") -> None:
         """Raises Incompatible naming the first field that differs."""

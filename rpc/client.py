@@ -1,16 +1,20 @@
 """The client shell: one connection per address, a deadline on every call, foreign errors translated here."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
-from core.errors import BatonError, PeerLost
+from core.errors import BatonError, Incompatible, PeerLost
 from rpc.codec import decode, decode_error, encode
 from rpc.methods import ServerStream, Unary
+from rpc.protocol import OURS, PROTOCOL_KEY, Protocols, parse_protocols
 from rpc.server import ERROR_KEY, SECRET_KEY, SERVICE
+
+logger = logging.getLogger(__name__)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -33,19 +37,26 @@ CLIENT_OPTIONS = [
 class RpcClient:
     """Calls any address; connections are made on first use and kept. Belongs to one event loop."""
 
-    def __init__(self, secret: str) -> None:
-        self._metadata = ((SECRET_KEY, secret),) if secret else ()
+    def __init__(self, secret: str, protocols: Protocols = OURS) -> None:
+        self._protocols = protocols
+        self._metadata = ((PROTOCOL_KEY, protocols.header), *(((SECRET_KEY, secret),) if secret else ()))
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._greetings: dict[str, str | None] = {}  # address -> the last PROTOCOL_KEY that came from there
 
     async def call(
         self, address: str, method: Unary[Request, Response], request: Request, timeout_s: float
     ) -> Response:
-        """Raises the callee's BatonError, or PeerLost when it cannot be reached or does not answer in time."""
+        """Raises the callee's BatonError, or PeerLost when it cannot be reached or does not answer in time.
+
+        Raises Incompatible when callee and caller have no version of the protocol in common.
+        """
         invoke = self._channel(address).unary_unary(f"/{SERVICE}/{method.name}")
+        call = invoke(encode(request), timeout=timeout_s, metadata=self._metadata)
         try:
-            data = await invoke(encode(request), timeout=timeout_s, metadata=self._metadata)
+            data = await call
+            self._greet(address, await call.trailing_metadata())
         except grpc.aio.AioRpcError as error:
-            raise _translate(error, address, method.name) from error
+            raise self._translate(error, address, method.name) from error
         except asyncio.CancelledError:
             _require_cancelled(address, method.name)
             raise
@@ -59,10 +70,14 @@ class RpcClient:
             encode(request), metadata=self._metadata
         )
         try:
+            greeted = False
             async for data in call:
+                if not greeted:
+                    self._greet(address, await call.initial_metadata())
+                    greeted = True
                 yield decode(method.response, data)
         except grpc.aio.AioRpcError as error:
-            raise _translate(error, address, method.name) from error
+            raise self._translate(error, address, method.name) from error
         except asyncio.CancelledError:
             _require_cancelled(address, method.name)
             raise
@@ -71,6 +86,7 @@ class RpcClient:
 
     async def forget(self, address: str) -> None:
         """Closes the connection to a peer that is gone; calls in flight on it fail."""
+        self._greetings.pop(address, None)
         channel = self._channels.pop(address, None)
         if channel is not None:
             await channel.close()
@@ -85,18 +101,31 @@ class RpcClient:
             self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
         return self._channels[address]
 
+    def _greet(self, address: str, metadata: Any) -> None:
+        """Reads which protocols an answer's sender speaks; logs skew once. Raises Incompatible before it is decoded."""
+        header = metadata.get(PROTOCOL_KEY)
+        if address in self._greetings and self._greetings[address] == header:
+            return
+        theirs = parse_protocols(header)
+        if not self._protocols.overlap(theirs):
+            raise Incompatible(f"{address} speaks {theirs}, we {self._protocols}", field=PROTOCOL_KEY)
+        if theirs != self._protocols:
+            logger.info("%s speaks %s, we %s", address, theirs, self._protocols)
+        self._greetings[address] = header
+
+    def _translate(self, error: grpc.aio.AioRpcError, address: str, name: str) -> BatonError:
+        """Raises Incompatible when the error comes from a peer whose words we may misread."""
+        metadata = error.trailing_metadata()
+        if metadata is not None and ERROR_KEY in metadata:
+            self._greet(address, metadata)
+            return decode_error(metadata[ERROR_KEY])
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return PeerLost(f"{address} did not answer {name} in time")
+        return PeerLost(f"{address} is lost during {name}: {error.code().name} {error.details()}")
+
 
 def _require_cancelled(address: str, name: str) -> None:
     """A closed connection cancels its calls; only our own task's cancellation may look like one to the caller."""
     task = asyncio.current_task()
     if task is None or not task.cancelling():
         raise PeerLost(f"the connection to {address} was closed during {name}")
-
-
-def _translate(error: grpc.aio.AioRpcError, address: str, name: str) -> BatonError:
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            return decode_error(value)
-    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return PeerLost(f"{address} did not answer {name} in time")
-    return PeerLost(f"{address} is lost during {name}: {error.code().name} {error.details()}")

@@ -1,17 +1,18 @@
-"""The server shell: binds methods to coroutines, checks the secret, carries errors of the tree to the caller."""
+"""The server shell: binds methods to coroutines, checks secret and protocol, carries errors to the caller."""
 
 import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
 
-from core.errors import BatonError, Unauthorized
+from core.errors import BatonError, Incompatible, Unauthorized
 from rpc.codec import decode, encode, encode_error
 from rpc.methods import ServerStream, Unary
+from rpc.protocol import OURS, PROTOCOL_KEY, Protocols, parse_protocols
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,10 @@ SERVER_OPTIONS = [
 class RpcServer:
     """One listening port with its handlers. `listen`, register handlers, `start`."""
 
-    def __init__(self, host: str, secret: str) -> None:
+    def __init__(self, host: str, secret: str, protocols: Protocols = OURS) -> None:
         self._host = host
         self._secret = secret
+        self._protocols = protocols
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
 
@@ -46,19 +48,20 @@ class RpcServer:
         """A lost or cancelled call cancels `handler`'s task."""
 
         async def serve(data: bytes, context: Any) -> bytes:
-            self._authorize(context)
             try:
-                return encode(await handler(decode(method.request, data)))
+                self._admit(context)
+                answer = encode(await handler(decode(method.request, data)))
             except BatonError as error:
-                await _abort(context, error)
+                await self._abort(context, error)
             except asyncio.CancelledError:
                 raise
             except Exception as error:
                 logger.exception("%s failed", method.name)
-                await _abort(context, BatonError(f"{method.name}: {error}"))
-            raise AssertionError("abort() does not return")
+                await self._abort(context, BatonError(f"{method.name}: {error}"))
+            context.set_trailing_metadata(self._greeting())
+            return answer
 
-        self._handlers[method.name] = grpc.unary_unary_rpc_method_handler(self._guarded(serve))
+        self._handlers[method.name] = grpc.unary_unary_rpc_method_handler(serve)
 
     def stream(
         self, method: ServerStream[Request, Response], handler: Callable[[Request], AsyncIterator[Response]]
@@ -67,14 +70,15 @@ class RpcServer:
 
         async def serve(data: bytes, context: Any) -> AsyncIterator[bytes]:
             try:
-                self._authorize(context)
+                self._admit(context)
+                await context.send_initial_metadata(self._greeting())
                 async for message in handler(decode(method.request, data)):
                     yield encode(message)
             except BatonError as error:
-                await _abort(context, error)
+                await self._abort(context, error)
             except Exception as error:
                 logger.exception("%s failed", method.name)
-                await _abort(context, BatonError(f"{method.name}: {error}"))
+                await self._abort(context, BatonError(f"{method.name}: {error}"))
 
         self._handlers[method.name] = grpc.unary_stream_rpc_method_handler(serve)
 
@@ -94,24 +98,19 @@ class RpcServer:
         """Ends open calls after `grace_s` and closes the port."""
         await self._server.stop(grace_s)
 
-    def _authorize(self, context: Any) -> None:
-        if not self._secret:
-            return
-        given = dict(context.invocation_metadata()).get(SECRET_KEY, "")
-        if not hmac.compare_digest(str(given).encode(), self._secret.encode()):
+    def _admit(self, context: Any) -> None:
+        """Nothing of a call is decoded before. Raises Unauthorized, Incompatible."""
+        given = dict(context.invocation_metadata())
+        if self._secret and not hmac.compare_digest(str(given.get(SECRET_KEY, "")).encode(), self._secret.encode()):
             raise Unauthorized("the cluster secret is missing or wrong")
+        theirs = parse_protocols(given.get(PROTOCOL_KEY))
+        if not self._protocols.overlap(theirs):
+            raise Incompatible(f"the caller speaks {theirs}, {self._host} {self._protocols}", field=PROTOCOL_KEY)
 
-    def _guarded(self, serve: Callable[[bytes, Any], Awaitable[bytes]]) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        async def guarded(data: bytes, context: Any) -> bytes:
-            try:
-                self._authorize(context)
-            except BatonError as error:
-                await _abort(context, error)
-            return await serve(data, context)
+    def _greeting(self) -> tuple[tuple[str, str | bytes], ...]:
+        return ((PROTOCOL_KEY, self._protocols.header),)
 
-        return guarded
-
-
-async def _abort(context: Any, error: BatonError) -> None:
-    metadata = ((ERROR_KEY, encode_error(error)),)
-    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message[:1024], metadata)
+    async def _abort(self, context: Any, error: BatonError) -> NoReturn:
+        metadata = (*self._greeting(), (ERROR_KEY, encode_error(error)))
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message[:1024], metadata)
+        raise AssertionError("abort() does not return")

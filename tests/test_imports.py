@@ -79,6 +79,7 @@ PURE = [
     "prefill_worker.deliveries",
     "prefill_worker.scheduler",
     "kv_transfer.plan",
+    "rpc.protocol",
 ]
 IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
 

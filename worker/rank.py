@@ -19,7 +19,7 @@ from core.errors import PeerLost
 from core.kv_layout import Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
 from core.messages.to_rank import SlabHeader
-from core.version import VERSION
+from core.version import PROTOCOL, VERSION
 from engine.block_pool import BlockPool
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.protocol import Connector
@@ -187,4 +187,5 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         zone=spec.pool.zone,
         generation=spec.generation,
         software=f"baton {VERSION}, torch {torch.__version__}, Python {python_version()}",
+        protocol=PROTOCOL,
     )

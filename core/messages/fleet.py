@@ -30,6 +30,7 @@ class ReplicaInfo:
     zone: str = ""
     software: str = ""  # versions that it runs
     generation: str = ""  # of configuration and weights; pairs form within one
+    protocol: int = 1  # of the control plane, the newest that it speaks; 1 did not say
 
     @property
     def address(self) -> str:

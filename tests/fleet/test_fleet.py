@@ -12,6 +12,7 @@ from core.config import PoolConfig, TransferConfig
 from core.errors import NoReplica, PromptTooLong
 from core.messages.fleet import Role
 from core.sampling import SamplingParams
+from core.version import PROTOCOL
 from tests.fleet.in_process_fleet import generate, running_fleet
 
 
@@ -199,3 +200,9 @@ async def test_a_first_token_that_ends_the_request_leaves_nothing_on_decode(tiny
         await fleet.until_quiet()
         assert fleet.replicas["d0"].info.role is Role.DECODE
         assert fleet.replicas["d0"].service._context.engine.num_steps == 0
+
+
+async def test_the_scheduler_shows_which_protocol_every_replica_speaks(tiny_llama):
+    async with running_fleet(tiny_llama[0]) as fleet:
+        status = await fleet.scheduler_client.fleet()
+        assert [replica.info.protocol for replica in status.replicas] == [PROTOCOL] * len(fleet.replicas)
