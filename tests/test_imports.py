@@ -65,6 +65,7 @@ PURE = [
     "prefill_worker.deliveries",
     "prefill_worker.scheduler",
     "kv_transfer.plan",
+    "worker.drain",
 ]
 IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
 
