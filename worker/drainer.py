@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from worker.drain import Drain, DrainOrder, DrainState, Held
+from worker.drain import Drain, DrainOrder, Held
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ class Drainer:
         self._held = held
         self._hand_over = hand_over
         self._changed = asyncio.Event()
+        self._drained = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -30,11 +31,15 @@ class Drainer:
     @property
     def is_drained(self) -> bool:
         """Whether the replica may die."""
-        return self._drain.state is DrainState.DRAINED
+        return self._drained.is_set()
 
     def changed(self) -> None:
         """Something that was held may have ended."""
         self._changed.set()
+
+    async def until_drained(self) -> None:
+        """Returns when the replica may die; does not begin a drain."""
+        await self._drained.wait()
 
     async def drain(self, timeout_s: float) -> None:
         """Returns when drained. Repeatable: the earliest deadline holds. A caller that is lost does not stop it."""
@@ -50,7 +55,11 @@ class Drainer:
             held = self._held()
             order = self._drain.advance(held, time.monotonic())
             if order is DrainOrder.END:
-                logger.info("drained; given up: %s", held or "nothing")
+                if held:
+                    logger.warning("drained, though %d moving things came to no rest", held.num_moving)
+                else:
+                    logger.info("drained, nothing is held")
+                self._drained.set()
                 return
             if order is DrainOrder.HAND_OVER:
                 logger.info("handing %d requests over", held.num_requests)

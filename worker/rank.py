@@ -120,6 +120,14 @@ class Rank:
             answer_s = timeout_s + config.rest_timeout_s + config.control_timeout_s
             await self._client.call(serving.info.address, methods.DRAIN, Drain(timeout_s), answer_s)
 
+    async def until_drained(self) -> None:
+        """Returns when the replica was drained, whoever asked for it; only on the first rank."""
+        role = self._require_serving().role
+        if role is None:
+            await asyncio.get_running_loop().create_future()
+        else:
+            await role.drainer.until_drained()
+
     async def close(self) -> None:
         """Ends server, transfers, engine; nothing of this rank stays in the process."""
         await self._server.stop()
