@@ -56,7 +56,7 @@ def seconds_until_node_goes() -> float:
 
     context = ray.get_runtime_context()
     try:
-        deadlines_ms = ray._raylet.GcsClient(address=context.gcs_address).get_draining_nodes(timeout=GCS_TIMEOUT_S)
+        deadlines_ms = _gcs().get_draining_nodes(timeout=GCS_TIMEOUT_S)
     except ray.exceptions.RpcError as error:
         logger.warning("cannot ask for draining nodes: %s", error)
         return inf
@@ -77,13 +77,16 @@ def find_node(wanted: str, nodes: Sequence[Mapping[str, Any]]) -> Mapping[str, A
 
 
 def _announce(node_id: str, deadline_s: float, reason: str) -> None:
-    import ray
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    """What `ray drain-node` does. As a preemption, since Ray may refuse what is none."""
+    from ray.core.generated import autoscaler_pb2
 
-    # what `ray drain-node` does; preemption, since an idle node may refuse when it is none
-    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    deadline_ms = int((time.time() + deadline_s) * 1000)
-    preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, refusal = gcs.drain_node(node_id, preemption, reason, deadline_ms)
+    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
+    accepted, refusal = _gcs().drain_node(node_id, preemption, reason, int((time.time() + deadline_s) * 1000))
     if not accepted:
         raise ConfigurationError(f"Ray does not drain node {node_id}: {refusal}", field="node")
+
+
+def _gcs() -> Any:
+    import ray
+
+    return ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]

@@ -75,9 +75,9 @@ class Supervisor:
 
     async def check_health(self) -> None:
         """Called by Serve every second; raising has the replica replaced, all its ranks with it."""
+        failure = await self._failure() if self._ranks else "has left"
         if self._leaving and self._ranks:
             return  # the way out has its own deadlines
-        failure = await self._failure() if self._ranks else "has left"
         if failure == DRAINED:
             await self._leave(0.0)
         elif failure:

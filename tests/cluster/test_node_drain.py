@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,10 +64,11 @@ def fleet(tmp_path_factory):
         {
             "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
             "prefill": {"num_blocks": 256, "resources_per_rank": {"custom": {"prefill": 1}}},
-            "decode": {"num_blocks": 256, "resources_per_rank": {"custom": {"decode": 1}}, "drain_timeout_s": 0.2},
+            "decode": {"num_blocks": 256, "resources_per_rank": {"custom": {"decode": 1}}, "drain_timeout_s": 0},
             "cluster": {"address": "auto", "log_dir": str(tmp_path_factory.mktemp("logs"))},
         }
     )
+    log_dir = Path(config.cluster.log_dir)
     port = free_port()
     head = {"num_cpus": 4, "resources": {"prefill": 1}, "include_dashboard": False, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -81,7 +83,7 @@ def fleet(tmp_path_factory):
         serve.run_many([serve.RunTarget(pools, pools_name(config.generation), None, external_scaler_enabled=True)])
         url = f"http://{LOOPBACK}:{port}"
         wait_until_ready(url, lambda _: None, 60)
-        yield SimpleNamespace(url=url, cluster=cluster, worker=worker)
+        yield SimpleNamespace(url=url, cluster=cluster, worker=worker, log_dir=log_dir)
     finally:
         if ray.is_initialized():
             serve.shutdown()
@@ -101,7 +103,8 @@ async def test_a_drained_node_costs_no_stream_and_ends(fleet):
     client = client_of(fleet)
     undisturbed = [await stream_tokens(client, prompt, NUM_TOKENS) for prompt in PROMPTS]
     fleet.cluster.add_node(num_cpus=2, resources={"decode": 1}, object_store_memory=100 * 2**20)
-    load = Load(client, undisturbed, 4)
+    (leaving,) = fleet.log_dir.glob("decode-*-rank0.log")
+    load = Load(client, undisturbed, 6)
     await load.until_done(4)
     drain_node(fleet.worker.node_id, deadline_s=120.0, reason="a test")
     async with asyncio.timeout(120):
@@ -109,4 +112,7 @@ async def test_a_drained_node_costs_no_stream_and_ends(fleet):
             await asyncio.sleep(0.2)
     await load.until_done(load.num_done + 4)
     await load.finish()
+    log = leaving.read_text()
+    assert "requests over" in log and "drained, nothing is held" in log
     assert resumes_of(fleet) > 0, "streams of the replica that went were to be handed over"
+    assert len(list(fleet.log_dir.glob("decode-*-rank0.log"))) == 2, "one replacement, on the new node"
