@@ -113,6 +113,19 @@ def down(
 
 
 @app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="address, name or id; without it, the node that this runs on")] = "",
+    deadline_s: Annotated[float, typer.Option(help="seconds until the node is gone")] = 120.0,
+    reason: Annotated[str, typer.Option(help="for Ray's logs")] = "the provider takes the node back",
+) -> None:
+    """On any node of a cluster: empty one node before it goes; what a spot notice or a maintenance job calls."""
+    from cluster.node_drain import drain_node
+
+    drained = drain_node(node, deadline_s, reason)
+    console.print(f"{drained} takes nothing new; its replicas are replaced on other nodes, then drain")
+
+
+@app.command()
 def check(
     config: ConfigFile = None,
     model: ModelDir = None,

@@ -7,8 +7,8 @@ from ray import serve
 from cluster.ingress_replica import Ingress
 from cluster.names import POOL_NAMES, SCHEDULER_NAME
 from cluster.scheduler_replica import GlobalScheduler
-from cluster.supervisor import Supervisor
-from core.config import BatonConfig, PoolConfig
+from cluster.supervisor import Supervisor, leave_timeout_s
+from core.config import BatonConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Role
 
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -29,8 +29,9 @@ def front(config: BatonConfig) -> serve.Application:
 
 def pools(config: BatonConfig) -> serve.Application:
     """Both pools of one generation."""
-    prefill = _pool(Role.PREFILL, config.prefill).bind(Role.PREFILL, config)
-    application: serve.Application = _pool(Role.DECODE, config.decode).bind(Role.DECODE, config, prefill)
+    prefill = _pool(Role.PREFILL, config.prefill, config.transfer).bind(Role.PREFILL, config)
+    decode = _pool(Role.DECODE, config.decode, config.transfer)
+    application: serve.Application = decode.bind(Role.DECODE, config, prefill)
     return application
 
 
@@ -42,7 +43,7 @@ def _common() -> dict[str, Any]:
     }
 
 
-def _pool(role: Role, pool: PoolConfig) -> Any:
+def _pool(role: Role, pool: PoolConfig, transfer: TransferConfig) -> Any:
     """One deployment per pool; a placement group per replica, one bundle per rank, all on one node."""
     resources = pool.resources_per_rank
     bundle = {"CPU": resources.num_cpus, **resources.custom}
@@ -56,5 +57,5 @@ def _pool(role: Role, pool: PoolConfig) -> Any:
         num_replicas=max(1, pool.min_replicas),  # Serve starts no deployment at 0; the autoscaler may go there
         placement_group_bundles=[bundle] * pool.tensor_parallel,
         placement_group_strategy="STRICT_PACK",
-        graceful_shutdown_timeout_s=pool.drain_timeout_s + 15,
+        graceful_shutdown_timeout_s=leave_timeout_s(pool, transfer),
     )(Supervisor)

@@ -4,11 +4,12 @@ from typing import Any
 
 
 def list_nodes() -> list[dict[str, Any]]:
-    """Address, name, liveness, resources and labels of each node, dead ones included."""
+    """Id, address, name, liveness, resources and labels of each node, dead ones included."""
     import ray
 
     return [
         {
+            "id": node["NodeID"],
             "address": node["NodeManagerAddress"],
             "hostname": node["NodeManagerHostname"],
             "alive": node["Alive"],

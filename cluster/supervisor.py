@@ -1,7 +1,11 @@
 """The Serve replica of a pool: torch-free; owns the rank processes of one model copy.
 
 It starts one rank in each bundle of its placement group, registers the replica with the global scheduler again and
-again, fails its own health check when a rank has died or hangs, and drains before it ends.
+again, and fails its own health check when a rank has died or hangs, or when the replica was drained on request.
+
+Every replica leaves by `_leave`: Serve asks for it when it scales down, deploys anew, shuts down or empties a node that
+Ray drains; a Drain request to the first rank ends there too. A SIGTERM to this process ends it at once: an actor's code
+never runs in the main thread, where alone a handler can be set. So what ends a host drains its node (node_drain.py).
 """
 
 import asyncio
@@ -15,11 +19,12 @@ from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.names import FRONT_NAME, SCHEDULER_NAME
+from cluster.node_drain import seconds_until_node_goes
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
-from core.config import BatonConfig, PoolConfig
+from core.config import BatonConfig, PoolConfig, TransferConfig
 from core.errors import BatonError, PeerLost
-from core.messages.fleet import ReplicaInfo, Role
+from core.messages.fleet import RankHealth, ReplicaInfo, Role
 from core.messages.to_scheduler import Deregister, Register, Traffic
 from rpc.client import RpcClient
 from rpc.methods import DEREGISTER, REGISTER
@@ -30,8 +35,15 @@ logger = logging.getLogger(__name__)
 HANG_S = 60.0  # a step that takes longer than this means that the rank hangs
 SILENCE_S = 10.0  # a rank whose event loop answers nothing for this long is taken for dead
 CALL_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 5.0
 HEARTBEAT_S = 1.0
+DRAINED = "was drained on request"
 RANK_NAMESPACE = "baton-ranks"  # where rank actors are found by name, for operators and tests
+
+
+def leave_timeout_s(pool: PoolConfig, transfer: TransferConfig) -> float:
+    """The longest that a replica takes from Serve's word to its end, when all its deadlines are needed."""
+    return pool.drain_timeout_s + transfer.rest_timeout_s + 3 * CALL_TIMEOUT_S + CLOSE_TIMEOUT_S
 
 
 class Supervisor:
@@ -50,7 +62,9 @@ class Supervisor:
         self._ranks: list[Any] = []
         self._running: list[Any] = []
         self._info: ReplicaInfo | None = None
-        self._draining = False
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._leaving = False
+        self._ending = asyncio.Lock()
         self._info = await self._start_ranks()
         self._running = [rank.run.remote() for rank in self._ranks]
         self._heartbeat = asyncio.create_task(self._register_forever())
@@ -61,10 +75,15 @@ class Supervisor:
 
     async def check_health(self) -> None:
         """Called by Serve every second; raising has the replica replaced, all its ranks with it."""
-        failure = await self._failure()
-        if failure and not self._draining:
+        failure = await self._failure() if self._ranks else "has left"
+        if self._leaving and self._ranks:
+            return  # the way out has its own deadlines
+        if failure == DRAINED:
+            await self._leave(0.0)
+        elif failure:
             logger.error("%s is given up: %s", self._replica_id, failure)
             self._kill_ranks()  # else its requests would wait until Serve believes it, and drains what cannot answer
+        if failure:
             raise PeerLost(f"{self._replica_id}: {failure}")
 
     async def _failure(self) -> str:
@@ -78,21 +97,47 @@ class Supervisor:
             return f"a rank has not answered for {SILENCE_S:.0f} s"
         except ray.exceptions.RayError as error:
             return f"a rank is lost: {error}"
+        if any(health.drained for health in healths):
+            return DRAINED
         busy_s = max(health.busy_s for health in healths)
         return f"a rank hangs since {busy_s:.0f} s" if busy_s > HANG_S else ""
 
     async def __del__(self) -> None:
-        """Serve's shutdown hook: takes no new work, finishes or hands over, ends the ranks."""
-        self._draining = True
-        self._heartbeat.cancel()
-        pool = self._pool_config()
+        """Serve's shutdown hook. On a node that drains its deadline counts too."""
+        timeout_s = self._pool_config().drain_timeout_s
+        node_s = await asyncio.to_thread(seconds_until_node_goes)
+        after_drain_s = leave_timeout_s(self._pool_config(), self._config.transfer) - timeout_s
+        await self._leave(max(0.0, min(timeout_s, node_s - after_drain_s)))
+
+    async def _leave(self, timeout_s: float) -> None:
+        """Takes no new work, finishes or hands over, deregisters, ends the ranks.
+
+        Repeatable: the earliest deadline holds.
+        """
+        self._leaving = True
+        if self._info is not None and self._ranks:
+            await self._drain(timeout_s)
+        async with self._ending:
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
+                await asyncio.gather(self._heartbeat, return_exceptions=True)
+            if self._info is not None and self._ranks:
+                await self._tell_scheduler(deregister=True)
+                await self._close_ranks()
+            self._kill_ranks()
+
+    async def _drain(self, timeout_s: float) -> None:
+        patience_s = timeout_s + self._config.transfer.rest_timeout_s + CALL_TIMEOUT_S
         try:
-            await asyncio.wait_for(self._ranks[0].drain.remote(pool.drain_timeout_s), pool.drain_timeout_s + 10)
-            await self._tell_scheduler(deregister=True)
-            await asyncio.wait_for(asyncio.gather(*(rank.close.remote() for rank in self._ranks)), 5)
-        except (ray.exceptions.RayError, TimeoutError, BatonError) as error:
-            logger.warning("%s did not drain cleanly: %s", self._replica_id, error)
-        self._kill_ranks()
+            await asyncio.wait_for(self._ranks[0].drain.remote(timeout_s), patience_s)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("%s did not drain: %s", self._replica_id, error)
+
+    async def _close_ranks(self) -> None:
+        try:
+            await asyncio.wait_for(asyncio.gather(*(rank.close.remote() for rank in self._ranks)), CLOSE_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("%s: a rank did not close: %s", self._replica_id, error)
 
     def _pool_config(self) -> PoolConfig:
         return self._config.prefill if self._role is Role.PREFILL else self._config.decode
@@ -147,7 +192,7 @@ class Supervisor:
         labels: dict[str, Any] = ray.get_runtime_context().get_node_labels()
         return str(labels.get(self._config.cluster.zone_label, ""))
 
-    async def _healths(self) -> list[Any]:
+    async def _healths(self) -> list[RankHealth]:
         return list(await asyncio.gather(*(rank.health.remote() for rank in self._ranks)))
 
     async def _register_forever(self) -> None:
@@ -173,5 +218,6 @@ class Supervisor:
             logger.warning("%s cannot reach the global scheduler: %s", self._replica_id, error)
 
     def _kill_ranks(self) -> None:
-        for rank in self._ranks:
+        ranks, self._ranks = self._ranks, []
+        for rank in ranks:
             ray.kill(rank)

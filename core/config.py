@@ -84,6 +84,11 @@ class TransferConfig(Section):
     lease_ttl_s: float = Field(default=15.0, gt=0)  # unrenewed leases end after this time
     reattach_grace_s: float = Field(default=2.0, ge=0)  # a lost token stream may come back within this time
 
+    @property
+    def rest_timeout_s(self) -> float:
+        """Seconds after its last announcement by which a handoff is complete or over, and both sides know it."""
+        return self.data_timeout_s + 2 * self.control_timeout_s
+
 
 class SchedulerConfig(Section):
     """The global scheduler's bounds and costs."""

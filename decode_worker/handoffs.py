@@ -7,7 +7,7 @@ Open -> lease --announce--> bind, Fetch order --fetched--> ... --commit, all arr
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from core.errors import NoReplica, Overloaded, PromptTooLong
+from core.errors import Overloaded, PromptTooLong
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_decode import Announce, Commit, Open
 from core.messages.to_rank import Fetched
@@ -77,7 +77,6 @@ class Handoffs:
         self._live: dict[str, Handoff] = {}
         self._releasable: list[Handoff] = []  # ended or complete, nothing in flight: tell prefill, then forget
         self._joined: list[Handoff] = []
-        self.draining = False
 
     def __iter__(self) -> Iterator[Handoff]:
         return iter(list(self._live.values()))
@@ -91,13 +90,11 @@ class Handoffs:
         return handoff if handoff is not None and handoff.message.attempt == attempt else None
 
     def open(self, message: Open, now: float) -> Handoff:
-        """Pins cached blocks and promises the rest. Raises Overloaded, PromptTooLong, StaleMessage, NoReplica."""
+        """Pins cached blocks and promises the rest. Raises Overloaded, PromptTooLong, StaleMessage."""
         known = self.find(message.request_id, message.attempt)
         if known is not None:
             return known
         self._book.refuse_stale(message.request_id, message.attempt)
-        if self.draining:
-            raise NoReplica("this decode replica is draining")
         if len(self._live) >= self._limit:
             raise Overloaded(f"{self._limit} requests are open on this decode replica", retry_after_s=1.0)
         self.end(message.request_id, message.attempt - 1, now)

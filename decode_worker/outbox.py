@@ -1,7 +1,7 @@
 """Token events on their way to ingresses: one stream per ingress, one frame per engine step."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from itertools import count
 
 from core.messages.to_decode import TokenEvent, TokenFrame, TokensFrom
@@ -10,11 +10,18 @@ from core.messages.to_decode import TokenEvent, TokenFrame, TokensFrom
 class Outbox:
     """Events wait here while an ingress has no stream attached, for as long as `keep_s`."""
 
-    def __init__(self, keep_s: float) -> None:
+    def __init__(self, keep_s: float, on_taken: Callable[[], None] = lambda: None) -> None:
+        """`on_taken` is called when a frame has left with all that an ingress had to get."""
         self._keep_s = keep_s
+        self._on_taken = on_taken
         self._pending: dict[str, list[TokenEvent]] = {}
         self._waiting_since: dict[str, float] = {}  # ingresses with events and without a stream
         self._arrived: dict[str, asyncio.Event] = {}
+
+    @property
+    def num_undelivered(self) -> int:
+        """Events that an attached ingress will get; those of absent ones may never be taken."""
+        return sum(len(self._pending.get(ingress_id, ())) for ingress_id in self._arrived)
 
     def put(self, ingress_id: str, event: TokenEvent, now: float) -> None:
         """Adds to the ingress's next frame."""
@@ -54,6 +61,7 @@ class Outbox:
                     return
                 arrived.clear()
                 yield TokenFrame(sequence, tuple(self._pending.pop(message.ingress_id, ())))
+                self._on_taken()
         finally:
             if self._arrived.get(message.ingress_id) is arrived:
                 del self._arrived[message.ingress_id]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from core.errors import BatonError
+from core.errors import BatonError, NoReplica
 from core.messages.fleet import Acknowledged
 from core.messages.to_decode import (
     Abandon,
@@ -33,6 +33,8 @@ from engine.batch import StepResult
 from kv_transfer.lease_book import LeaseBook
 from rpc import methods
 from rpc.server import RpcServer
+from worker.drain import Held
+from worker.drainer import Drainer
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
 from worker.step_loop import StepLoop
@@ -54,7 +56,8 @@ class DecodeService:
         limit = pool.max_num_seqs + pool.queue_limit
         self._handoffs = Handoffs(context.block_pool, context.spec.block_size, book, self._scheduler, limit)
         self._fetcher = Fetcher(context)
-        self._outbox = Outbox(self._config.lease_ttl_s)
+        self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
+        self._outbox = Outbox(self._config.lease_ttl_s, self.drainer.changed)
         self._loop = StepLoop(context.engine, self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._links = Links()
@@ -90,7 +93,7 @@ class DecodeService:
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_free_blocks=self._context.block_pool.num_free,
             num_kv_tokens=scheduler.num_kv_tokens,
-            draining=self._handoffs.draining,
+            draining=self.drainer.is_draining,
             prefill_tokens_per_s=self._tokens_per_s.value,
             decode_step_s=self._step_s.value,
             num_steps=self._context.engine.num_steps,
@@ -102,6 +105,8 @@ class DecodeService:
     async def open(self, message: Open) -> Ticket:
         """Promises room; with `prefill` None the request joins the batch at once."""
         request_id_var.set(message.request_id)
+        if self.drainer.is_draining and self._handoffs.find(message.request_id, message.attempt) is None:
+            raise NoReplica("this decode replica is draining")
         handoff = self._handoffs.open(message, self._now())
         self._settle()
         lease = handoff.lease
@@ -149,18 +154,6 @@ class DecodeService:
         """An ingress's heartbeat."""
         return RenewedLeases(self._handoffs.renew(message.request_ids, self._now()))
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new work, lets requests finish until the deadline, then has the rest resumed elsewhere."""
-        self._handoffs.draining = True
-        deadline = self._now() + timeout_s
-        while len(self._handoffs) and self._now() < deadline:
-            await asyncio.sleep(0.05)
-        for handoff in self._handoffs:
-            self._end_with(handoff, "resume")
-        self._settle()
-        while self._tasks and self._now() < deadline + 2 * self._config.control_timeout_s:
-            await asyncio.sleep(0.05)
-
     # ---- the step loop's side -----------------------------------------------------------------------------------
 
     def next_step(self) -> DecodeStep | None:
@@ -183,10 +176,20 @@ class DecodeService:
     def step_failed(self, step: DecodeStep) -> None:
         """The engine is gone: every request here is to be resumed elsewhere."""
         self._scheduler.abort(step)
-        for handoff in self._handoffs:
-            self._end_with(handoff, "resume")
+        self._hand_over()
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _held(self) -> Held:
+        """Leases; fetches, releases and token events on their way."""
+        return Held(len(self._handoffs), len(self._tasks) + self._outbox.num_undelivered)
+
+    def _hand_over(self) -> None:
+        """Every ingress plans the rest of its requests anew, with the tokens shown so far."""
+        for handoff in self._handoffs:
+            self._tell_to_resume(handoff)
+            self._handoffs.end(handoff.request_id, handoff.message.attempt, self._now())
+        self._settle()
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -212,13 +215,7 @@ class DecodeService:
                 extra = {"request_id": job.request_id}
                 logger.info("%s after %d tokens", outcome.finish_reason, job.sequence.num_outputs, extra=extra)
                 self._handoffs.end(job.request_id, job.attempt, self._now())
-
-    def _end_with(self, handoff: Handoff, reason: str) -> None:
-        event = TokenEvent(
-            handoff.request_id, handoff.message.attempt, handoff.sequence.num_outputs, (), finish_reason=reason
-        )
-        self._outbox.put(handoff.message.ingress_id, event, self._now())
-        self._handoffs.end(handoff.request_id, handoff.message.attempt, self._now())
+                self.drainer.changed()
 
     async def _fetch(self, fetch: Fetch) -> None:
         request_id_var.set(fetch.handoff.request_id)
@@ -241,13 +238,14 @@ class DecodeService:
         self._outbox.put(handoff.message.ingress_id, event, self._now())
 
     def _settle(self) -> None:
-        """After any change: releases what prefill may free, tells ingresses what joined, wakes the loop."""
+        """After any change: releases what prefill may free, tells ingresses what joined, wakes loop and drain."""
         for handoff in self._handoffs.take_releasable():
             self._spawn(self._release(handoff))
         for handoff in self._handoffs.take_joined():
             joined = TokenEvent(handoff.request_id, handoff.message.attempt, handoff.sequence.num_outputs, ())
             self._outbox.put(handoff.message.ingress_id, joined, self._now())
         self._loop.wake()
+        self.drainer.changed()
 
     async def _release(self, handoff: Handoff) -> None:
         assert handoff.source is not None
@@ -270,7 +268,11 @@ class DecodeService:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._rested)
+
+    def _rested(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self.drainer.changed()
 
     @staticmethod
     def _now() -> float:

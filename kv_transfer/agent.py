@@ -110,10 +110,6 @@ class TransferAgent:
         """See Outbound.on_close."""
         return await self._outbound.on_close(message)
 
-    async def until_unread(self, request_id: str) -> None:
-        """Returns when no granted slab of the request is still to be read from this rank's pool."""
-        await self._outbound.until_unread(request_id)
-
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _slabs_by_source(self, order: FetchBlocks) -> dict[str, list[Copy]]:

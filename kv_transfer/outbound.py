@@ -2,8 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,14 +27,6 @@ class _Link:
     next_sequence: int = 0
 
 
-@dataclass(eq=False)
-class _Reads:
-    """Granted slabs of one request whose source is still to be read."""
-
-    count: int = 0
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class Outbound:
     """The sending ends of one rank's channels. Belongs to one event loop."""
 
@@ -49,7 +40,6 @@ class Outbound:
         self._pool = pool
         self._may_read = may_read
         self._links: dict[str, _Link] = {}
-        self._reads: dict[str, _Reads] = {}  # by request; only those with reads to come
         self._is_closed = False
 
     async def on_connect(self, message: Connect) -> Connected:
@@ -91,7 +81,7 @@ class Outbound:
             self._require_readable(header)
         link.next_sequence += len(message.slabs)
         for header in message.slabs:
-            self._send(link, header)
+            link.end.send(header, self._config.data_timeout_s)
         return Acknowledged()
 
     async def on_close(self, message: CloseChannel) -> Acknowledged:
@@ -102,12 +92,6 @@ class Outbound:
         del self._links[message.receiver]
         await asyncio.to_thread(link.end.abort, "closed by the receiver")
         return Acknowledged()
-
-    async def until_unread(self, request_id: str) -> None:
-        """Returns when no granted slab of the request is still to be read from the pool."""
-        reads = self._reads.get(request_id)
-        if reads is not None:
-            await reads.over.wait()
 
     async def close(self) -> None:
         """Ends all channels."""
@@ -128,19 +112,3 @@ class Outbound:
             raise StaleMessage(str(error), field="request_id") from error
         if not self._may_read(header):
             raise StaleMessage(f"request {header.request_id} may not be read", field="request_id")
-
-    def _send(self, link: _Link, header: SlabHeader) -> None:
-        loop = asyncio.get_running_loop()
-        self._reads.setdefault(header.request_id, _Reads()).count += 1
-
-        def done(_: "Future[int]") -> None:
-            loop.call_soon_threadsafe(self._count_read, header.request_id)
-
-        link.end.send(header, self._config.data_timeout_s).add_done_callback(done)
-
-    def _count_read(self, request_id: str) -> None:
-        reads = self._reads[request_id]
-        reads.count -= 1
-        if not reads.count:
-            del self._reads[request_id]
-            reads.over.set()

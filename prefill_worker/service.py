@@ -18,6 +18,8 @@ from prefill_worker.deliveries import Deliveries, Outgoing
 from prefill_worker.scheduler import Prefilled, PrefillScheduler, PrefillStep
 from rpc import methods
 from rpc.server import RpcServer
+from worker.drain import Held
+from worker.drainer import Drainer
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
 from worker.step_loop import StepLoop
@@ -53,7 +55,7 @@ class PrefillService:
         self._answers: dict[tuple[str, int], asyncio.Future[FirstToken]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tokens_per_s = MovingAverage()
-        self._draining = False
+        self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
 
     def bind(self, server: RpcServer) -> None:
         """Registers this role's calls."""
@@ -80,7 +82,7 @@ class PrefillService:
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_free_blocks=pool.num_free,
             num_kv_tokens=0,
-            draining=self._draining,
+            draining=self.drainer.is_draining,
             prefill_tokens_per_s=self._tokens_per_s.value,
             decode_step_s=0.0,
             num_steps=self._context.engine.num_steps,
@@ -95,7 +97,7 @@ class PrefillService:
         known = self._answers.get(key)
         if known is not None:
             return await asyncio.shield(known)
-        if self._draining:
+        if self.drainer.is_draining:
             raise NoReplica("this prefill replica is draining")
         self._deliveries.accept(message, self._now())
         answer: asyncio.Future[FirstToken] = asyncio.get_running_loop().create_future()
@@ -109,6 +111,7 @@ class PrefillService:
         finally:
             del self._answers[key]
             self._cancel(*key)
+            self.drainer.changed()
 
     async def cancel(self, message: Cancel) -> Acknowledged:
         """The ingress wants no more of this attempt and lower ones."""
@@ -118,14 +121,8 @@ class PrefillService:
         """Decode reads no more of this attempt: its blocks lose their reader, and nobody waits for the rest."""
         self._end(self._deliveries.release(message.request_id, message.attempt, self._now()))
         self._loop.wake()
+        self.drainer.changed()
         return Acknowledged()
-
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new work; waits until every prompt is computed and every announced block is read."""
-        self._draining = True
-        deadline = self._now() + timeout_s
-        while (self._answers or self._deliveries) and self._now() < deadline:
-            await asyncio.sleep(0.05)
 
     # ---- the step loop's side -----------------------------------------------------------------------------------
 
@@ -154,6 +151,15 @@ class PrefillService:
                 answer.set_exception(PeerLost("the prefill engine failed"))
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _held(self) -> Held:
+        """Prompts without an answer; blocks that decode still reads and messages to it."""
+        return Held(len(self._answers), len(self._deliveries) + len(self._tasks))
+
+    def _hand_over(self) -> None:
+        """The ingress plans these prompts anew, and decode lets their attempts go."""
+        for key in self._answers:
+            self._fail(key, NoReplica("this prefill replica is draining"))
 
     def _answer(self, prefilled: Prefilled) -> None:
         job = prefilled.job
@@ -187,7 +193,11 @@ class PrefillService:
         for one in outgoing:
             task = asyncio.create_task(self._tell_decode(one))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._told)
+
+    def _told(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self.drainer.changed()
 
     async def _tell_decode(self, outgoing: Outgoing) -> None:
         """A decode replica that refuses or is lost ends the attempt; the ingress plans anew."""
@@ -207,6 +217,7 @@ class PrefillService:
             await asyncio.sleep(HOUSEKEEPING_S)
             for share in self._deliveries.release_expired(self._now()):
                 logger.warning("decode never released attempt %d of %s", share.attempt, share.request_id)
+                self.drainer.changed()
 
     @staticmethod
     def _now() -> float:

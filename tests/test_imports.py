@@ -80,6 +80,7 @@ PURE = [
     "prefill_worker.scheduler",
     "kv_transfer.plan",
     "rpc.protocol",
+    "worker.drain",
 ]
 IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
 

@@ -1,4 +1,4 @@
-"""A rank as a plain process, without Ray: reads its spec, serves, drains on SIGTERM, ends.
+"""A rank as a plain process, without Ray: reads its spec, serves, drains on SIGTERM or on request, ends.
 
 The spec is a JSON file (see worker.spec.RankSpec). When the rank serves, the first line on standard output is the
 replica's ReplicaInfo as JSON.
@@ -18,7 +18,7 @@ from worker.spec import RankSpec
 
 
 def main(make_role: MakeRole) -> None:
-    """Runs until the rank fails (exit status 1) or SIGTERM or SIGINT has drained it (0)."""
+    """Runs until the rank fails (exit status 1) or SIGTERM, SIGINT or a Drain request has drained it (0)."""
     configure_logging(None)
     spec = TypeAdapter(RankSpec).validate_json(Path(sys.argv[1]).read_bytes())
     asyncio.run(run(spec, make_role))
@@ -33,11 +33,14 @@ async def run(spec: RankSpec, make_role: MakeRole) -> None:
     try:
         info = await rank.start()
         print(TypeAdapter(ReplicaInfo).dump_json(info).decode(), flush=True)
-        serving, stopping = asyncio.create_task(rank.run()), asyncio.create_task(stop.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        serving, drained = asyncio.create_task(rank.run()), asyncio.create_task(rank.until_drained())
+        told = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, drained, told}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
-            serving.result()
-        await rank.drain(spec.pool.drain_timeout_s)
-        serving.cancel()
+            serving.result()  # raises, unless the first rank has closed and this one follows
+        else:
+            await rank.drain(spec.pool.drain_timeout_s)
+        for task in (serving, drained, told):
+            task.cancel()
     finally:
         await rank.close()

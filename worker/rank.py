@@ -108,10 +108,25 @@ class Rank:
             raise
 
     async def drain(self, timeout_s: float) -> None:
-        """Hands over or finishes what the replica holds; for the first rank."""
+        """Has the whole replica finish or hand over what it holds; other ranks than the first ask that one.
+
+        Returns when nothing is held. Repeatable: the earliest deadline holds. Raises PeerLost.
+        """
         serving = self._require_serving()
         if serving.role is not None:
-            await serving.role.drain(timeout_s)
+            await serving.role.drainer.drain(timeout_s)
+        else:
+            config = self._spec.transfer
+            answer_s = timeout_s + config.rest_timeout_s + config.control_timeout_s
+            await self._client.call(serving.info.address, methods.DRAIN, Drain(timeout_s), answer_s)
+
+    async def until_drained(self) -> None:
+        """Returns when the replica was drained, whoever asked for it; only on the first rank."""
+        role = self._require_serving().role
+        if role is None:
+            await asyncio.get_running_loop().create_future()
+        else:
+            await role.drainer.until_drained()
 
     async def close(self) -> None:
         """Ends server, transfers, engine; nothing of this rank stays in the process."""
@@ -126,7 +141,8 @@ class Rank:
         serving = self._serving
         if serving is None:
             return RankHealth(False, 0, 0.0, self._failure)
-        return RankHealth(True, serving.engine.num_steps, serving.engine.busy_s, self._failure)
+        drained = serving.role is not None and serving.role.drainer.is_drained
+        return RankHealth(True, serving.engine.num_steps, serving.engine.busy_s, self._failure, drained)
 
     def _start_role(self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo) -> RoleService:
         pool = BlockPool(info.num_blocks)
@@ -135,7 +151,7 @@ class Rank:
         self._server.stream(methods.WATCH, Reporter(info, pool, role.status).watch)
 
         async def drain(message: Drain) -> Empty:
-            await role.drain(message.timeout_s)
+            await role.drainer.drain(message.timeout_s)
             return Empty()
 
         self._server.unary(methods.DRAIN, drain)

@@ -10,6 +10,7 @@ from engine.block_pool import BlockPool
 from kv_transfer.agent import TransferAgent
 from rpc.client import RpcClient
 from rpc.server import RpcServer
+from worker.drainer import Drainer
 from worker.engine_thread import EngineThread
 from worker.spec import RankSpec
 
@@ -37,8 +38,9 @@ class RoleService(Protocol):
         """Serves until cancelled; raises when the engine fails."""
         ...
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new work; returns when nothing is left or the deadline passed."""
+    @property
+    def drainer(self) -> Drainer:
+        """The role's way out."""
         ...
 
     def status(self) -> ReplicaStatus:

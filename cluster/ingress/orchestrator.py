@@ -169,7 +169,7 @@ class Orchestrator:
         """Tokens from decode's stream, from the first that the client has not seen."""
         joined = plan.prefill is None
         while True:
-            wait_s = self._remaining(progress) if joined else self._join_timeout_s
+            wait_s = self._remaining(progress) if joined else self._config.rest_timeout_s
             try:
                 async with asyncio.timeout(wait_s):
                     event = await subscription.next()
@@ -191,11 +191,6 @@ class Orchestrator:
             yield self._decode_event(progress, plan, first, event)
             if event.finish_reason is not None:
                 return
-
-    @property
-    def _join_timeout_s(self) -> float:
-        """Longer than decode's own deadline for the last fetch."""
-        return self._config.data_timeout_s + 2 * self._config.control_timeout_s
 
     def _require_going_on(self, progress: _Progress, plan: Plan, event: TokenEvent) -> None:
         if event.finish_reason == "resume":

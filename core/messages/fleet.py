@@ -52,7 +52,7 @@ class Acknowledged:
 
 @dataclass(frozen=True)
 class Drain:
-    """Take no new work; hand over what cannot finish in time."""
+    """Take no new work, finish what can be finished in time, hand the rest over. Answered when nothing is held."""
 
     timeout_s: float
 
@@ -65,3 +65,4 @@ class RankHealth:
     num_steps: int
     busy_s: float  # since the step in progress began, 0 when idle
     failure: str = ""
+    drained: bool = False  # the replica, on request: it takes no work any more and holds nothing

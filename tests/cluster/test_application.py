@@ -16,7 +16,9 @@ from cluster.local import free_port, local_fleet
 from cluster.scaling import resize_pool
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path
 from core.config import parse_config
-from core.messages.fleet import Role
+from core.messages.fleet import Drain, Role
+from rpc.client import RpcClient
+from rpc.methods import DRAIN
 from tests.cluster.live_fleet import NUM_TOKENS, PROMPTS, Load, Oracle, client_of, pool_states, stream_tokens
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -160,6 +162,29 @@ async def test_a_killed_rank_under_load_costs_no_client_an_error_or_a_token(flee
     await load.until_done(load.num_done + 24)
     await load.finish()
     await until_degraded_is_over(fleet)
+
+
+def replica_ids(fleet, role: Role) -> dict[str, str]:
+    """Address by id of the replicas that take work."""
+    found = httpx.get(f"{fleet.url}/fleet", trust_env=False, timeout=10).json()["replicas"]
+    infos = [replica["info"] for replica in found if not replica["status"]["draining"]]
+    return {info["replica_id"]: info["rank_addresses"][0] for info in infos if info["role"] == role}
+
+
+async def test_a_replica_that_was_drained_on_request_is_replaced(fleet, expected):
+    await until_degraded_is_over(fleet)
+    before = replica_ids(fleet, Role.PREFILL)
+    gone, address = next(iter(before.items()))
+    load = Load(client_of(fleet), expected, 4)
+    await load.until_done(4)
+    client = RpcClient("")
+    await client.call(address, DRAIN, Drain(0.0), 60)
+    await client.close()
+    async with asyncio.timeout(120):
+        while len(now := replica_ids(fleet, Role.PREFILL)) < 2 or gone in now:
+            await asyncio.sleep(0.2)
+    assert len(now.keys() & before.keys()) == 1
+    await load.finish()
 
 
 async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, expected):

@@ -41,7 +41,7 @@ async def test_prefills_that_begin_to_drain_behind_the_schedulers_back_cost_noth
     expected = reference(model, prompt, 12)
     async with running_fleet(path, 2, 1) as fleet:
         for name in ("p0", "p1"):
-            fleet.replicas[name].service._draining = True
+            fleet.replicas[name].service.drainer._drain.start(now=0.0, timeout_s=60.0)
         assert await generate(fleet, "r", prompt, 12) == expected
         await fleet.until_quiet()
 

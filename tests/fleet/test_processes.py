@@ -19,7 +19,7 @@ from tests.fleet.test_fleet import reference
 from worker.spec import RankSpec, new_incarnation
 
 
-def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "gloo") -> list[RankSpec]:
+def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "gloo", **pool: float) -> list[RankSpec]:
     addresses = tuple(free_address() for _ in range(tensor_parallel))
     store, incarnation = free_address(), new_incarnation()
     return [
@@ -31,7 +31,9 @@ def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "
             addresses,
             store,
             ModelConfig(path=str(path), name="m", dtype="float32"),
-            PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, tensor_parallel=tensor_parallel),
+            PoolConfig(
+                num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, tensor_parallel=tensor_parallel, **pool
+            ),
             TransferConfig(channel=channel, layers_per_group=1, slab_mib=0.01),
             BLOCK_SIZE,
         )
@@ -105,3 +107,25 @@ async def test_a_killed_follower_rank_ends_its_replica_and_streams_go_on_elsewhe
         ranks["d0", 1].kill()
         assert await asyncio.gather(*streams) == expected
         assert await ranks["d0", 0].wait() != 0, "the leader must not outlive its follower"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_sigterm_to_any_rank_drains_its_replica(tiny_llama, tmp_path, rank):
+    path, model = tiny_llama
+    rng = random.Random(4)
+    prompts = [[rng.randrange(256) for _ in range(40)] for _ in range(4)]
+    expected = [reference(model, prompt, 100) for prompt in prompts]
+    specs = specs_of("d0", Role.DECODE, 2, path, drain_timeout_s=0.0) + specs_of("d1", Role.DECODE, 1, path)
+    ranks = {(spec.replica_id, spec.rank): RankProcess(spec, tmp_path) for spec in specs}
+    async with rank_processes(list(ranks.values())) as infos, running_fleet(path, 1, 0) as fleet:
+        for info in infos.values():
+            fleet.register(info)
+        await fleet.until_ready(3)
+        streams = [asyncio.create_task(generate(fleet, f"r{i}", prompt, 100)) for i, prompt in enumerate(prompts)]
+        while fleet.scheduler._admission.fleet.get("d0").status.num_running == 0:
+            await asyncio.sleep(0.01)
+        ranks["d0", rank].process.send_signal(signal.SIGTERM)
+        assert await asyncio.gather(*streams) == expected
+        assert [await ranks["d0", each].wait() for each in (0, 1)] == [0, 0]
+        log = (tmp_path / "d0-0.log").read_text()
+        assert "requests over" in log and "drained, nothing is held" in log
