@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.serve.schema import ServeDeploySchema
 
 from cluster.names import FRONT_NAME, pools_name
 from core.config import BatonConfig, parse_config
@@ -25,6 +23,8 @@ def by_name(file: Path) -> str:
 
 def configuration(serve_tree: dict) -> BatonConfig:
     """Through Serve's schema and ours."""
+    from ray.serve.schema import ServeDeploySchema
+
     ServeDeploySchema.model_validate(serve_tree)
     return parse_config(application_args(serve_tree))
 
@@ -46,6 +46,8 @@ def test_files_are_short_and_name_only_files_that_exist(file):
 
 @pytest.mark.parametrize("file", CLUSTERS, ids=by_name)
 def test_a_cluster_file_passes_rays_own_validation(file):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
     tree = prepare_config(yaml.safe_load(file.read_text()))
     validate_config(tree)
     stop, start = tree["worker_start_ray_commands"]
@@ -94,4 +96,4 @@ def test_the_readme_says_of_every_file_whether_it_was_run():
     table = (FOLDER.parent / "README.md").read_text()
     for file in [*CLUSTERS, *SERVES, KUBERAY]:
         (row,) = [line for line in table.splitlines() if line.startswith("|") and file.name in line]
-        assert row.endswith("not run |") or "`make serve` runs it" in row
+        assert row.endswith("not run |") or "` runs it" in row

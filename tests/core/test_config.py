@@ -4,7 +4,6 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from cluster.serve_app import front, on_cluster, pools
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path, resolve_config
 from core.autoscaling_config import parse_days
 from core.config import BatonConfig, ClusterConfig, load_config, parse_config
@@ -122,6 +121,8 @@ def test_secrets_of_the_environment_leave_wrong_sections_to_the_validator(tmp_pa
 
 
 def test_on_a_cluster_the_bundled_model_is_filled_in_and_nothing_is_on_loopback(tmp_path):
+    from cluster.serve_app import front, on_cluster  # brings Ray along
+
     config = on_cluster(BatonConfig())
     assert (config.model.path, config.model.name) == (str(demo_model_path()), DEMO_MODEL_NAME)
     assert config.cluster.address == "auto"
@@ -132,5 +133,7 @@ def test_on_a_cluster_the_bundled_model_is_filled_in_and_nothing_is_on_loopback(
 
 
 def test_the_applications_are_built_from_arguments_alone():
+    from cluster.serve_app import front, pools  # brings Ray along
+
     args = {"prefill": {"max_replicas": 2}}
     assert (front(args)._bound_deployment.name, pools(args)._bound_deployment.name) == ("Ingress", "DecodePool")

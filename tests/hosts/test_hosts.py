@@ -3,53 +3,23 @@
 Host 0 is the head, 1 and 2 have the prefill pool, 3 and 4 the decode pool. The hosts are namespaces of this machine.
 """
 
+import json
+
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.settings import demo_model_path
 from tests.hosts.load import Load, until
-from tests.hosts.testbed import Fleet, fleet_from, missing_programs, running_hosts, write_cluster_file, write_serve_file
+from tests.hosts.testbed import Fleet, fleet_from, running_hosts, write_cluster_file, write_serve_file
 
-pytestmark = [
-    pytest.mark.hosts,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(missing_programs()), reason=f"needs {', '.join(missing_programs())}"),
-]
-
-PROMPTS = [
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune",
-    "KING RICHARD II:\nMy lord, what news from the north, and what of the Duke of Lancaster? " * 4,
-    "The sun was setting when we came to the house, and nobody was there to open the door. " * 8,
-    "Shall I compare thee to a summer's day? " * 30 + "And then",
-]
-NUM_TOKENS = 64
 NUM_HOSTS = 5
 WHOLE_AGAIN_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, list[int]]:
-    """Greedy tokens of transformers in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
-    answers = {}
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS,
-            do_sample=False, eos_token_id=None, pad_token_id=0, temperature=None, top_p=None,
-        )  # fmt: skip
-        answers[prompt] = out[0, ids.shape[1] :].tolist()
-    return answers
+POOLS = {"min_replicas": 2, "max_replicas": 2}
 
 
 @pytest.fixture(scope="module")
 def fleet():
-    pools = {"min_replicas": 2, "max_replicas": 2}
     with running_hosts(NUM_HOSTS) as hosts:
         cluster_file = write_cluster_file(hosts, NUM_HOSTS, prefill_hosts=(1, 2))
-        serve_file = write_serve_file(hosts, {"prefill": pools, "decode": pools})
+        serve_file = write_serve_file(hosts, {"prefill": POOLS, "decode": POOLS})
         with fleet_from(hosts, cluster_file, serve_file) as fleet:
             yield fleet
         left = {host: hosts.processes(host) for host in range(NUM_HOSTS)}
@@ -93,6 +63,48 @@ def test_tokens_are_those_of_transformers_and_kv_crosses_the_bridge(fleet, expec
 
 def test_replicas_of_a_pool_are_spread_over_its_hosts(fleet):
     assert ready(fleet) == {"prefill": [1, 2], "decode": [3, 4]}
+
+
+def test_the_doctor_finds_the_cluster_fit(fleet):
+    found = json.loads(fleet.on_head("baton doctor --cluster auto --json"))
+    failed = [finding for finding in walk(found) if finding.get("verdict") == "fail"]
+    assert not failed, failed
+    assert any("bandwidth" in finding["check"] for finding in walk(found))
+
+
+def walk(tree):
+    """Every mapping that looks like a finding."""
+    if isinstance(tree, dict):
+        if "check" in tree:
+            yield tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for item in tree:
+            yield from walk(item)
+
+
+def test_traffic_moves_to_a_second_generation_and_back_without_an_error(fleet, expected):
+    file = write_serve_file(fleet.hosts, {"prefill": POOLS, "decode": POOLS}, ("v1", "v2"))
+    load = Load(fleet, expected, 6)
+    fleet.on_head(f"baton deploy {file}", timeout_s=180)
+    assert answered_by(fleet) == {"v1"}, "a new generation gets nothing until it is told to"
+    assert fleet.baton("traffic", "v1=50", "v2=50", "--url", fleet.url).strip() == "v1 50 %, v2 50 %"
+    load.until_done(24)
+    assert answered_by(fleet) == {"v1", "v2"}
+    fleet.baton("traffic", "--back", "--url", fleet.url)
+    load.until_done(6)
+    fleet.on_head(f"baton deploy {write_serve_file(fleet.hosts, {'prefill': POOLS, 'decode': POOLS})}", timeout_s=180)
+    until(lambda: is_whole(fleet), WHOLE_AGAIN_S, "the first generation alone")
+    load.until_done(6)
+    seen = load.finish()
+    print(f"\ntwo generations: {seen}")
+    assert (seen.errors, seen.wrong) == ([], [])
+
+
+def answered_by(fleet: Fleet) -> set[str]:
+    """Generations whose decode replicas have taken a step."""
+    replicas = fleet.status()["replicas"]
+    return {r["info"]["generation"] for r in replicas if r["info"]["role"] == "decode" and r["status"]["num_steps"]}
 
 
 def test_a_decode_host_is_cut_off_and_comes_back(fleet, expected):

@@ -151,6 +151,10 @@ class Fleet:
         key = f"BATON_API_KEY={self.api_key}"
         return self.hosts.operator("env", key, "COLUMNS=200", "baton", *arguments, timeout_s=timeout_s)
 
+    def on_head(self, command: str, timeout_s: float = 120) -> str:
+        """Runs a shell command on the head as its user would."""
+        return self.hosts.on(0, f". ~/.bashrc; {command}", timeout_s)
+
     def status(self) -> dict:
         """The answer of /fleet."""
         return json.loads(self._get("/fleet"))

@@ -1,0 +1,11 @@
+"""What holds for all tests."""
+
+import sys
+
+import pytest
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A local fleet sets Ray's switches before Ray is imported, so no test module may bring Ray along."""
+    if "ray" in sys.modules:
+        raise pytest.UsageError("a test module imports ray when it is collected: import it inside the test")

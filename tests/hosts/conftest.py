@@ -1,0 +1,43 @@
+"""What tests on hosts share: which of them can run, and what a right answer is."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.settings import demo_model_path
+from tests.hosts.testbed import missing_programs
+
+PROMPTS = [
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune",
+    "KING RICHARD II:\nMy lord, what news from the north, and what of the Duke of Lancaster? " * 4,
+    "The sun was setting when we came to the house, and nobody was there to open the door. " * 8,
+    "Shall I compare thee to a summer's day? " * 30 + "And then",
+]
+NUM_TOKENS = 64
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder needs hosts."""
+    missing = missing_programs()
+    for item in items:
+        if "tests/hosts" in item.path.as_posix():
+            item.add_marker(pytest.mark.hosts)
+            item.add_marker(pytest.mark.timeout(900))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict[str, list[int]]:
+    """Greedy tokens of transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    answers = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS,
+            do_sample=False, eos_token_id=None, pad_token_id=0, temperature=None, top_p=None,
+        )  # fmt: skip
+        answers[prompt] = out[0, ids.shape[1] :].tolist()
+    return answers
