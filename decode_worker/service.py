@@ -172,6 +172,7 @@ class DecodeService:
         else:
             self._tokens_per_s.add(step.batch.num_tokens / seconds)
         self._deliver(self._scheduler.finish(step, result))
+        self.drainer.changed()
 
     def step_failed(self, step: DecodeStep) -> None:
         """The engine is gone: every request here is to be resumed elsewhere."""
@@ -181,8 +182,8 @@ class DecodeService:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _held(self) -> Held:
-        """Leases; fetches, releases and token events on their way."""
-        return Held(len(self._handoffs), len(self._tasks) + self._outbox.num_undelivered)
+        """Leases; fetches, releases and token events on their way, the step in flight."""
+        return Held(len(self._handoffs), len(self._tasks) + self._outbox.num_undelivered + self._loop.in_flight)
 
     def _hand_over(self) -> None:
         """Every ingress plans the rest of its requests anew, with the tokens shown so far."""

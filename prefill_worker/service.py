@@ -142,6 +142,7 @@ class PrefillService:
         for prefilled, closing in self._deliveries.step_done(step, result, self._now()):
             self._answer(prefilled)
             self._tell([closing])
+        self.drainer.changed()
 
     def step_failed(self, step: PrefillStep) -> None:
         """The engine is gone; so are all requests here."""
@@ -153,8 +154,8 @@ class PrefillService:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _held(self) -> Held:
-        """Prompts without an answer; blocks that decode still reads and messages to it."""
-        return Held(len(self._answers), len(self._deliveries) + len(self._tasks))
+        """Prompts without an answer; blocks that decode still reads, messages to it, the step in flight."""
+        return Held(len(self._answers), len(self._deliveries) + len(self._tasks) + self._loop.in_flight)
 
     def _hand_over(self) -> None:
         """The ingress plans these prompts anew, and decode lets their attempts go."""

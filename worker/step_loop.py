@@ -50,6 +50,7 @@ class StepLoop(Generic[StepType]):
         self._engine = engine
         self._steps = steps
         self._wake = asyncio.Event()
+        self.in_flight = False  # a step writes blocks until its result is there
 
     def wake(self) -> None:
         """Something may have become runnable."""
@@ -68,11 +69,14 @@ class StepLoop(Generic[StepType]):
     async def _execute(self, step: StepType) -> None:
         started = time.monotonic()
         on_layers: Callable[[int, int], None] = lambda first, count: self._steps.layers_done(step, first, count)  # noqa: E731
+        self.in_flight = True
         try:
             result = await self._engine.execute(step.batch, on_layers)
         except Exception:
             self._steps.step_failed(step)
             raise
+        finally:
+            self.in_flight = False
         self._steps.step_done(step, result, time.monotonic() - started)
 
     async def _sleep(self) -> None:

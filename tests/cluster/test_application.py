@@ -42,7 +42,7 @@ def fleet(tmp_path_factory):
             "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
             "prefill": {"min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "drain_timeout_s": 5},
             "decode": {
-                "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "tensor_parallel": 2, "drain_timeout_s": 1,
+                "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "tensor_parallel": 2, "drain_timeout_s": 0,
             },
             "ingress": {"port": free_port(), "request_timeout_s": 120},
             "cluster": {"log_dir": str(tmp_path_factory.mktemp("logs"))},
