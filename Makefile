@@ -24,7 +24,8 @@ soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak
 
 test-hosts: $(INSTALLED)
-	$(BIN)/python -m pytest -m hosts -s 2>&1 | tee bench/results/hosts.log
+	@mkdir -p bench/results
+	$(BIN)/python -m pytest -m hosts -s > bench/results/hosts.log 2>&1; status=$$?; cat bench/results/hosts.log; exit $$status
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
