@@ -25,6 +25,7 @@ READY_TIMEOUT_S = 180.0
 AMBIENT = (
     "RAY_ADDRESS",
     "RAY_NAMESPACE",
+    "RAY_SERVE_HAPROXY_BINARY_PATH",  # ours, when a fleet was started in a parent process
     "http_proxy",
     "https_proxy",
     "all_proxy",
