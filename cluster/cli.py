@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from cluster.local import LocalFleet, local_fleet
@@ -27,7 +28,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BatonError as error:
-            console.print(f"[red]error:[/red] {error.message}")
+            console.print(f"[red]error:[/red] {escape(error.message)}")
             sys.exit(1)
 
 
@@ -86,11 +87,11 @@ def chat(
 
 
 @app.command()
-def demo(port: Port = None) -> None:
+def demo(port: Port = None, api_key: ApiKey = "") -> None:
     """Show handoffs and local prefills side by side, on a running server or on one started for it."""
     from cluster.demo import run_demo
 
-    run_demo(port, console)
+    run_demo(port, api_key, console)
 
 
 @app.command()
@@ -185,7 +186,8 @@ def traffic(
         now = set_traffic(url, api_key, None if back else parse_weights(weights or []))
     else:
         now = fetch_fleet(url, api_key)["traffic"]
-    console.print(describe_weights(now["weights"]) if now["weights"] else "no weights: all generations alike")
+    no_weights = "no weights: the generation that the front was deployed with gets everything"
+    console.print(describe_weights(now["weights"]) if now["weights"] else no_weights)
 
 
 def ready_line(fleet: LocalFleet, settings: BatonConfig, seconds: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.chat import served_model
@@ -37,16 +38,20 @@ class Run:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def run_demo(port: int | None, console: Console) -> None:
+def run_demo(port: int | None, api_key: str, console: Console) -> None:
     """Attaches to a server on `port` (8000), or starts one for the time of the demo."""
-    with _server(port, console) as url, httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with (
+        _server(port, console) as url,
+        httpx.Client(base_url=url, headers=headers, timeout=300, trust_env=False) as client,
+    ):
         model = served_model(client)
         for ending in ENDINGS:
             console.rule(f"…{ending}")
             runs = {}
             for placement in ("pair", "local"):
                 runs[placement] = run = stream_completion(client, model, PREFIX + ending, placement)
-                console.print(f"[bold]{placement}[/bold] {run.text}", markup=True)
+                console.print(f"[bold]{placement}[/bold] {escape(run.text)}")
             same = "the same tokens either way" if runs["pair"].text == runs["local"].text else "the texts DIFFER"
             console.print(f"[dim]sampled with one seed: {same}[/dim]")
             console.print(timeline(runs))

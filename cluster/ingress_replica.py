@@ -5,11 +5,14 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
+from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import list_nodes
 from cluster.replica import prepare_replica
 from core.config import BatonConfig
+from core.errors import PeerLost
 
 
 class Ingress:
@@ -29,7 +32,7 @@ class Ingress:
         )
         ingress_id = f"ingress-{secrets.token_hex(6)}"
         client = RpcClient(config.cluster.secret)
-        self._scheduler_client = SchedulerClient(client, lambda: _address_of(scheduler))
+        self._scheduler_client = SchedulerClient(client, lambda: address_of(scheduler))
         self._streams = TokenStreams(ingress_id, client, config.transfer, config.ingress.max_buffered_tokens)
         fleet = Fleet(ingress_id, config.block_size, config.tenant_salt, config.ingress.max_attempts)
         self._orchestrator = Orchestrator(fleet, config.transfer, client, self._scheduler_client, self._streams)
@@ -48,5 +51,9 @@ class Ingress:
         await self._client.close()
 
 
-async def _address_of(scheduler: Any) -> str:
-    return str(await scheduler.address.remote())
+async def address_of(scheduler: Any) -> str:
+    """host:port of the global scheduler's RPC server. Raises PeerLost when Serve has no replica that tells."""
+    try:
+        return str(await scheduler.address.remote())
+    except (ray.exceptions.RayError, RayServeException) as error:
+        raise PeerLost(f"Serve does not reach the global scheduler: {error}") from error

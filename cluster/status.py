@@ -1,5 +1,6 @@
 """What `baton status` prints: nodes, pools, replicas, links, blocks, versions."""
 
+from math import isfinite
 from typing import Any
 
 import httpx
@@ -28,6 +29,8 @@ def parse_weights(words: list[str]) -> dict[str, float]:
         generation, _, weight = word.partition("=")
         try:
             weights[generation] = float(weight)
+            if not isfinite(weights[generation]):
+                raise ValueError("JSON has no such number")
         except ValueError as error:
             raise InvalidParameter(f"{word!r} is not GENERATION=WEIGHT, as in v2=10", field="weights") from error
     return weights

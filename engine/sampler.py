@@ -21,6 +21,7 @@ from torch import Tensor
 from core.sampling import TokenLogprobs
 from engine.step_inputs import DrawAt, device_tensor, int_tensor
 
+_LEAST_TEMPERATURE = 1e-6  # below it the best logit wins anyway, and dividing by it would leave float32's range
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
@@ -42,7 +43,7 @@ class Drawn:
 def draw_tokens(logits: Tensor, draws: Sequence[DrawAt]) -> Drawn:
     """Draws one token per row of `logits` [N, V] float32. Never waits for the device."""
     token_ids = logits.argmax(dim=-1)
-    random_rows = [row for row, at in enumerate(draws) if at.draw.temperature > 0]
+    random_rows = [row for row, at in enumerate(draws) if at.draw.temperature >= _LEAST_TEMPERATURE]
     if random_rows:
         rows = int_tensor(random_rows, logits.device)
         chosen = [draws[row] for row in random_rows]

@@ -82,8 +82,9 @@ class Deliveries:
         return outgoing
 
     def release_expired(self, now: float) -> list[Share]:
-        """Ends the shares that decode never released."""
-        expired = self._shares.expired(now)
+        """Ends the shares that decode never released; those of prompts still to be computed wait with them."""
+        working = {job.key for job in self._scheduler}
+        expired = [share for share in self._shares.expired(now) if (share.request_id, share.attempt) not in working]
         for share in expired:
             self.release(share.request_id, share.attempt, now)
         return expired

@@ -1,5 +1,6 @@
 """The HTTP application: routes, authentication, health."""
 
+import asyncio
 import hmac
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ def build_app(
 ) -> FastAPI:
     """The whole HTTP edge for one model over one backend. Every call has its own metrics.
 
-    `nodes` lists the cluster's machines for `/fleet`.
+    `nodes` lists the cluster's machines for `/fleet`; it may block while the cluster's head is away.
     """
     edge = Edge(config, model, backend, Metrics())
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
@@ -48,7 +49,7 @@ def _fleet_routes(edge: Edge, nodes: Callable[[], list[dict[str, object]]]) -> A
     @routes.get("/fleet")
     async def fleet() -> Response:
         status = TypeAdapter(FleetStatus).dump_python(await edge.backend.fleet(), mode="json")
-        return JSONResponse(status | {"nodes": nodes()})
+        return JSONResponse(status | {"nodes": await asyncio.to_thread(nodes)})
 
     @routes.put("/fleet/traffic")
     async def traffic(http: Request) -> Response:

@@ -205,7 +205,7 @@ class Orchestrator:
             (first.token_id,),
             (first.logprobs,) if first.logprobs is not None else (),
             first.finish_reason,
-            first.num_cached_tokens,
+            None if progress.shown else first.num_cached_tokens,
             progress.phases,
             progress.num_resumes,
             self._report(progress, plan) if is_last else None,
@@ -214,7 +214,7 @@ class Orchestrator:
     def _decode_event(
         self, progress: _Progress, plan: Plan, first: FirstToken | None, event: TokenEvent
     ) -> GenerationEvent:
-        if plan.prefill is None and not progress.shown:
+        if plan.prefill is None and event.phases is not None:  # the attempt's first
             self._scheduler.progress(event.request_id)
         known = len(progress.shown) - event.first_index
         phases = None
@@ -227,7 +227,7 @@ class Orchestrator:
             event.token_ids[known:],
             event.logprobs[known:],
             event.finish_reason,
-            event.num_cached_tokens if first is None else None,
+            None if progress.shown else event.num_cached_tokens,
             phases,
             progress.num_resumes,
             self._report(progress, plan) if event.finish_reason is not None else None,

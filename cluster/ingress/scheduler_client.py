@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from cluster.ingress.generation import FleetHealth
+from cluster.scheduler.decision import can_pair
 from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import Book, Finish, FleetStatus, Plan, Progress, Renew, Reserve, SetTraffic, Traffic
@@ -108,17 +109,18 @@ class SchedulerClient:
         return self._address
 
     def _plan_alone(self, request: Reserve) -> Plan:
-        """Power of two choices by this ingress's own count. Raises NoReplica."""
-        by_role: dict[Role, list[ReplicaInfo]] = {role: [] for role in Role}
-        for replica in self._replicas:
-            by_role[replica.role].append(replica)
-        for role, replicas in by_role.items():
-            by_role[role] = [r for r in replicas if r.replica_id not in request.avoid] or replicas
-        if not by_role[Role.DECODE]:
+        """Power of two choices by this ingress's own count, in the request's generation. Raises NoReplica."""
+        decodes = [replica for replica in self._replicas if replica.role is Role.DECODE]
+        if not decodes:
             raise NoReplica("no decode replica is known", retry_after_s=2.0)
-        two = random.sample(by_role[Role.DECODE], min(2, len(by_role[Role.DECODE])))
+        bound = [decode for decode in decodes if decode.generation == request.generation]
+        decodes = _without(bound or decodes, request.avoid)
+        two = random.sample(decodes, min(2, len(decodes)))
         decode = min(two, key=lambda replica: self._in_use.get(replica.replica_id, 0))
-        prefill = random.choice(by_role[Role.PREFILL]) if by_role[Role.PREFILL] else None
+        prefills = [replica for replica in self._replicas if replica.role is Role.PREFILL]
+        partners = [p for p in prefills if can_pair(p, decode) and request.num_tokens <= p.max_model_len]
+        partners = [] if request.placement == "local" else _without(partners, request.avoid)
+        prefill = random.choice(partners) if partners else None
         return Plan(request.request_id, request.attempt, prefill, decode, 0.0, 0.0, "fallback")
 
     async def _follow_book(self) -> None:
@@ -158,3 +160,8 @@ class SchedulerClient:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _without(replicas: list[ReplicaInfo], avoid: tuple[str, ...]) -> list[ReplicaInfo]:
+    """Leaves out the replicas that just failed the request, unless none would be left."""
+    return [replica for replica in replicas if replica.replica_id not in avoid] or replicas

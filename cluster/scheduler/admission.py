@@ -6,7 +6,7 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.scheduler.decision import Decision, DecisionMaker
@@ -111,7 +111,10 @@ class Admission:
             self.workload.arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
-        """Plans for waiting requests, oldest first, in each generation until one finds no room."""
+        """Plans for waiting requests, oldest first, in each generation until one finds no room.
+
+        One that avoids replicas holds nobody up: there may be room where it does not want to go.
+        """
         plans = []
         decodes = self._decodes_by_generation(now)
         full: set[str] = set()
@@ -123,7 +126,8 @@ class Admission:
                 continue
             decision = self._decide(waiting.request, decodes[generation], now)
             if decision is None:
-                full.add(generation)  # nobody of this generation overtakes
+                if not waiting.request.avoid:
+                    full.add(generation)  # nobody of this generation overtakes
                 continue
             del self._waiting[waiting.request.request_id]
             plans.append(self._book(waiting, decision, now))
@@ -194,11 +198,16 @@ class Admission:
             decodes.setdefault(decode.info.generation, []).append(decode)
         return decodes
 
-    def _generation_for(self, request: Reserve, generations: Collection[str]) -> str:
-        """Tokens that were shown bind a request to the weights that made them, as long as those are served."""
-        if request.generation in generations:
+    def _generation_for(self, request: Reserve, decodes: Mapping[str, Sequence[ReplicaView]]) -> str:
+        """Tokens that were shown bind a request to the weights that made them, as long as those are served.
+
+        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it.
+        """
+        if request.generation in decodes:
             return request.generation
-        return self.traffic.choose(request.request_id, generations)
+        num_tokens = request.num_tokens + request.max_new_tokens
+        fitting = [g for g, replicas in decodes.items() if any(num_tokens <= d.info.max_model_len for d in replicas)]
+        return self.traffic.choose(request.request_id, fitting or decodes)
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
         prefills = self.fleet.usable(Role.PREFILL, now)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cluster.scheduler.fleet_view import ReplicaView
 from core.config import SchedulerConfig
+from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import Reserve
 
 LINK_BYTES_PER_S = 1.5e9  # until links are measured
@@ -62,7 +63,7 @@ class DecisionMaker:
         ready_prefills = [prefill for prefill in prefills if takes_more(prefill) and request.placement != "local"]
         candidates = []
         for decode in with_room:
-            partners = [prefill for prefill in prefills if self._may_pair(prefill, decode)]
+            partners = [prefill for prefill in prefills if self._may_pair(request, prefill, decode)]
             ready = [prefill for prefill in partners if prefill in ready_prefills]
             candidates += [self._pair(request, prefill, decode, cached) for prefill in ready]
             reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
@@ -96,11 +97,10 @@ class DecisionMaker:
             crosses_zones=self._config.zone_affinity != "ignore" and prefill.info.zone != decode.info.zone,
         )
 
-    def _may_pair(self, prefill: ReplicaView, decode: ReplicaView) -> bool:
-        """KV blocks of one mean the same to the other, both are of one generation, and the zones allow it."""
-        ours, theirs = prefill.info, decode.info
-        near = self._config.zone_affinity != "require" or ours.zone == theirs.zone
-        return near and ours.compatibility == theirs.compatibility and ours.generation == theirs.generation
+    def _may_pair(self, request: Reserve, prefill: ReplicaView, decode: ReplicaView) -> bool:
+        """The prompt fits on prefill, the two may exchange blocks, and the zones allow it."""
+        near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
+        return near and request.num_tokens <= prefill.info.max_model_len and can_pair(prefill.info, decode.info)
 
     def _local(self, request: Reserve, decode: ReplicaView, cached: dict[str, int], reason: str) -> Decision:
         uncached = _uncached_tokens(request, decode, cached)
@@ -134,6 +134,11 @@ class DecisionMaker:
     @staticmethod
     def _decode_blocks(request: Reserve, decode: ReplicaView, cached: dict[str, int]) -> int:
         return decode.info.layout.num_blocks_for(request.num_tokens) - cached.get(decode.info.replica_id, 0)
+
+
+def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
+    """KV blocks of one mean the same to the other, and both are of one generation."""
+    return prefill.compatibility == decode.compatibility and prefill.generation == decode.generation
 
 
 def takes_more(prefill: ReplicaView) -> bool:

@@ -143,6 +143,24 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
+def proxy_process() -> psutil.Process:
+    """The actor of Serve that keeps HAProxy."""
+    (found,) = [p for p in psutil.Process().children(recursive=True) if "HAProxyManager" in " ".join(_command_line(p))]
+    return found
+
+
+async def test_a_proxy_that_answers_late_on_a_busy_machine_is_not_replaced(fleet):
+    proxy = proxy_process()
+    proxy.suspend()
+    await asyncio.sleep(6.0)  # Serve asks every second, and gives it up after three answers that came too late
+    proxy.resume()
+    async with httpx.AsyncClient(base_url=fleet.url, trust_env=False, timeout=10) as client:
+        for _ in range(20):
+            assert (await client.get("/readyz")).status_code == 200
+            await asyncio.sleep(0.1)
+    assert proxy_process().pid == proxy.pid
+
+
 def rank_pids(role: Role) -> list[int]:
     """Processes of a pool's ranks, the last rank of a replica last."""
     import ray

@@ -22,6 +22,8 @@ def test_version_is_the_distributions():
         (["serve", "/nowhere.yaml"], "/nowhere.yaml"),
         (["serve", "--model", "/nowhere"], "config.json is missing"),
         (["chat", "--url", "http://127.0.0.1:1"], "baton serve"),
+        (["traffic", "[/v1]=half"], "'[/v1]=half' is not GENERATION=WEIGHT"),
+        (["traffic", "v1=nan"], "'v1=nan' is not GENERATION=WEIGHT"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(arguments, says):

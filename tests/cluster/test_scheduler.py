@@ -117,6 +117,26 @@ def test_a_replica_that_failed_the_request_is_avoided_unless_it_is_the_last(admi
     assert plan_one(admission, reserve("r", avoid=("d0", "p0"), attempt=1)).decode.replica_id == "d0"
 
 
+def test_a_prompt_that_prefill_cannot_hold_is_prefilled_where_it_fits(admission):
+    for name in ("p0", "p1"):
+        admission.report(report(replace(replica(name, Role.PREFILL), max_model_len=199)), 0.0)
+    plan = plan_one(admission, reserve("r", tokens=tuple(range(200)), placement="pair"))
+    assert (plan.prefill, plan.reason) == (None, "local_no_prefill")
+    admission.report(report(replace(replica("p1", Role.PREFILL), max_model_len=200)), 0.0)
+    assert plan_one(admission, reserve("s", tokens=tuple(range(200)))).prefill.replica_id == "p1"
+
+
+def test_a_request_that_waits_for_the_replica_it_did_not_fail_on_holds_nobody_up(admission):
+    admission.report(report(replica("d1", Role.DECODE), num_running=4), 0.0)
+    admission.reserve(reserve("handed back", attempt=1, avoid=("d0",)), 0.0)
+    admission.reserve(reserve("next"), 0.0)
+    (plan,) = admission.dispatch(0.0)
+    assert (plan.request_id, plan.decode.replica_id) == ("next", "d0")
+    admission.report(report(replica("d1", Role.DECODE), num_running=3), 0.1)
+    (plan,) = admission.dispatch(0.1)
+    assert (plan.request_id, plan.decode.replica_id) == ("handed back", "d1")
+
+
 def test_draining_and_silent_replicas_get_nothing(admission):
     admission.report(report(replica("d0", Role.DECODE), draining=True), 1.9)
     admission.report(report(replica("d1", Role.DECODE)), 1.9)

@@ -67,6 +67,14 @@ def test_tokens_that_were_shown_bind_a_request_to_its_generation_while_that_live
     assert plan_one(admission, reserve("r", attempt=2, generation="v1")).decode.generation == "v2"
 
 
+def test_a_request_goes_to_a_generation_that_can_hold_it(admission):
+    admission.traffic.change({"v1": 1})
+    small = replace(replica("decode-v1", Role.DECODE), generation="v1", max_model_len=100)
+    admission.report(report(small), 0.0)
+    assert plan_one(admission, reserve("long", tokens=tuple(range(200)))).decode.generation == "v2"
+    assert plan_one(admission, reserve("short", tokens=tuple(range(50)))).decode.generation == "v1"
+
+
 def test_a_full_generation_does_not_hold_up_the_other(admission):
     admission.report(report(replace(replica("decode-v1", Role.DECODE), generation="v1"), num_running=4), 0.0)
     for name, generation in (("first", "v1"), ("second", "v2"), ("third", "v1")):

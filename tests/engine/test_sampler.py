@@ -34,6 +34,14 @@ def test_draws_follow_the_softmax(temperature: float, by_seed: bool):
     assert chi_square < 85.4  # 99.9th percentile for 49 degrees of freedom
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-6])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_temperature_that_float32_can_hardly_hold_is_greedy(temperature: float, top_k: int):
+    at = draws(20, temperature=temperature, top_k=top_k)
+    logits = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(3)) * 4
+    assert draw_tokens(logits.clone(), at).token_ids.tolist() == logits.argmax(-1).tolist()
+
+
 def test_successive_tokens_are_uncorrelated():
     noise = exponential_noise(draws(2000), torch.empty(1, VOCAB))
     assert abs(float(noise.mean()) - 1.0) < 0.015 and abs(float(noise.var()) - 1.0) < 0.04

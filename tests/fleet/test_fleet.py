@@ -125,6 +125,28 @@ async def test_a_decode_that_dies_mid_stream_costs_a_pause_and_no_token(tiny_lla
         await fleet.until_quiet()
 
 
+async def test_a_resumed_local_request_counts_its_cache_once_and_ends_its_prefill_reservation(tiny_llama):
+    path, model = tiny_llama
+    (prompt,) = random_prompts(9, (64,))
+    async with running_fleet(path, 0, 2) as fleet:
+        generation = Generation("r", tuple(prompt), SamplingParams(60, temperature=0.0), 60)
+        tokens, cached = [], []
+        async with aclosing(fleet.orchestrator.generate(generation)) as events:
+            async for event in events:
+                tokens += event.token_ids
+                cached += [event.num_cached_tokens] if event.num_cached_tokens is not None else []
+                if len(tokens) == 10:
+                    (busy,) = [name for name, replica in fleet.replicas.items() if replica.pool.num_held]
+                    await fleet.stop(busy)
+                if event.num_resumes:
+                    async with asyncio.timeout(10):
+                        while any(view.prefill_tokens for view in fleet.scheduler._admission.fleet):
+                            await asyncio.sleep(0.01)
+        assert tokens == reference(model, prompt, 60)
+        assert cached == [0]
+        await fleet.until_quiet()
+
+
 async def test_a_prefill_that_dies_is_replaced_by_another(tiny_llama):
     path, model = tiny_llama
     prompts = random_prompts(8, [200] * 8)

@@ -1,12 +1,19 @@
 """Models, health, request ids and metrics: what operators look at."""
 
+import asyncio
+import threading
 import uuid
 
+import httpx
 import pytest
 
+from cluster.ingress.app import build_app
 from cluster.ingress.generation import FleetHealth
+from cluster.ingress.served_model import ServedModel
+from core.config import IngressConfig
+from core.messages.to_scheduler import FleetStatus
 from core.telemetry import request_id_var
-from tests.ingress.scripted import Server, tokens_script
+from tests.ingress.scripted import ScriptedBackend, Server, tokens_script
 
 
 def test_models_lists_the_one_served(server: Server):
@@ -46,6 +53,25 @@ def test_a_given_request_id_comes_back_and_names_the_generation(server: Server):
     names = [generation.request_id for generation in server.backend.seen]
     assert len(set(names)) == 4 and all(name.startswith(f"{given}-") for name in names)
     assert sorted(name[-2:] for name in names) == ["-0", "-0", "-1", "-1"]
+
+
+async def test_a_cluster_that_is_slow_to_list_its_nodes_stops_no_other_request(model: ServedModel):
+    asked, answered = threading.Event(), threading.Event()
+
+    def nodes() -> list[dict[str, object]]:
+        asked.set()
+        assert answered.wait(5)
+        return [{"address": "10.0.0.1"}]
+
+    backend = ScriptedBackend(tokens_script([0]), fleet_now=FleetStatus("s", (), 0, 0))
+    transport = httpx.ASGITransport(build_app(IngressConfig(), model, backend, nodes), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+        fleet = asyncio.create_task(client.get("/fleet"))
+        while not asked.is_set():
+            await asyncio.sleep(0.001)
+        assert (await client.get("/livez")).status_code == 200
+        answered.set()
+        assert (await fleet).json()["nodes"] == [{"address": "10.0.0.1"}]
 
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "a b", "a\tb", "{}"])
