@@ -35,6 +35,7 @@ class Load:
             ["sh", str(SCRIPT), "hub", *command, str(self._stop)],
             env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        fleet.hosts.clients.append(self._process)
 
     @property
     def num_done(self) -> int:

@@ -30,6 +30,7 @@ class Hosts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.clients: list[subprocess.Popen[str]] = []
         self.operator_home = folder / "operator"
         self.operator_home.mkdir(parents=True)
         self._environment = {
@@ -78,6 +79,8 @@ def running_hosts(num: int) -> Iterator[Hosts]:
             _until_reached(hosts, host)
         yield hosts
     finally:
+        for client in hosts.clients:
+            client.kill()
         hosts.script("down")
         shutil.rmtree(folder, ignore_errors=True)
 
