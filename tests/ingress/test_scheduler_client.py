@@ -1,0 +1,73 @@
+"""How an ingress plans by itself while the global scheduler is away."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from cluster.ingress.scheduler_client import SchedulerClient
+from core.kv_layout import Compatibility, KVLayout
+from core.messages.fleet import Empty, ReplicaInfo, Role
+from core.messages.to_scheduler import Book, Plan, Reserve
+from rpc.client import RpcClient
+from rpc.methods import BOOK
+from rpc.server import RpcServer
+
+
+def replica(role: Role, generation: str, max_model_len: int = 512) -> ReplicaInfo:
+    layout = KVLayout(2, 4, 8, 16, "float32", 1)
+    weights = Compatibility("m", generation, "float32", 16, "h")
+    name = f"{role.value}-{generation}"
+    return ReplicaInfo(name, role, 1, (f"{name}:1",), layout, weights, 64, 8, 256, max_model_len, generation=generation)
+
+
+@asynccontextmanager
+async def left_alone_with(*replicas: ReplicaInfo) -> AsyncIterator[SchedulerClient]:
+    """A client that has read an address book of a scheduler that is gone since."""
+
+    async def book(_: Empty) -> Book:
+        return Book(replicas)
+
+    server, rpc = RpcServer("127.0.0.1", ""), RpcClient("")
+    server.unary(BOOK, book)
+    address = f"127.0.0.1:{server.listen()}"
+    await server.start()
+
+    async def resolve() -> str:
+        return address
+
+    client = SchedulerClient(rpc, resolve)
+    client.start()
+    try:
+        async with asyncio.timeout(10):
+            while not client.health().ready:
+                await asyncio.sleep(0.01)
+        await server.stop()
+        yield client
+    finally:
+        await client.close()
+        await rpc.close()
+
+
+async def plan_alone(client: SchedulerClient, **changes: object) -> Plan:
+    request = replace(Reserve("r", 0, "i", 100, 16, (), 60.0), **changes)
+    async with client.reservation(request) as plan:
+        return plan
+
+
+async def test_pairs_formed_without_the_scheduler_keep_to_one_generation():
+    generations = [replica(role, generation) for role in Role for generation in ("v1", "v2")]
+    async with left_alone_with(*generations) as client:
+        plans = [await plan_alone(client) for _ in range(20)]
+        assert all(plan.prefill.generation == plan.decode.generation for plan in plans)
+        bound = [await plan_alone(client, attempt=1, generation="v2") for _ in range(10)]
+        assert {(plan.prefill.generation, plan.decode.generation) for plan in bound} == {("v2", "v2")}
+        last = await plan_alone(client, attempt=1, generation="v2", avoid=("decode-v2", "prefill-v2"))
+        assert last.decode.generation == "v2", "rather a replica that failed than other weights"
+
+
+async def test_decode_prefills_by_itself_when_asked_or_when_no_prefill_can_hold_the_prompt():
+    async with left_alone_with(replica(Role.PREFILL, "v1", 99), replica(Role.DECODE, "v1")) as client:
+        assert (await plan_alone(client, num_tokens=99)).prefill is not None
+        assert (await plan_alone(client, num_tokens=100)).prefill is None
+        assert (await plan_alone(client, num_tokens=50, placement="local")).prefill is None
