@@ -3,7 +3,8 @@
 Decode reads every weight once per step whatever the batch: it is bound by memory bandwidth, and a step cannot be
 shorter than (weight bytes + KV bytes read) / bandwidth. Prefill multiplies every weight with every token: it is bound
 by matrix arithmetic, 2 * parameters FLOP per token. Both limits are measured in the same run, with the same threads:
-bandwidth as the best of a large copy-free read, arithmetic as the best large matmul of the same dtype.
+bandwidth as the best of a large copy-free read, arithmetic as the best large matmul of the same dtype, or of float32
+where the CPU is faster with that.
 
 `--peer` runs transformers' generate on the same checkpoint and the same prompts.
 """
@@ -21,6 +22,7 @@ import torch
 
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
 from core.kv_layout import DTYPE_BYTES
+from engine.arithmetic import arithmetic_dtype
 from engine.batch import Draw, SequenceStep, StepBatch
 from engine.checkpoint import ModelSpec, load_model_spec
 from engine.rank_group import SingleRank
@@ -72,9 +74,9 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of a large matrix product, in the precision that is quickest for numbers of `dtype`."""
     size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(arithmetic_dtype(device, dtype)) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b, device, 8)
 
 

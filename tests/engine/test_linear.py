@@ -1,0 +1,63 @@
+"""Products in every precision, as the CPU has it or must emulate it, against float64."""
+
+import pytest
+import torch
+
+from engine import attention_math, linear
+from engine.arithmetic import arithmetic_dtype
+from engine.linear import Linear
+
+CPU = torch.device("cpu")
+ROWS = [1, 4, 5, 16, 63, 65, 200]
+
+
+@pytest.fixture(params=["as the CPU computes", "widened"])
+def precision(request, monkeypatch) -> str:
+    """Every machine takes both ways: widening is forced where the CPU would not need it."""
+    if request.param == "widened":
+        for module in (linear, attention_math):
+            monkeypatch.setattr(module, "arithmetic_dtype", lambda _device, _dtype: torch.float32)
+    return request.param
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_is_that_of_float64_but_for_one_rounding(dtype, rows, with_bias):
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(5000, 300, generator=generator).to(dtype) / 16  # several pieces, the last one short
+    bias = torch.randn(5000, generator=generator).to(dtype) if with_bias else None
+    x = torch.randn(rows, 300, generator=generator).to(dtype)
+    expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
+    got = Linear(weight.clone(), bias)(x)
+    assert got.dtype == dtype and got.shape == (rows, 5000)
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance + 1e-5)
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_that_of_float64_but_for_rounding(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(*shape, generator=generator).to(dtype)
+                           for shape in ((150, 6, 32), (2, 170, 32), (2, 170, 32)))  # fmt: skip
+    wide_keys, wide_values = (t.double().repeat_interleave(3, dim=0) for t in (keys, values))
+    scores = torch.einsum("rqd,qcd->qrc", query.double(), wide_keys) / 32**0.5
+    later = torch.ones(150, 170, dtype=torch.bool).triu_(21)
+    expected = torch.einsum("qrc,qcd->rqd", scores.masked_fill(later, float("-inf")).softmax(-1), wide_values)
+    got = attention_math.attend_causal(query, keys, values).view(150, 6, 32)
+    last = attention_math.attend_single(
+        query[-1:], keys[None], values[None], torch.zeros(1, 1, 1, 170, dtype=torch.bool)
+    )
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert got.dtype == last.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(last.view(6, 32).double(), expected[-1], rtol=tolerance, atol=tolerance)
+
+
+def test_only_half_precision_on_a_cpu_without_its_instructions_is_widened():
+    assert arithmetic_dtype(CPU, torch.float32) == torch.float32
+    assert arithmetic_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert arithmetic_dtype(CPU, torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
