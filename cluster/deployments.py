@@ -1,11 +1,14 @@
-"""The Serve applications: the front (Ingress, GlobalScheduler), and per generation PrefillPool and DecodePool."""
+"""The Serve applications: the front (Ingress, GlobalScheduler), and per generation PrefillPool, DecodePool and, when
+it scales, PoolAutoscaler.
+"""
 
 from typing import Any
 
 from ray import serve
 
+from cluster.autoscaler_replica import PoolAutoscaler
 from cluster.ingress_replica import Ingress
-from cluster.names import POOL_NAMES, SCHEDULER_NAME
+from cluster.names import AUTOSCALER_NAME, POOL_NAMES, SCHEDULER_NAME
 from cluster.scheduler_replica import GlobalScheduler
 from cluster.supervisor import Supervisor, leave_timeout_s
 from core.config import BatonConfig, PoolConfig, TransferConfig
@@ -28,10 +31,12 @@ def front(config: BatonConfig) -> serve.Application:
 
 
 def pools(config: BatonConfig) -> serve.Application:
-    """Both pools of one generation."""
-    prefill = _pool(Role.PREFILL, config.prefill, config.transfer).bind(Role.PREFILL, config)
+    """Both pools of one generation, and what sizes them when that is configured."""
+    others = [_pool(Role.PREFILL, config.prefill, config.transfer).bind(Role.PREFILL, config)]
+    if config.autoscaling.is_active:
+        others.append(serve.deployment(**_common(), name=AUTOSCALER_NAME)(PoolAutoscaler).bind(config))
     decode = _pool(Role.DECODE, config.decode, config.transfer)
-    application: serve.Application = decode.bind(Role.DECODE, config, prefill)
+    application: serve.Application = decode.bind(Role.DECODE, config, *others)
     return application
 
 

@@ -1,6 +1,7 @@
 """A whole fleet on this machine: its own Ray on 127.0.0.1, nothing listening beyond it, everything gone at the end."""
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -63,11 +65,35 @@ def local_fleet(
     from ray import serve
 
     try:
+        _start_ray(config, ray_dir, say)
+        say("loading the model on every replica")
+        url = f"http://{config.ingress.host}:{config.ingress.port}"
+        wait_until_ready(url, say, READY_TIMEOUT_S, stop, _deploy(config))
+        yield LocalFleet(url, log_dir, ray_dir)
+    finally:
+        try:
+            if ray.is_initialized():
+                with redirect_stdout(StringIO()):  # Ray prints the end of Serve's controller as if it were an error
+                    serve.shutdown()  # type: ignore[no-untyped-call]
+        finally:
+            ray.shutdown()
+        shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def _start_ray(config: BatonConfig, ray_dir: Path, say: Callable[[str], None]) -> None:
+    """Ray with room for the largest pools, and Serve's HTTP proxy. Raises ConfigurationError."""
+    import ray
+    from ray import serve
+
+    needed = _resources_needed(config)
+    num_cpus = 1 + math.ceil(needed.pop("CPU"))  # they only count: more than the machine has is fine
+    try:
         say("starting Ray")
         ray.init(
             address="local",
-            num_cpus=config.cluster.num_cpus or _cpus_needed(config),
-            num_gpus=_gpus_needed(config),
+            num_cpus=config.cluster.num_cpus or num_cpus,
+            num_gpus=math.ceil(needed.pop("GPU")),
+            resources=needed,
             object_store_memory=config.cluster.object_store_mib * 2**20,
             include_dashboard=False,
             log_to_driver=False,
@@ -81,40 +107,40 @@ def local_fleet(
             http_options={"host": config.ingress.host, "port": config.ingress.port},
             logging_config={"log_level": "WARNING"},
         )
-        say("loading the model on every replica")
-        deploying = threading.Thread(
-            target=_deploy, args=(config,), name="deploy", daemon=True
-        )  # it waits until all is healthy; this thread tells how far it is
-        deploying.start()
-        url = f"http://{config.ingress.host}:{config.ingress.port}"
-        wait_until_ready(url, say, READY_TIMEOUT_S, stop)
-        yield LocalFleet(url, log_dir, ray_dir)
-    finally:
+    except Exception as error:  # Ray has no class of its own for most of what can go wrong here
+        raise ConfigurationError(f"Ray did not start: {error}") from error
+
+
+def _resources_needed(config: BatonConfig) -> dict[str, float]:
+    """What the pools ask of Ray when they are largest, by resource."""
+    needed: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
+    for pool in (config.prefill, config.decode):
+        rank = pool.resources_per_rank
+        for name, amount in {"CPU": rank.num_cpus, "GPU": rank.num_gpus, **rank.custom}.items():
+            needed[name] = needed.get(name, 0.0) + pool.max_replicas * pool.tensor_parallel * amount
+    return needed
+
+
+def _deploy(config: BatonConfig) -> Future[None]:
+    """Serve waits until all is healthy: in a thread, so that the caller can tell how far it is."""
+    deployed: Future[None] = Future()
+
+    def run() -> None:
+        from ray import serve
+
+        from cluster import deployments
+
+        front = serve.RunTarget(deployments.front(config), FRONT_NAME, "/")
+        name = pools_name(config.generation)
+        pools = serve.RunTarget(deployments.pools(config), name, None, external_scaler_enabled=True)
         try:
-            if ray.is_initialized():
-                with redirect_stdout(StringIO()):  # Ray prints the end of Serve's controller as if it were an error
-                    serve.shutdown()  # type: ignore[no-untyped-call]
-        finally:
-            ray.shutdown()
-        shutil.rmtree(ray_dir, ignore_errors=True)
+            serve.run_many([front, pools])
+            deployed.set_result(None)
+        except Exception as error:
+            deployed.set_exception(error)
 
-
-def _deploy(config: BatonConfig) -> None:
-    from ray import serve
-
-    from cluster import deployments
-
-    try:
-        serve.run_many(
-            [
-                serve.RunTarget(deployments.front(config), FRONT_NAME, "/"),
-                serve.RunTarget(
-                    deployments.pools(config), pools_name(config.generation), None, external_scaler_enabled=True
-                ),
-            ]
-        )
-    except RuntimeError as error:
-        logger.error("the application did not deploy: %s", error)  # serve.status tells the waiting thread
+    threading.Thread(target=run, name="deploy", daemon=True).start()
+    return deployed
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -170,14 +196,3 @@ def _prepare_environment(ray_dir: Path) -> None:
             "no_proxy": "*",
         }
     )
-
-
-def _cpus_needed(config: BatonConfig) -> int:
-    """Logical CPUs that the pools ask for; more than the machine has is fine, they only count."""
-    pools = (config.prefill, config.decode)
-    return 1 + int(sum(p.max_replicas * p.tensor_parallel * p.resources_per_rank.num_cpus for p in pools))
-
-
-def _gpus_needed(config: BatonConfig) -> int:
-    pools = (config.prefill, config.decode)
-    return int(sum(p.max_replicas * p.tensor_parallel * p.resources_per_rank.num_gpus for p in pools))

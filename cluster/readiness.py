@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
@@ -11,11 +12,15 @@ from core.errors import ConfigurationError
 
 
 def wait_until_ready(
-    url: str, say: Callable[[str], None], timeout_s: float, stop: threading.Event | None = None
+    url: str,
+    say: Callable[[str], None],
+    timeout_s: float,
+    stop: threading.Event | None = None,
+    deployed: Future[None] | None = None,
 ) -> None:
     """Ready: HTTP answers and every configured replica takes work. Raises ConfigurationError with Serve's message.
 
-    The process is connected to Ray. `stop` set meanwhile gives up early.
+    The process is connected to Ray. `stop` set or `deployed` failed meanwhile gives up early.
     """
     from ray import serve
 
@@ -28,6 +33,8 @@ def wait_until_ready(
             for name, app in apps.items():
                 if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
                     raise ConfigurationError(f"application {name} did not start: {_first_failure(app)}")
+            if deployed is not None and deployed.done() and (error := deployed.exception()) is not None:
+                raise ConfigurationError(f"the application did not deploy: {error}") from error
             state = _describe(apps)
             if state and state != said:
                 say(state)

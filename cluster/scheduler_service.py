@@ -3,21 +3,22 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
 
 from cluster.autoscaling.signals import FleetSignals
 from cluster.scheduler.admission import Admission
+from cluster.scheduler.asked_sizes import Asked
 from cluster.scheduler.fleet_signals import fleet_signals
 from core.errors import BatonError, InvalidParameter
-from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
+from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
 from core.messages.to_scheduler import (
     Book,
     Deregister,
     Finish,
     FleetStatus,
     Plan,
+    PoolSize,
     Progress,
     Register,
     Registered,
@@ -34,6 +35,7 @@ from rpc.server import RpcServer
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 0.1
+MISSED_TICKS = 5  # of an autoscaler, after which nobody waits for what it has asked for
 
 
 class SchedulerService:
@@ -134,7 +136,8 @@ class SchedulerService:
 
     async def book(self, _: Empty) -> Book:
         """The replicas that take work."""
-        return Book(self._admission.book(self._now()), self._admission.num_waiting)
+        admission = self._admission
+        return Book(admission.book(self._now()), admission.num_waiting, admission.traffic.weights)
 
     async def set_traffic(self, message: SetTraffic) -> Traffic:
         """Shares requests out anew. Raises InvalidParameter for a generation that no replica has."""
@@ -160,13 +163,18 @@ class SchedulerService:
             admission.num_waiting,
             admission.num_reserved,
             admission.traffic.traffic,
+            tuple(
+                PoolSize(generation, role, target.num_replicas, target.reason)
+                for generation, asked in sorted(admission.sizes.at(self._now()).items())
+                for role, target in asked.items()
+            ),
         )
 
-    def signals(self, generation: str, targets: Mapping[Role, int]) -> FleetSignals:
-        """For the autoscaler, which has asked for `targets` replicas. Requests wait for decode replicas that start."""
-        signals = fleet_signals(self._admission, generation, targets, self._now(), datetime.now(UTC))
-        self._admission.decode_is_starting = signals.decode.num_starting > 0
-        return signals
+    def signals(self, generation: str, asked: Asked, interval_s: float) -> FleetSignals:
+        """For a generation's autoscaler, which tells every `interval_s` for how many replicas it has asked."""
+        now = self._now()
+        self._admission.sizes.ask(generation, asked, now + MISSED_TICKS * interval_s)
+        return fleet_signals(self._admission, generation, asked, now, datetime.now(UTC))
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -53,12 +53,14 @@ def _ask(method: str, url: str, api_key: str, body: dict[str, Any] | None) -> di
 
 
 def print_fleet(fleet: dict[str, Any], console: Console) -> None:
-    """Three tables; a link is shown once KV has moved over it."""
+    """Tables; a link is shown once KV has moved over it, sizes where an autoscaler runs."""
     console.print(f"{fleet['num_reserved']} requests have a plan, {fleet['num_waiting']} wait for one")
     if fleet["traffic"]["weights"]:
         console.print(f"traffic by generation: {describe_weights(fleet['traffic']['weights'])}")
     console.print(_nodes(fleet["nodes"]))
     console.print(_replicas(fleet["replicas"]))
+    if fleet["sizes"]:
+        console.print(_sizes(fleet["sizes"]))
     links = _links(fleet["replicas"])
     console.print(links if links.row_count else "no KV has moved between replicas yet")
 
@@ -98,6 +100,13 @@ def _replicas(replicas: list[dict[str, Any]]) -> Table:
             info["compatibility"]["weights_revision"][:12],
             f"{info['software']}, protocol {info['protocol']}",
         )
+    return table
+
+
+def _sizes(sizes: list[dict[str, Any]]) -> Table:
+    table = _table("autoscaling", "generation", "pool", "replicas wanted", "because")
+    for size in sizes:
+        table.add_row(size["generation"], size["role"], str(size["num_replicas"]), size["reason"])
     return table
 
 

@@ -49,11 +49,11 @@ def leave_timeout_s(pool: PoolConfig, transfer: TransferConfig) -> float:
 class Supervisor:
     """Deployed once per pool, with the pool's role."""
 
-    async def __init__(self, role: Role, config: BatonConfig, other_pool: Any = None) -> None:  # type: ignore[misc]
-        """`other_pool` is held so that one application of Serve, which has one root, has both pools."""
+    async def __init__(self, role: Role, config: BatonConfig, *others: Any) -> None:  # type: ignore[misc]
+        """`others` are held so that one application of Serve, which has one root, has all deployments."""
         self._role = role
         self._config = config
-        self._other_pool = other_pool
+        self._others = others
         self._traffic = Traffic()
         self._scheduler: Any = None
         self._client = RpcClient(config.cluster.secret)

@@ -111,9 +111,10 @@ class IngressConfig(Section):
     replicas: int = Field(default=1, ge=1)
     api_key: str = ""
     request_timeout_s: float = Field(default=600.0, gt=0)
-    max_attempts: int = Field(default=5, ge=1)  # plans tried for one request before it fails
+    max_attempts: int = Field(default=5, ge=1)  # plans that may fail for one request before its next token
     max_buffered_tokens: int = Field(default=4096, ge=16)  # per stream, for slow clients
     max_body_mib: float = Field(default=16.0, gt=0)
+    body_timeout_s: float = Field(default=30.0, gt=0)  # from a request's head to the end of its body
     drain_timeout_s: float = Field(default=10.0, ge=0)  # a replica that goes gives its streams this long to end
 
 

@@ -3,6 +3,7 @@
 BatonError
 |- RequestError              the caller's fault
 |  |- InvalidParameter 400   |- PromptTooLong 400   |- ModelNotFound 404   |- Unauthorized 401   |- BodyTooLarge 413
+|  |- BodyTooSlow 408
 |- Unavailable               nobody's fault, may succeed elsewhere or later
 |  |- Overloaded 429         |- NoReplica 503       |- RequestTimeout 504
 |- PeerError                 another process failed us; the request is re-planned
@@ -58,6 +59,13 @@ class BodyTooLarge(RequestError):
     """The HTTP body exceeds the configured size; the message names the limit."""
 
     status = 413
+
+
+class BodyTooSlow(RequestError):
+    """The HTTP body did not arrive within the configured time."""
+
+    status = 408
+    type = "timeout_error"
 
 
 class Unavailable(BatonError):

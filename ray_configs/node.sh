@@ -36,7 +36,7 @@ environment() {
     [ ! -s "$state/secrets" ] || . "$state/secrets"
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
     RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0
-    RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1 RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S=1
+    RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1 RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S=3
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60
     RAY_health_check_initial_delay_ms=0 RAY_health_check_period_ms=500 # a lost host is noticed within 2 s
     RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=3

@@ -50,7 +50,8 @@ class RpcClient:
 
         Raises Incompatible when callee and caller have no version of the protocol in common.
         """
-        invoke = self._channel(address).unary_unary(f"/{SERVICE}/{method.name}")
+        channel = await self._channel(address)
+        invoke = channel.unary_unary(f"/{SERVICE}/{method.name}")
         call = invoke(encode(request), timeout=timeout_s, metadata=self._metadata)
         try:
             data = await call
@@ -66,9 +67,8 @@ class RpcClient:
         self, address: str, method: ServerStream[Request, Response], request: Request
     ) -> AsyncGenerator[Response, None]:
         """Yields responses until the callee ends the stream. Raises like `call`; a dead peer shows by keepalive."""
-        call = self._channel(address).unary_stream(f"/{SERVICE}/{method.name}")(
-            encode(request), metadata=self._metadata
-        )
+        channel = await self._channel(address)
+        call = channel.unary_stream(f"/{SERVICE}/{method.name}")(encode(request), metadata=self._metadata)
         try:
             greeted = False
             async for data in call:
@@ -96,10 +96,20 @@ class RpcClient:
         for address in list(self._channels):
             await self.forget(address)
 
-    def _channel(self, address: str) -> Any:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
-        return self._channels[address]
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Those that a connection is kept for."""
+        return frozenset(self._channels)
+
+    async def _channel(self, address: str) -> Any:
+        """Each new connection makes those be forgotten that reach nobody: no call is in flight on them."""
+        if address in self._channels:
+            return self._channels[address]
+        created = self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        for other, channel in list(self._channels.items()):
+            if channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                await self.forget(other)
+        return created
 
     def _greet(self, address: str, metadata: Any) -> None:
         """Reads which protocols an answer's sender speaks; logs skew once. Raises Incompatible before it is decoded."""

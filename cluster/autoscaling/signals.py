@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf
+from typing import Generic, TypeVar
 
 from core.messages.fleet import Role
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,23 @@ class FleetSignals:
 
 
 @dataclass(frozen=True)
+class PerPool(Generic[T]):
+    """Something of both pools."""
+
+    prefill: T
+    decode: T
+
+    def of(self, role: Role) -> T:
+        """That of a role's pool."""
+        return self.prefill if role is Role.PREFILL else self.decode
+
+
+@dataclass(frozen=True)
 class PoolDemand:
     """Replicas that a pool needs, fractions included: they tell how close the next one is."""
 
     num_replicas: float
     reason: str
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a policy wants, before limits, delays and budget."""
-
-    prefill: PoolDemand
-    decode: PoolDemand
-
-    def of(self, role: Role) -> PoolDemand:
-        """The pool of a role."""
-        return self.prefill if role is Role.PREFILL else self.decode
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,8 @@ class PoolTarget:
     reason: str
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The decision."""
+Demand = PerPool[PoolDemand]
+"""What a policy wants, before limits, delays and budget."""
 
-    prefill: PoolTarget
-    decode: PoolTarget
-
-    def of(self, role: Role) -> PoolTarget:
-        """The pool of a role."""
-        return self.prefill if role is Role.PREFILL else self.decode
+Targets = PerPool[PoolTarget]
+"""The decision."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -30,6 +30,13 @@ class Edge:
     model: ServedModel
     backend: Backend
     metrics: Metrics
+
+    async def served_model(self) -> ServedModel:
+        """The model, its context no longer than the KV caches of the present fleet."""
+        longest = (await self.backend.health()).max_model_len
+        if longest is None or longest >= self.model.max_model_len:
+            return self.model
+        return replace(self.model, max_model_len=longest)
 
 
 @dataclass

@@ -53,7 +53,7 @@ def _fleet_routes(edge: Edge, nodes: Callable[[], list[dict[str, object]]]) -> A
 
     @routes.put("/fleet/traffic")
     async def traffic(http: Request) -> Response:
-        wanted = parse_request(TrafficRequest, await read_body(http, edge.config.max_body_mib))
+        wanted = parse_request(TrafficRequest, await read_body(http, edge.config))
         changed = await edge.backend.set_traffic(wanted.weights)
         return JSONResponse(TypeAdapter(Traffic).dump_python(changed, mode="json"))
 
@@ -62,7 +62,7 @@ def _fleet_routes(edge: Edge, nodes: Callable[[], list[dict[str, object]]]) -> A
 
 def _api_routes(edge: Edge) -> APIRouter:
     async def parsed(http: Request, kind: type[GenerationT]) -> GenerationT:
-        request = parse_request(kind, await read_body(http, edge.config.max_body_mib))
+        request = parse_request(kind, await read_body(http, edge.config))
         _check_model(edge.model, request.model)
         return request
 
@@ -78,12 +78,12 @@ def _api_routes(edge: Edge) -> APIRouter:
 
     @routes.get("/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model_card(edge.model)]})
+        return JSONResponse({"object": "list", "data": [_model_card(await edge.served_model())]})
 
     @routes.get("/models/{name:path}")
     async def model_card(name: str) -> Response:
         _check_model(edge.model, name)
-        return JSONResponse(_model_card(edge.model))
+        return JSONResponse(_model_card(await edge.served_model()))
 
     return routes
 

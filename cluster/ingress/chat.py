@@ -21,10 +21,11 @@ from core.sampling import TokenLogprobs
 async def chat(edge: Edge, http: Request, request: ChatRequest) -> Response:
     """Answers a parsed request. Raises BatonError."""
     record: RequestRecord = http.state.record
-    prompt = await asyncio.to_thread(_prompt_token_ids, edge.model, request)
-    default = edge.model.defaults.max_tokens
-    choices = plan_choices(edge.model, request, [prompt], default, record.unique_id, edge.config.request_timeout_s)
-    return await answer(edge, http, request, choices, ChatShape(edge.model, request, prompt, record.unique_id))
+    model = await edge.served_model()
+    prompt = await asyncio.to_thread(_prompt_token_ids, model, request)
+    default = model.defaults.max_tokens
+    choices = plan_choices(model, request, [prompt], default, record.unique_id, edge.config.request_timeout_s)
+    return await answer(edge, http, request, choices, ChatShape(model, request, prompt, record.unique_id))
 
 
 def _prompt_token_ids(model: ServedModel, request: ChatRequest) -> list[int]:

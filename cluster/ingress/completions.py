@@ -22,11 +22,10 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def complete(edge: Edge, http: Request, request: CompletionRequest) -> Response:
     """Answers a parsed request. Raises BatonError."""
     record: RequestRecord = http.state.record
-    prompts = await _prompt_token_ids(edge.model, request)
-    choices = plan_choices(
-        edge.model, request, prompts, DEFAULT_MAX_TOKENS, record.unique_id, edge.config.request_timeout_s
-    )
-    return await answer(edge, http, request, choices, CompletionShape(edge.model, request, choices, record.unique_id))
+    model = await edge.served_model()
+    prompts = await _prompt_token_ids(model, request)
+    choices = plan_choices(model, request, prompts, DEFAULT_MAX_TOKENS, record.unique_id, edge.config.request_timeout_s)
+    return await answer(edge, http, request, choices, CompletionShape(model, request, choices, record.unique_id))
 
 
 async def _prompt_token_ids(model: ServedModel, request: CompletionRequest) -> list[list[int]]:

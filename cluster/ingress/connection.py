@@ -8,14 +8,22 @@ from fastapi import Request
 from starlette.types import Receive
 
 from cluster.ingress.errors import ClientDisconnected
-from core.errors import BodyTooLarge
+from core.config import IngressConfig
+from core.errors import BodyTooLarge, BodyTooSlow
 
 Result = TypeVar("Result")
 
 
-async def read_body(request: Request, max_mib: float) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it exceeds the limit, announced or not."""
-    limit = int(max_mib * 2**20)
+async def read_body(request: Request, config: IngressConfig) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it exceeds the limit, announced or not, and BodyTooSlow."""
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            return await _pieces(request, int(config.max_body_mib * 2**20))
+    except TimeoutError as error:
+        raise BodyTooSlow(f"the body did not arrive within {config.body_timeout_s:g} s") from error
+
+
+async def _pieces(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} are allowed")

@@ -19,6 +19,9 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
     for role in Role:
         usable = [r for r in fleet.replicas if r.info.role is role and not r.status.draining]
         replicas.labels(role.value).set(len(usable))
+    targets = gauge("pool_target_replicas", "Replicas that the autoscaler has asked for.", "generation", "pool")
+    for size in fleet.sizes:
+        targets.labels(size.generation, size.role.value).set(size.num_replicas)
     running = gauge("replica_running_requests", "Requests in a replica's batch.", "pool", "replica")
     waiting = gauge("replica_waiting_requests", "Requests accepted, not yet running.", "pool", "replica")
     free = gauge("replica_free_blocks", "KV blocks that can be taken now.", "pool", "replica")

@@ -49,10 +49,14 @@ class GenerationEvent:
 
 @dataclass(frozen=True)
 class FleetHealth:
-    """`ready`: a request can be answered. `degraded` names what is missing though (empty: nothing)."""
+    """`ready`: a request can be answered. `degraded` names what is missing though (empty: nothing).
+
+    `max_model_len` is the longest sequence that some decode replica's KV cache holds, None while none is known.
+    """
 
     ready: bool
     degraded: str = ""
+    max_model_len: int | None = None
 
 
 class Backend(Protocol):

@@ -89,14 +89,19 @@ class Orchestrator:
         return await self._scheduler.set_traffic(weights)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[GenerationEvent, None]:
-        """See generation.Backend. Raises RequestTimeout, Overloaded, NoReplica, PeerError after the last attempt."""
+        """See generation.Backend. Raises RequestTimeout, Overloaded, NoReplica, PeerError after the last attempt.
+
+        Attempts end with `max_attempts` failures that no token came between.
+        """
         progress = _Progress(generation, asyncio.get_running_loop().time() + generation.timeout_s)
-        num_failures = 0
+        num_failures = 0  # in a row without a token: a request that ends its replicas fails, a long one outlives many
         for attempt in count():
             try:
                 async with aclosing(self._attempt(progress, attempt)) as events:
                     async for event in events:
                         progress.shown += event.token_ids
+                        if event.token_ids:
+                            num_failures = 0
                         yield event
                 return
             except PeerError as error:

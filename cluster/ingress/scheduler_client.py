@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.ingress.generation import FleetHealth
 from cluster.scheduler.decision import can_pair
+from cluster.scheduler.traffic import choose_generation
 from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import Book, Finish, FleetStatus, Plan, Progress, Renew, Reserve, SetTraffic, Traffic
@@ -32,6 +33,7 @@ class SchedulerClient:
         self._resolve = resolve
         self._address = ""
         self._replicas: tuple[ReplicaInfo, ...] = ()
+        self._weights: dict[str, float] = {}  # of the traffic split, by generation
         self._good_at = 0.0
         self._in_use: dict[str, int] = {}  # decode replica id -> requests of this ingress, for planning alone
         self._reserved: set[str] = set()
@@ -57,7 +59,8 @@ class SchedulerClient:
         missing = [] if Role.PREFILL in roles else ["no prefill replica: decode prefills by itself"]
         if not self._reachable:
             missing.append("the global scheduler is away: requests are placed without it")
-        return FleetHealth(True, "; ".join(missing))
+        longest = max(replica.max_model_len for replica in self._replicas if replica.role is Role.DECODE)
+        return FleetHealth(True, "; ".join(missing), longest)
 
     async def fleet(self) -> FleetStatus:
         """The scheduler's view. Raises PeerLost while it is away."""
@@ -109,12 +112,17 @@ class SchedulerClient:
         return self._address
 
     def _plan_alone(self, request: Reserve) -> Plan:
-        """Power of two choices by this ingress's own count, in the request's generation. Raises NoReplica."""
+        """Power of two choices by this ingress's own count, in the request's generation or one that the last
+        known traffic split gives it. Raises NoReplica.
+        """
         decodes = [replica for replica in self._replicas if replica.role is Role.DECODE]
         if not decodes:
             raise NoReplica("no decode replica is known", retry_after_s=2.0)
-        bound = [decode for decode in decodes if decode.generation == request.generation]
-        decodes = _without(bound or decodes, request.avoid)
+        generations = {decode.generation for decode in decodes}
+        generation = request.generation
+        if generation not in generations:
+            generation = choose_generation(request.request_id, generations, self._weights)
+        decodes = _without([decode for decode in decodes if decode.generation == generation], request.avoid)
         two = random.sample(decodes, min(2, len(decodes)))
         decode = min(two, key=lambda replica: self._in_use.get(replica.replica_id, 0))
         prefills = [replica for replica in self._replicas if replica.role is Role.PREFILL]
@@ -138,7 +146,7 @@ class SchedulerClient:
         self._reachable = True
         now = time.monotonic()
         if any(replica.role is Role.DECODE for replica in book.replicas):
-            self._replicas, self._good_at = book.replicas, now
+            self._replicas, self._weights, self._good_at = book.replicas, book.weights, now
         elif now - self._good_at > BOOK_GRACE_S:
             self._replicas = book.replicas
 

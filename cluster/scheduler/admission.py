@@ -5,10 +5,12 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
                +- deadline: Overloaded with Retry-After
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from cluster.scheduler.asked_sizes import AskedSizes
 from cluster.scheduler.decision import Decision, DecisionMaker
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
 from cluster.scheduler.index import PrefixIndex
@@ -29,6 +31,7 @@ class Reservation:
     attempt: int
     prefill_id: str | None
     decode_id: str
+    generation: str
     expires_at: float
     decoding_since: float | None = None
 
@@ -46,8 +49,8 @@ class Admission:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
         self.traffic = TrafficSplit(first_generation)
-        self.workload = WorkloadMeter(rate_window_s)
-        self.decode_is_starting = False  # somebody has asked for a decode replica: requests wait for it in the queue
+        self.sizes = AskedSizes()
+        self._workloads: defaultdict[str, WorkloadMeter] = defaultdict(partial(WorkloadMeter, rate_window_s))
         self._config = config
         self._decision_maker = DecisionMaker(config)
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
@@ -59,10 +62,15 @@ class Admission:
         """Requests without a plan."""
         return len(self._waiting)
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Their prompt tokens, cached or not."""
-        return sum(waiting.request.num_tokens for waiting in self._waiting.values())
+    def waiting_for(self, generation: str, now: float) -> list[Reserve]:
+        """Requests without a plan that a generation shall answer."""
+        decodes = self._decodes_by_generation(now)
+        requests = (waiting.request for waiting in self._waiting.values())
+        return [request for request in requests if self._generation_for(request, decodes) == generation]
+
+    def workload(self, generation: str) -> WorkloadMeter:
+        """What comes to a generation."""
+        return self._workloads[generation]
 
     @property
     def max_decode_kv_usage(self) -> float:
@@ -108,7 +116,7 @@ class Admission:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
         if request.attempt == 0:
-            self.workload.arrived(now)
+            self.workload(self._generation_for(request, self._decodes_by_generation(now))).arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, in each generation until one finds no room.
@@ -149,7 +157,7 @@ class Admission:
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
         if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
-            self.workload.decoded(now - reservation.decoding_since)
+            self.workload(reservation.generation).decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             self._drop(request_id)
 
@@ -163,7 +171,7 @@ class Admission:
         """Ends reservations that nobody renewed; returns the requests that waited too long for a plan, and why."""
         for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
             self._drop(reservation.request_id)
-        has_decode = self.decode_is_starting or bool(self.fleet.usable(Role.DECODE, now))
+        has_decode = self._decode_is_starting(now) or bool(self.fleet.usable(Role.DECODE, now))
         late: dict[str, Unavailable] = {}
         for waiting in self._waiting.values():
             waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
@@ -192,6 +200,12 @@ class Admission:
                 replica.prefill_tokens.pop(request_id, None)
                 replica.decode_requests.pop(request_id, None)
 
+    def _decode_is_starting(self, now: float) -> bool:
+        """Somebody has asked for more decode replicas than are ready: requests wait for them in the queue."""
+        decodes = self._decodes_by_generation(now)
+        asked = self.sizes.at(now).items()
+        return any(sizes[Role.DECODE].num_replicas > len(decodes.get(generation, ())) for generation, sizes in asked)
+
     def _decodes_by_generation(self, now: float) -> dict[str, list[ReplicaView]]:
         decodes: dict[str, list[ReplicaView]] = {}
         for decode in self.fleet.usable(Role.DECODE, now):
@@ -201,9 +215,12 @@ class Admission:
     def _generation_for(self, request: Reserve, decodes: Mapping[str, Sequence[ReplicaView]]) -> str:
         """Tokens that were shown bind a request to the weights that made them, as long as those are served.
 
-        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it.
+        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. While nobody is
+        there, to those that shall come.
         """
-        if request.generation in decodes:
+        if not decodes:
+            return self.traffic.choose(request.request_id, self.traffic.weights)
+        if request.generation and request.generation in decodes:
             return request.generation
         num_tokens = request.num_tokens + request.max_new_tokens
         fitting = [g for g, replicas in decodes.items() if any(num_tokens <= d.info.max_model_len for d in replicas)]
@@ -216,7 +233,7 @@ class Admission:
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
-        self.workload.planned(request.num_tokens, decision.num_uncached_tokens)
+        self.workload(decode.info.generation).planned(request.num_tokens, decision.num_uncached_tokens)
         (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
         decode.decode_requests[request.request_id] = decision.num_decode_blocks
         self._reservations[request.request_id] = Reservation(
@@ -224,6 +241,7 @@ class Admission:
             request.attempt,
             prefill.info.replica_id if prefill else None,
             decode.info.replica_id,
+            decode.info.generation,
             now + self._config.reservation_ttl_s,
         )
         return Plan(

@@ -1,19 +1,19 @@
 """What the scheduler knows of load, put into the words of the autoscaler. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from statistics import fmean
+from typing import NamedTuple
 
 from cluster.autoscaling.signals import FleetSignals, PoolSignals
 from cluster.scheduler.admission import Admission
+from cluster.scheduler.asked_sizes import Asked
 from cluster.scheduler.decision import has_free_slot, takes_more
 from cluster.scheduler.fleet_view import ReplicaView
 from core.messages.fleet import Role
 
 
-def fleet_signals(
-    admission: Admission, generation: str, targets: Mapping[Role, int], now: float, wall: datetime
-) -> FleetSignals:
+def fleet_signals(admission: Admission, generation: str, asked: Asked, now: float, wall: datetime) -> FleetSignals:
     """Signals of one generation at `now`. Those who wait count at the pool without room, at both when neither has any.
 
     Counting them at both always would have a full decode pool grow the idle prefill pool too.
@@ -24,23 +24,31 @@ def fleet_signals(
     )
     prefill_is_full = not any(takes_more(prefill) for prefill in prefills)
     decode_is_full = not any(has_free_slot(decode, admission.max_decode_kv_usage) for decode in decodes)
+    waiting, workload = admission.waiting_for(generation, now), admission.workload(generation)
+    queue = _Queue(len(waiting), round(sum(request.num_tokens for request in waiting) * workload.uncached_share))
+    nobody = _Queue(0, 0)
     return FleetSignals(
         now,
         wall,
-        _pool(admission, prefills, targets[Role.PREFILL], waited_for=prefill_is_full),
-        _pool(admission, decodes, targets[Role.DECODE], waited_for=decode_is_full or not prefill_is_full),
-        admission.workload.measured(now),
+        _pool(prefills, asked[Role.PREFILL].num_replicas, queue if prefill_is_full else nobody),
+        _pool(decodes, asked[Role.DECODE].num_replicas, queue if decode_is_full or not prefill_is_full else nobody),
+        workload.measured(now),
     )
 
 
-def _pool(admission: Admission, replicas: Sequence[ReplicaView], num_target: int, *, waited_for: bool) -> PoolSignals:
+class _Queue(NamedTuple):
+    """Requests without a plan, and their prompt tokens as far as they will be computed."""
+
+    num_requests: int
+    num_tokens: int
+
+
+def _pool(replicas: Sequence[ReplicaView], num_target: int, queue: _Queue) -> PoolSignals:
     return PoolSignals(
         num_ready=len(replicas),
         num_target=num_target,
-        num_waiting=admission.num_waiting if waited_for else 0,
-        queued_prompt_tokens=round(admission.num_waiting_tokens * admission.workload.uncached_share)
-        if waited_for
-        else 0,
+        num_waiting=queue.num_requests,
+        queued_prompt_tokens=queue.num_tokens,
         outstanding_prompt_tokens=sum(replica.outstanding_prefill_tokens for replica in replicas),
         prefill_tokens_per_s=_mean([replica.prefill_tokens_per_s for replica in replicas]),
         num_running=sum(replica.num_decode_requests for replica in replicas),

@@ -1,6 +1,6 @@
 """Which generation of the fleet answers a request, while two of them live side by side. Pure."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 
 from core.messages.to_scheduler import Traffic
@@ -32,19 +32,28 @@ class TrafficSplit:
         """Returns to the weights before the last change."""
         return self.change(self.traffic.previous)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those in force, by generation."""
+        return self.traffic.weights or {self._first: 1.0}
+
     def choose(self, request_id: str, generations: Collection[str]) -> str:
         """One of `generations` (at least one), which are those that can take the request."""
-        ordered = sorted(generations)
-        given = self.traffic.weights or {self._first: 1.0}
-        weights = [given.get(generation, 0.0) for generation in ordered]
-        if not any(weights):
-            weights = [1.0] * len(ordered)
-        point = _unit_interval(request_id) * sum(weights)
-        for generation, weight in zip(ordered, weights, strict=True):
-            if point < weight:
-                return generation
-            point -= weight
-        return ordered[-1]
+        return choose_generation(request_id, generations, self.weights)
+
+
+def choose_generation(request_id: str, generations: Collection[str], weights: Mapping[str, float]) -> str:
+    """One of `generations` (at least one) by weight, by chance alike when none of them has any."""
+    ordered = sorted(generations)
+    shares = [weights.get(generation, 0.0) for generation in ordered]
+    if not any(shares):
+        shares = [1.0] * len(ordered)
+    point = _unit_interval(request_id) * sum(shares)
+    for generation, share in zip(ordered, shares, strict=True):
+        if point < share:
+            return generation
+        point -= share
+    return ordered[-1]
 
 
 def _unit_interval(text: str) -> float:

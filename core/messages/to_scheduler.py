@@ -5,7 +5,7 @@ by Watch streams that it opens itself, from replicas (Report).
 from dataclasses import dataclass, field
 
 from core.block_hash import BlockHash
-from core.messages.fleet import ReplicaInfo
+from core.messages.fleet import ReplicaInfo, Role
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Book:
 
     replicas: tuple[ReplicaInfo, ...]
     num_waiting: int = 0
+    weights: dict[str, float] = field(default_factory=dict)  # of the traffic split in force, by generation
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,16 @@ class ReplicaState:
 
 
 @dataclass(frozen=True)
+class PoolSize:
+    """How many replicas a generation's autoscaler has asked for, and why."""
+
+    generation: str
+    role: Role
+    num_replicas: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class FleetStatus:
     """The whole fleet at one moment."""
 
@@ -170,3 +181,4 @@ class FleetStatus:
     num_waiting: int  # requests without a plan
     num_reserved: int  # requests with one
     traffic: Traffic = Traffic()
+    sizes: tuple[PoolSize, ...] = ()  # where autoscalers run

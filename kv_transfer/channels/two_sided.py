@@ -52,8 +52,8 @@ class _SlabBuffer:
         return self._buffer[:num_bytes]
 
 
-class TwoSidedReceiver:
-    """The receiver's end: takes each slab off the wire, then scatters it unless its landing was revoked."""
+class _End:
+    """What both ends share: a lane on which slabs pass through one buffer."""
 
     def __init__(self, name: str, pool: Tensor, open_wire: OpenWire) -> None:
         self._pool = pool
@@ -65,14 +65,18 @@ class TwoSidedReceiver:
         """False after the first failure or an abort."""
         return self._lane.is_open
 
+    def abort(self, reason: str) -> None:
+        """See ReceiverEnd and SenderEnd."""
+        self._lane.abort(reason)
+
+
+class TwoSidedReceiver(_End):
+    """The receiver's end: takes each slab off the wire, then scatters it unless its landing was revoked."""
+
     def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[int]":
         """See ReceiverEnd."""
         del header  # a wire without tags: order alone says which slab comes
         return self._lane.submit(partial(self._receive, destination, landing), timeout_s)
-
-    def abort(self, reason: str) -> None:
-        """See ReceiverEnd."""
-        self._lane.abort(reason)
 
     def _receive(self, destination: Span, landing: Landing, wire: Wire, deadline: float) -> int:
         slab = self._slab.take(span_bytes(self._pool, destination))
@@ -87,26 +91,12 @@ class TwoSidedReceiver:
         return slab.numel()
 
 
-class TwoSidedSender:
+class TwoSidedSender(_End):
     """The sender's end: gathers each granted slab and puts it on the wire."""
-
-    def __init__(self, name: str, pool: Tensor, open_wire: OpenWire) -> None:
-        self._pool = pool
-        self._slab = _SlabBuffer(pool.device)
-        self._lane: Lane[Wire] = Lane(name, open_wire)
-
-    @property
-    def is_open(self) -> bool:
-        """False after the first failure or an abort."""
-        return self._lane.is_open
 
     def send(self, header: SlabHeader, timeout_s: float) -> "Future[int]":
         """See SenderEnd."""
         return self._lane.submit(partial(self._send, header.source), timeout_s)
-
-    def abort(self, reason: str) -> None:
-        """See SenderEnd."""
-        self._lane.abort(reason)
 
     def _send(self, source: Span, wire: Wire, deadline: float) -> int:
         slab = self._slab.take(span_bytes(self._pool, source))

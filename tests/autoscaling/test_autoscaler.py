@@ -59,8 +59,9 @@ def make(policy: Wishes, serve: FakeServe, max_gpus: float = 0, **section) -> Au
     config = parse_config({"prefill": pool, "decode": pool, "autoscaling": now | section})
     ticks = iter(range(10**6))
 
-    def read(targets) -> FleetSignals:
-        pools = {role: replace(IDLE, num_ready=serve.num_ready or num, num_target=num) for role, num in targets.items()}
+    async def read(asked) -> FleetSignals:
+        sizes = {role: target.num_replicas for role, target in asked.items()}
+        pools = {role: replace(IDLE, num_ready=serve.num_ready or num, num_target=num) for role, num in sizes.items()}
         return FleetSignals(float(next(ticks)), NOON, pools[Role.PREFILL], pools[Role.DECODE], Workload(0, 0, 0))
 
     autoscaling = Autoscaling(config.autoscaling, policy, Budget.of(config))

@@ -1,8 +1,10 @@
 """What the autoscaler is told of a scheduler's state: load, those who wait and for whom, workload."""
 
+from dataclasses import replace
+
 import pytest
 
-from cluster.autoscaling.signals import FleetSignals
+from cluster.autoscaling.signals import FleetSignals, PoolTarget
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.fleet_signals import fleet_signals
 from cluster.scheduler.workload_meter import WorkloadMeter
@@ -13,7 +15,7 @@ from core.messages.fleet import Role
 from tests.autoscaling.closed_loop import NOON
 from tests.cluster.test_scheduler import BLOCK, replica, report, reserve
 
-TARGETS = {Role.PREFILL: 3, Role.DECODE: 2}
+ASKED = {Role.PREFILL: PoolTarget(3, "load"), Role.DECODE: PoolTarget(2, "load")}
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def admission() -> Admission:
 
 
 def signals_of(admission: Admission, now: float = 0.0) -> FleetSignals:
-    return fleet_signals(admission, "", TARGETS, now, NOON)
+    return fleet_signals(admission, "", ASKED, now, NOON)
 
 
 def fill(admission: Admission, role: Role, now: float = 0.0) -> None:
@@ -121,13 +123,35 @@ def test_the_rate_follows_within_its_window_and_is_forgotten():
     assert meter.measured(200.0).requests_per_s == 0.0
 
 
-def test_requests_wait_for_a_decode_replica_that_is_starting_instead_of_failing():
+def test_requests_wait_for_a_decode_replica_that_is_starting_as_long_as_somebody_asks_for_it():
     admission = Admission(SchedulerConfig(queue_limit=2, queue_timeout_s=30, no_replica_timeout_s=5))
-    admission.decode_is_starting = True
+    admission.sizes.ask("v1", {Role.DECODE: PoolTarget(1, "load")}, until=25.0)
     for name in ("a", "b"):
         admission.reserve(reserve(name), 0.0)
     with pytest.raises(Overloaded):
         admission.reserve(reserve("c"), 0.0)
-    assert admission.expire(29.0) == {}
-    admission.decode_is_starting = False
-    assert all(isinstance(error, NoReplica) for error in admission.expire(29.0).values())
+    assert admission.expire(24.0) == {}
+    assert all(isinstance(error, NoReplica) for error in admission.expire(26.0).values())
+
+
+def test_every_generation_is_told_of_its_own_load(admission):
+    """Two generations, a tenth of the traffic for the second: what comes, waits and is planned is shared out so."""
+    for name, role in (("p2", Role.PREFILL), ("d2", Role.DECODE)):
+        info = replace(replica(name, role), generation="v2")
+        admission.report(report(info, snapshot=True), 0.0)
+    admission.traffic.change({"": 9.0, "v2": 1.0})
+    num_of = {"": 0, "v2": 0}
+    for i in range(400):
+        admission.reserve(reserve(f"r{i}"), 0.0)
+    for plan in admission.dispatch(0.0):
+        num_of[plan.decode.generation] += 1
+    first, second = (fleet_signals(admission, generation, ASKED, 0.0, NOON) for generation in ("", "v2"))
+    assert (first.prefill.num_ready, second.prefill.num_ready) == (2, 1)
+    assert (first.decode.num_running, second.decode.num_running) == (num_of[""], num_of["v2"])
+    assert first.workload.requests_per_s + second.workload.requests_per_s == pytest.approx(40)
+    assert 0.05 < second.workload.requests_per_s / 40 < 0.15
+    assert (first.decode.num_waiting, second.decode.num_waiting) == tuple(
+        len(admission.waiting_for(generation, 0.0)) for generation in ("", "v2")
+    )
+    assert first.decode.num_waiting + second.decode.num_waiting == admission.num_waiting == 400 - sum(num_of.values())
+    assert 0 < second.decode.num_waiting < first.decode.num_waiting

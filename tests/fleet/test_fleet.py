@@ -125,6 +125,24 @@ async def test_a_decode_that_dies_mid_stream_costs_a_pause_and_no_token(tiny_lla
         await fleet.until_quiet()
 
 
+async def test_a_long_stream_outlives_more_replicas_than_a_request_may_try_in_a_row(tiny_llama):
+    path, model = tiny_llama
+    (prompt,) = random_prompts(8, (40,))
+    params = SamplingParams(48, temperature=0.0)
+    async with running_fleet(path, 1, 1) as fleet:
+        tokens: list[int] = []
+        num_deaths = 0
+        async for event in fleet.orchestrator.generate(Generation("long", tuple(prompt), params, 60)):
+            tokens += event.token_ids
+            if len(tokens) >= 6 * (num_deaths + 1) and num_deaths < 6:
+                num_deaths += 1
+                await fleet.add(f"d{num_deaths}", Role.DECODE)
+                await fleet.stop(f"d{num_deaths - 1}")
+        assert num_deaths == 6
+        assert tokens == reference(model, prompt, 48)
+        await fleet.until_quiet()
+
+
 async def test_a_resumed_local_request_counts_its_cache_once_and_ends_its_prefill_reservation(tiny_llama):
     path, model = tiny_llama
     (prompt,) = random_prompts(9, (64,))

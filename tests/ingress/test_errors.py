@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncGenerator, Callable
 
 import httpx
@@ -141,6 +142,15 @@ def test_a_body_too_large_is_refused_whether_announced_or_not(server: Server):
     for answer in (announced, chunked):
         assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
         assert str(2**18) in answer.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_come_is_given_up(make_server: Callable[..., Server]):
+    server = make_server(never, body_timeout_s=0.2)
+    with socket.create_connection(server.address, timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        answer = client.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert not server.backend.seen
 
 
 CASES = [

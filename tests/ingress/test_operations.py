@@ -5,6 +5,7 @@ import threading
 import uuid
 
 import httpx
+import openai
 import pytest
 
 from cluster.ingress.app import build_app
@@ -40,6 +41,16 @@ def test_readiness_follows_the_fleet_and_says_what_is_missing(
         answer = server.http.get(path)
         assert (answer.status_code, answer.json()) == (status, {"status": word, "degraded": health.degraded})
     assert server.http.get("/livez").status_code == 200
+
+
+def test_the_context_is_no_longer_than_the_kv_caches_of_the_fleet(server: Server):
+    server.backend.health_now = FleetHealth(True, max_model_len=96)
+    assert server.openai.models.list().data[0].max_model_len == 96
+    server.backend.script = tokens_script([5] * 96)
+    chat = server.openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}])
+    assert chat.usage.total_tokens == 96 and chat.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 96 tokens"):
+        server.openai.completions.create(model="tiny", prompt=[5] * 90, max_tokens=7)
 
 
 def test_a_given_request_id_comes_back_and_names_the_generation(server: Server):

@@ -22,11 +22,13 @@ def replica(role: Role, generation: str, max_model_len: int = 512) -> ReplicaInf
 
 
 @asynccontextmanager
-async def left_alone_with(*replicas: ReplicaInfo) -> AsyncIterator[SchedulerClient]:
+async def left_alone_with(
+    *replicas: ReplicaInfo, weights: dict[str, float] | None = None
+) -> AsyncIterator[SchedulerClient]:
     """A client that has read an address book of a scheduler that is gone since."""
 
     async def book(_: Empty) -> Book:
-        return Book(replicas)
+        return Book(replicas, 0, weights or {})
 
     server, rpc = RpcServer("127.0.0.1", ""), RpcClient("")
     server.unary(BOOK, book)
@@ -64,6 +66,16 @@ async def test_pairs_formed_without_the_scheduler_keep_to_one_generation():
         assert {(plan.prefill.generation, plan.decode.generation) for plan in bound} == {("v2", "v2")}
         last = await plan_alone(client, attempt=1, generation="v2", avoid=("decode-v2", "prefill-v2"))
         assert last.decode.generation == "v2", "rather a replica that failed than other weights"
+
+
+async def test_the_last_known_traffic_split_goes_on_without_the_scheduler():
+    decodes = [replica(Role.DECODE, generation) for generation in ("v1", "v2", "v3")]
+    async with left_alone_with(*decodes, weights={"v1": 0.8, "v2": 0.2}) as client:
+        chosen = [(await plan_alone(client, request_id=f"r{i}")).decode.generation for i in range(300)]
+        assert 0.1 < chosen.count("v2") / 300 < 0.3 and "v3" not in chosen
+        assert (await plan_alone(client, request_id="r7")).decode.generation == chosen[7]
+        gone = await plan_alone(client, request_id="r7", generation="v0")
+        assert gone.decode.generation == chosen[7], "nobody has the weights of its tokens any more"
 
 
 async def test_decode_prefills_by_itself_when_asked_or_when_no_prefill_can_hold_the_prompt():

@@ -137,6 +137,20 @@ async def test_nobody_listening_is_peer_lost():
     await client.close()
 
 
+async def test_the_next_connection_makes_one_that_reaches_nobody_be_forgotten():
+    async def cancel(_: Cancel) -> Acknowledged:
+        return Acknowledged()
+
+    async with serving(cancel=cancel) as (server, client, gone), serving(cancel=cancel) as (_, _, alive):
+        await client.call(gone, CANCEL, Cancel("r", 1), 5)
+        await server.stop()
+        with pytest.raises(PeerLost):
+            await client.call(gone, CANCEL, Cancel("r", 1), 5)
+        assert client.addresses == {gone}
+        await client.call(alive, CANCEL, Cancel("r", 1), 5)
+        assert client.addresses == {alive}
+
+
 async def test_a_closed_connection_is_peer_lost_and_not_a_cancellation():
     entered = asyncio.Event()
 
