@@ -22,6 +22,7 @@ from statistics import fmean
 from bench.arrivals import Arrival, read_rates, read_trace, rise_and_fall
 from bench.fleet_plant import FleetPlant, PlantSpec
 from bench.report import print_json, print_table
+from bench.timeline import Point, plot_timeline
 from cluster.autoscaling.autoscaling import Autoscaling
 from cluster.autoscaling.forecast import make_forecaster
 from core.autoscaling_config import ForecastConfig
@@ -32,7 +33,6 @@ from core.messages.fleet import Role
 STEP_S = 0.5
 DRAIN_S = 600.0  # after the last arrival, at most
 START = datetime(2026, 11, 18, 8, tzinfo=UTC)
-Point = tuple[float, int, int, int, int, float]  # seconds, ready and target of prefill and decode, predicted TTFT
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--downscale-delay-s", type=float, default=300.0)
     parser.add_argument("--max-gpus", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="PNG of sizes and TTFT over time; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="PNG of sizes and TTFT over time")
     args = parser.parse_args()
     load = (
         read_trace(args.trace) if args.trace else rise_and_fall(args.rate, args.factor, args.phase_s, args.seed)
@@ -69,7 +69,10 @@ def main() -> None:
     spec = PlantSpec(start_s=args.start_s)
     config = configuration(args)
     followed = play("autoscaled", load, spec, config, (1, 1))
-    mean_size = (ceil(fmean(point[2] for point in followed.timeline)), ceil(fmean(p[4] for p in followed.timeline)))
+    mean_size = (
+        ceil(fmean(point.prefill_target for point in followed.timeline)),
+        ceil(fmean(point.decode_target for point in followed.timeline)),
+    )
     fixed = config.model_copy(update={"autoscaling": config.autoscaling.model_copy(update={"policy": "fixed"})})
     outcomes = [followed] + [
         play(f"static {name}", load, spec, keep_at(fixed, size), size)
@@ -91,7 +94,7 @@ def main() -> None:
     if misses:
         print_table(("an hour ahead", "mean miss"), [(name, f"{miss:.1%}") for name, miss in misses.items()])
     if args.plot:
-        plot(followed, args.plot)
+        plot_timeline(followed.timeline, "predicted TTFT, s", args.plot)
     print_json(
         "autoscaling",
         args,
@@ -142,7 +145,7 @@ def play(name: str, load: list[Arrival], spec: PlantSpec, config: BatonConfig, s
                 plant.resize(role, targets.of(role).num_replicas)
             p, d = targets.prefill.num_replicas, targets.decode.num_replicas
             ready = signals.prefill.num_ready, signals.decode.num_ready
-            timeline.append((plant.now, ready[0], p, ready[1], d, signals.predicted_ttft_s))
+            timeline.append(Point(plant.now, ready[0], p, ready[1], d, signals.predicted_ttft_s))
     ttfts = sorted(request.ttft_s if request.first_token_at > 0 else float("inf") for request in plant.requests)
     return Outcome(
         name,
@@ -150,7 +153,7 @@ def play(name: str, load: list[Arrival], spec: PlantSpec, config: BatonConfig, s
         sum(ttft_s <= section.ttft_target_s for ttft_s in ttfts) / len(ttfts),
         ttfts[ceil(0.99 * len(ttfts)) - 1],
         num_changes,
-        (max(point[2] for point in timeline), max(point[4] for point in timeline)),
+        (max(point.prefill_target for point in timeline), max(point.decode_target for point in timeline)),
         timeline,
     )
 
@@ -199,30 +202,6 @@ def forecast_misses(path: Path) -> dict[str, float]:
             missed[name].append(abs(ahead - actual[at + 3600]))
     mean_rate = sum(actual.values()) / len(actual)
     return {name: sum(errors) / len(errors) / mean_rate for name, errors in missed.items()}
-
-
-def plot(outcome: Outcome, path: Path) -> None:
-    """Sizes above, predicted TTFT below; says so when matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    at, p_ready, p_target, d_ready, d_target, ttft_s = zip(*outcome.timeline, strict=True)
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    sizes, waits = figure.subplots(2, 1, sharex=True)
-    for name, ready, target, colour in (
-        ("prefill", p_ready, p_target, "tab:blue"),
-        ("decode", d_ready, d_target, "tab:orange"),
-    ):
-        sizes.step(at, ready, where="post", color=colour, label=f"{name} ready")
-        sizes.step(at, target, where="post", color=colour, linestyle=":", label=f"{name} target")
-    sizes.set_ylabel("replicas")
-    sizes.legend()
-    waits.plot(at, ttft_s, color="tab:red")
-    waits.set_ylabel("predicted TTFT, s")
-    waits.set_xlabel("s")
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

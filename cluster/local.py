@@ -134,7 +134,7 @@ def _deploy(config: BatonConfig) -> Future[None]:
         name = pools_name(config.generation)
         pools = serve.RunTarget(deployments.pools(config), name, None, external_scaler_enabled=True)
         try:
-            serve.run_many([front, pools])
+            serve.run_many([front, pools], wait_for_applications_running=False)
             deployed.set_result(None)
         except Exception as error:
             deployed.set_exception(error)

@@ -10,6 +10,8 @@ import httpx
 
 from core.errors import ConfigurationError
 
+STATUS_INTERVAL_S = 0.5  # of questions to Serve's controller, which needs the processor itself while replicas start
+
 
 def wait_until_ready(
     url: str,
@@ -26,9 +28,15 @@ def wait_until_ready(
 
     deadline = time.monotonic() + timeout_s
     stop = stop or threading.Event()
-    said = ""
+    said, asked_at = "", 0.0
     with httpx.Client(trust_env=False, timeout=2) as client:
         while time.monotonic() < deadline:
+            if stop.wait(0.1):
+                raise ConfigurationError("stopped while starting")
+            missing = _missing(client, url)
+            if missing and time.monotonic() - asked_at < STATUS_INTERVAL_S:
+                continue
+            asked_at = time.monotonic()
             apps = serve.status().applications
             for name, app in apps.items():
                 if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -40,10 +48,8 @@ def wait_until_ready(
                 say(state)
                 said = state
             running = [app.status.value == "RUNNING" for app in apps.values()]
-            if len(running) > 1 and all(running) and _answers_ready(client, url):
+            if len(running) > 1 and all(running) and (not missing or _is_scaled_to_zero(apps)):
                 return
-            if stop.wait(0.1):
-                raise ConfigurationError("stopped while starting")
     raise ConfigurationError(f"not ready after {timeout_s:.0f} s: {said}")
 
 
@@ -52,12 +58,20 @@ def _describe(apps: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {sum(d.replica_states.values())}x {d.status.value.lower()}" for name, d in deployments)
 
 
-def _answers_ready(client: httpx.Client, url: str) -> bool:
+def _missing(client: httpx.Client, url: str) -> str:
+    """What keeps the fleet from being whole, or nothing."""
     try:
         answer = client.get(f"{url}/readyz")
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == 200 and not answer.json().get("degraded")
+    except httpx.HTTPError as error:
+        return str(error) or "no answer"
+    return answer.json().get("degraded", "") if answer.status_code == 200 else f"status {answer.status_code}"
+
+
+def _is_scaled_to_zero(apps: Mapping[str, Any]) -> bool:
+    """A pool is empty because its autoscaler wants it so."""
+    return any(
+        d.status.value == "HEALTHY" and not d.replica_states for a in apps.values() for d in a.deployments.values()
+    )
 
 
 def _first_failure(app: Any) -> str:

@@ -137,7 +137,8 @@ class SchedulerService:
     async def book(self, _: Empty) -> Book:
         """The replicas that take work."""
         admission = self._admission
-        return Book(admission.book(self._now()), admission.num_waiting, admission.traffic.weights)
+        now = self._now()
+        return Book(admission.book(now), admission.num_waiting, admission.traffic.weights, admission.can_grow(now))
 
     async def set_traffic(self, message: SetTraffic) -> Traffic:
         """Shares requests out anew. Raises InvalidParameter for a generation that no replica has."""

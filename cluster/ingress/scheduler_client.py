@@ -33,6 +33,7 @@ class SchedulerClient:
         self._resolve = resolve
         self._address = ""
         self._replicas: tuple[ReplicaInfo, ...] = ()
+        self._can_grow = False  # by the last address book: an autoscaler is at work
         self._weights: dict[str, float] = {}  # of the traffic split, by generation
         self._good_at = 0.0
         self._in_use: dict[str, int] = {}  # decode replica id -> requests of this ingress, for planning alone
@@ -54,8 +55,10 @@ class SchedulerClient:
     def health(self) -> FleetHealth:
         """From the last address book."""
         roles = {replica.role for replica in self._replicas}
-        if Role.DECODE not in roles:
+        if Role.DECODE not in roles and not (self._reachable and self._can_grow):
             return FleetHealth(False, "no decode replica")
+        if Role.DECODE not in roles:
+            return FleetHealth(True, "no decode replica: requests wait until one has started")
         missing = [] if Role.PREFILL in roles else ["no prefill replica: decode prefills by itself"]
         if not self._reachable:
             missing.append("the global scheduler is away: requests are placed without it")
@@ -149,6 +152,7 @@ class SchedulerClient:
             self._replicas, self._weights, self._good_at = book.replicas, book.weights, now
         elif now - self._good_at > BOOK_GRACE_S:
             self._replicas = book.replicas
+        self._can_grow = book.can_grow
 
     async def _renew(self) -> None:
         while True:

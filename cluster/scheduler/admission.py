@@ -62,6 +62,10 @@ class Admission:
         """Requests without a plan."""
         return len(self._waiting)
 
+    def can_grow(self, now: float) -> bool:
+        """An autoscaler is at work: requests wait in the queue for replicas that it brings, from none too."""
+        return bool(self.sizes.at(now))
+
     def waiting_for(self, generation: str, now: float) -> list[Reserve]:
         """Requests without a plan that a generation shall answer."""
         decodes = self._decodes_by_generation(now)
@@ -171,7 +175,7 @@ class Admission:
         """Ends reservations that nobody renewed; returns the requests that waited too long for a plan, and why."""
         for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
             self._drop(reservation.request_id)
-        has_decode = self._decode_is_starting(now) or bool(self.fleet.usable(Role.DECODE, now))
+        has_decode = self.can_grow(now) or bool(self.fleet.usable(Role.DECODE, now))
         late: dict[str, Unavailable] = {}
         for waiting in self._waiting.values():
             waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
@@ -199,12 +203,6 @@ class Admission:
             for replica in self._replicas_of(reservation):
                 replica.prefill_tokens.pop(request_id, None)
                 replica.decode_requests.pop(request_id, None)
-
-    def _decode_is_starting(self, now: float) -> bool:
-        """Somebody has asked for more decode replicas than are ready: requests wait for them in the queue."""
-        decodes = self._decodes_by_generation(now)
-        asked = self.sizes.at(now).items()
-        return any(sizes[Role.DECODE].num_replicas > len(decodes.get(generation, ())) for generation, sizes in asked)
 
     def _decodes_by_generation(self, now: float) -> dict[str, list[ReplicaView]]:
         decodes: dict[str, list[ReplicaView]] = {}

@@ -106,6 +106,7 @@ class Book:
     replicas: tuple[ReplicaInfo, ...]
     num_waiting: int = 0
     weights: dict[str, float] = field(default_factory=dict)  # of the traffic split in force, by generation
+    can_grow: bool = False  # requests may wait for a decode replica to come
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def test_the_rate_follows_within_its_window_and_is_forgotten():
     assert meter.measured(200.0).requests_per_s == 0.0
 
 
-def test_requests_wait_for_a_decode_replica_that_is_starting_as_long_as_somebody_asks_for_it():
+def test_requests_wait_for_a_decode_replica_as_long_as_an_autoscaler_is_there_to_bring_it():
     admission = Admission(SchedulerConfig(queue_limit=2, queue_timeout_s=30, no_replica_timeout_s=5))
-    admission.sizes.ask("v1", {Role.DECODE: PoolTarget(1, "load")}, until=25.0)
+    admission.sizes.ask("v1", {Role.DECODE: PoolTarget(0, "no load")}, until=25.0)
     for name in ("a", "b"):
         admission.reserve(reserve(name), 0.0)
     with pytest.raises(Overloaded):

@@ -1,4 +1,7 @@
-"""A local fleet that grows under load and shrinks after it; in a process of its own: Ray's switches are set once."""
+"""A local fleet that grows under load, shrinks after it to nothing, and comes back.
+
+In a process of its own: Ray's switches are set once.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -13,13 +16,15 @@ NUM_TOKENS = 96
 PATIENCE_S = 90.0
 
 
-def grow_and_shrink(log_dir: str) -> None:
+def grow_shrink_and_come_back(log_dir: str) -> None:
     """Raises AssertionError on a wrong token, TimeoutError when the decode pool does not come to its size."""
     config = parse_config(
         {
             "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
-            "prefill": {"max_replicas": 2, "num_blocks": 256, "drain_timeout_s": 2},
-            "decode": {"max_replicas": 2, "num_blocks": 512, "max_num_seqs": 8, "drain_timeout_s": 1},
+            "prefill": {"min_replicas": 0, "num_blocks": 256, "drain_timeout_s": 2},
+            "decode": {
+                "min_replicas": 0, "max_replicas": 2, "num_blocks": 512, "max_num_seqs": 8, "drain_timeout_s": 1,
+            },
             "autoscaling": {
                 "policy": "slo", "interval_s": 0.5, "upscale_delay_s": 1, "downscale_delay_s": 4,
                 "downscale_pause_s": 1, "replica_start_s": 10, "rate_window_s": 5, "itl_target_s": 5,
@@ -46,6 +51,12 @@ async def _story(fleet, expected: list[list[int]]) -> None:
     await _until(lambda: pool_states(Role.DECODE) == {"RUNNING": 1}, few)
     await few.until_done(few.num_done + 1)
     await few.finish()
+    async with asyncio.timeout(PATIENCE_S):
+        while await asyncio.to_thread(lambda: [pool_states(role) for role in Role]) != [{}, {}]:
+            await asyncio.sleep(0.1)
+    first = Load(client, expected, 2)  # waits in the scheduler's queue until a replica is there
+    await first.until_done(2)
+    await first.finish()
 
 
 async def _until(holds: Callable[[], bool], load: Load) -> None:

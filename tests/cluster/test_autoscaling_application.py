@@ -1,4 +1,6 @@
-"""Autoscaling on Ray Serve, over real HTTP: decode grows under load and shrinks after it, and no stream notices."""
+"""Autoscaling on Ray Serve, over real HTTP: pools grow under load, shrink after it to nothing, and come back, and no
+stream notices.
+"""
 
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -6,13 +8,16 @@ from multiprocessing import get_context
 
 import pytest
 
-from tests.cluster.autoscaling_story import grow_and_shrink
+from tests.cluster.autoscaling_story import grow_shrink_and_come_back
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
-def test_decode_grows_and_shrinks_with_the_load_and_every_token_is_right(tmp_path):
+def test_pools_follow_the_load_to_and_from_zero_and_every_token_is_right(tmp_path):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        process.submit(grow_and_shrink, str(tmp_path)).result()
-    changes = re.findall(r"decode pool from (\d) to (\d) replicas: ", (tmp_path / "autoscaler-v1.log").read_text())
-    assert changes == [("1", "2"), ("2", "1")]
+        process.submit(grow_shrink_and_come_back, str(tmp_path)).result()
+    log = (tmp_path / "autoscaler-v1.log").read_text()
+    decode = [int(size) for size in re.findall(r"decode pool from \d to (\d) replicas: ", log)]
+    prefill = [int(size) for size in re.findall(r"prefill pool from \d to (\d) replicas: ", log)]
+    assert 0 in decode[decode.index(2) :] and decode[-1] > 0
+    assert 0 in prefill and max(prefill) == 1

@@ -1,12 +1,17 @@
 """Both pools follow a load that rises fivefold and falls, within one budget, over hosts."""
 
 import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from bench.timeline import Point, plot_timeline
 from tests.hosts.load import Load, until
 from tests.hosts.testbed import fleet_from, running_hosts, write_cluster_file, write_serve_file
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 NUM_HOSTS = 5
 BUDGET = 3  # of four replicas that the hosts could hold: the pools cannot both have two
 AUTOSCALING = {
@@ -26,14 +31,17 @@ def fleet():
 
 
 def test_the_fleet_grows_and_shrinks_with_the_load_and_no_request_fails(fleet, expected):
-    timeline: list[tuple[float, int, int, int]] = []
+    timeline: list[Point] = []
     started = time.monotonic()
 
     def sizes() -> tuple[int, int]:
         status = fleet.status()
         ready = [r["info"]["role"] for r in status["replicas"] if not r["status"]["draining"]]
         now = ready.count("prefill"), ready.count("decode")
-        timeline.append((round(time.monotonic() - started, 1), *now, status["num_waiting"] + status["num_reserved"]))
+        wanted = {size["role"]: size["num_replicas"] for size in status["sizes"]}
+        at_s, requests = round(time.monotonic() - started, 1), status["num_waiting"] + status["num_reserved"]
+        targets = wanted.get("prefill", 1), wanted.get("decode", 1)
+        timeline.append(Point(at_s, now[0], targets[0], now[1], targets[1], requests))
         return now
 
     few = Load(fleet, expected, 2)
@@ -46,10 +54,14 @@ def test_the_fleet_grows_and_shrinks_with_the_load_and_no_request_fails(fleet, e
     crowd = many.finish()
     until(lambda: sizes() == (1, 1), 180, "the fleet to shrink")
     calm = few.finish()
-    print("\nseconds, prefill, decode, requests:")
-    for row in timeline:
-        print(*row)
+    print("\nseconds: prefill and decode replicas ready, wanted; requests")
+    for before, now in pairwise(timeline):
+        if replace(now, at_s=0, load=0) != replace(before, at_s=0, load=0):
+            print(f"{now.at_s:.0f}: {now.prefill_ready} {now.decode_ready}, {now.prefill_target} {now.decode_target}; "
+                  f"{now.load:.0f}")  # fmt: skip
+    plot_timeline(timeline, "requests", RESULTS / "hosts_scaling.png")
     for seen in (crowd, calm):
         print(seen)
         assert (seen.errors, seen.wrong) == ([], [])
-    assert max(prefill + decode for _, prefill, decode, _ in timeline) <= BUDGET
+    assert max(point.prefill_ready + point.decode_ready for point in timeline) <= BUDGET
+    assert max(point.prefill_target + point.decode_target for point in timeline) <= BUDGET

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import pytest
+
 from cluster.ingress.scheduler_client import SchedulerClient
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import Empty, ReplicaInfo, Role
@@ -83,3 +85,12 @@ async def test_decode_prefills_by_itself_when_asked_or_when_no_prefill_can_hold_
         assert (await plan_alone(client, num_tokens=99)).prefill is not None
         assert (await plan_alone(client, num_tokens=100)).prefill is None
         assert (await plan_alone(client, num_tokens=50, placement="local")).prefill is None
+
+
+@pytest.mark.parametrize(("can_grow", "ready"), [(True, True), (False, False)])
+async def test_a_fleet_scaled_to_zero_is_ready_when_an_autoscaler_can_bring_a_replica(can_grow: bool, ready: bool):
+    client = SchedulerClient(RpcClient(""), lambda: asyncio.sleep(0, ""))
+    client._take(Book((), can_grow=can_grow))
+    health = client.health()
+    assert (health.ready, "no decode replica" in health.degraded) == (ready, True)
+    assert health.max_model_len is None

@@ -1,13 +1,45 @@
 """Encoding, single tokens as bytes, chat templates and what goes wrong with them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from cluster.ingress.served_model import SamplingDefaults, ServedModel, load_served_model
 from cluster.ingress.tokenizer import load_tokenizer
+from cluster.settings import demo_model_path
 from core.errors import ConfigurationError, InvalidParameter
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_texts_are_encoded_as_by_the_class_that_transformers_would_choose(name: str, tmp_path: Path):
+    for path in demo_model_path().glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Hello  wörld! It's 1234567", "<|im_start|>user\nx<|im_end|>", "\n\n  y 猫 ", ""]
+    for special in (True, False):
+        assert ours.encode(texts, special) == [theirs(text, add_special_tokens=special).input_ids for text in texts]
+    assert ours.eos_token_id == theirs.eos_token_id
+    messages = [{"role": "user", "content": "hi"}]
+    assert ours.render_chat(messages, {}) == theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_an_ingress_needs_no_torch():
+    """It would cost every one of them seconds and 300 MB."""
+    program = (
+        "import sys; from pathlib import Path; import cluster.ingress.app, cluster.ingress.orchestrator;"
+        "from cluster.ingress.served_model import load_served_model;"
+        f"load_served_model(Path({str(demo_model_path())!r}));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 async def test_encoding_in_a_thread_is_encoding(model: ServedModel):
@@ -79,7 +111,7 @@ def test_without_generation_config_the_defaults_are_openais(model: ServedModel):
 def test_what_cannot_be_served_is_said_at_start(checkpoint: Path, tmp_path: Path):
     with pytest.raises(ConfigurationError, match="1000 exceeds the checkpoint's 512"):
         load_served_model(checkpoint, max_model_len=1000)
-    with pytest.raises(ConfigurationError, match="cannot load the tokenizer"):
+    with pytest.raises(ConfigurationError, match="no fast tokenizer"):
         load_served_model(tmp_path / "nothing")
     folder = edited(checkpoint, tmp_path, "config.json", max_position_embeddings=None)
     with pytest.raises(ConfigurationError, match="max_model_len"):
