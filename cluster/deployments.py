@@ -16,13 +16,14 @@ from core.messages.fleet import Role
 
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 15.0
+ON_HEAD = {"node:__internal_head__": 0.001}  # what everybody needs shares the head's fate, not that of a GPU host
 
 
 def front(config: BatonConfig) -> serve.Application:
     """Ingress and global scheduler."""
-    scheduler = serve.deployment(**_common(), name=SCHEDULER_NAME)(GlobalScheduler).bind(config)
+    scheduler = serve.deployment(**_common(ON_HEAD), name=SCHEDULER_NAME)(GlobalScheduler).bind(config)
     ingress = serve.deployment(
-        **_common(),
+        **_common(ON_HEAD),
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=config.ingress.drain_timeout_s,
@@ -34,17 +35,17 @@ def pools(config: BatonConfig) -> serve.Application:
     """Both pools of one generation, and what sizes them when that is configured."""
     others = [_pool(Role.PREFILL, config.prefill, config.transfer).bind(Role.PREFILL, config)]
     if config.autoscaling.is_active:
-        others.append(serve.deployment(**_common(), name=AUTOSCALER_NAME)(PoolAutoscaler).bind(config))
+        others.append(serve.deployment(**_common(ON_HEAD), name=AUTOSCALER_NAME)(PoolAutoscaler).bind(config))
     decode = _pool(Role.DECODE, config.decode, config.transfer)
     application: serve.Application = decode.bind(Role.DECODE, config, *others)
     return application
 
 
-def _common() -> dict[str, Any]:
+def _common(resources: dict[str, float]) -> dict[str, Any]:
     return {
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": 0, "resources": resources},
     }
 
 
@@ -57,7 +58,7 @@ def _pool(role: Role, pool: PoolConfig, transfer: TransferConfig) -> Any:
     if resources.accelerator_type:
         bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
     return serve.deployment(
-        **_common(),
+        **_common({}),
         name=POOL_NAMES[role],
         num_replicas=max(1, pool.min_replicas),  # Serve starts no deployment at 0; the autoscaler may go there
         placement_group_bundles=[bundle] * pool.tensor_parallel,

@@ -77,9 +77,9 @@ def take_down(cluster: ClusterFile, drain_timeout_s: float, say: Say) -> None:
         say(f"not drained: {error.message}")
     say("ending Ray")
     _ray("down", "--yes", str(cluster.path))
-    unreached = [host for host in reversed(cluster.hosts) if not _end_ray_on(cluster, host)]
-    if unreached:
-        raise ConfigurationError(f"Ray may still run on {', '.join(unreached)}: not reached by ssh", field="provider")
+    failures = [f"{host} ({why})" for host in reversed(cluster.hosts) if (why := _end_ray_on(cluster, host))]
+    if failures:
+        raise ConfigurationError(f"Ray may still run on {', '.join(failures)}", field="provider")
 
 
 def deploy_here(serve_file: Path, num_hosts: int, say: Say, timeout_s: float) -> str:
@@ -116,13 +116,17 @@ def _wait_for_hosts(num_hosts: int, say: Say, timeout_s: float) -> None:
         time.sleep(0.5)
 
 
-def _end_ray_on(cluster: ClusterFile, host: str) -> bool:
+def _end_ray_on(cluster: ClusterFile, host: str) -> str:
+    """Why it did not, or nothing."""
     key = ("-i", str(Path(cluster.ssh_key).expanduser())) if cluster.ssh_key else ()
     target = f"{cluster.ssh_user}@{host}" if cluster.ssh_user else host
     options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}", "-o", "StrictHostKeyChecking=no")
     command = ["ssh", *key, *options, "-o", "UserKnownHostsFile=/dev/null", target]
     ended = subprocess.run([*command, "bash -lc 'ray stop --grace-period 20'"], capture_output=True, check=False)
-    return ended.returncode == 0
+    if ended.returncode == 0:
+        return ""
+    said = (ended.stderr or ended.stdout).decode(errors="replace").strip().splitlines()
+    return f"status {ended.returncode}: {said[-1] if said else 'no output'}"
 
 
 def _ray(*arguments: str, timeout_s: float | None = None) -> None:

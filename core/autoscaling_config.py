@@ -68,7 +68,7 @@ class ScheduledFloor(Section):
 
 
 class ForecastConfig(Section):
-    """A floor from the request rate of the last days; history lives in the scheduler's memory."""
+    """A floor from the request rate of the last days; history lives in the autoscaler's memory."""
 
     kind: Literal["none", "seasonal_naive", "holt_winters"] = "none"  # holt_winters needs the extra `forecast`
     num_days: int = Field(default=3, ge=1)  # of history

@@ -14,7 +14,7 @@ from core.messages.fleet import Role
 
 
 class Autoscaling:
-    """One per fleet. The budget comes twice: first it shares out what is wanted, so that delays work on wishes that can
+    """One per generation of pools. The budget comes twice: first it shares out what is wanted, so that delays work on wishes that can
     come true; at the end it holds back growth until the other pool has given up what it has to.
     """
 

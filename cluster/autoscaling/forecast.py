@@ -1,6 +1,6 @@
 """A floor for both pools from the request rate of the last days: capacity before the morning's load comes.
 
-History is the scheduler's memory: after its restart the floor is silent until a day was seen again.
+History is the autoscaler's memory: after its restart the floor is silent until a day was seen again.
 """
 
 from typing import Protocol

@@ -1,11 +1,22 @@
 """What tests on hosts share: which of them can run, and what a right answer is."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.settings import demo_model_path
-from tests.hosts.testbed import missing_programs
+from tests.hosts.testbed import (
+    NUM_HOSTS,
+    TWO_OF_EACH,
+    Fleet,
+    fleet_from,
+    missing_programs,
+    running_hosts,
+    write_cluster_file,
+    write_serve_file,
+)
 
 PROMPTS = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune",
@@ -25,6 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """Host 0 is the head, 1 and 2 have the prefill pool, 3 and 4 the decode pool, two replicas each."""
+    with running_hosts(NUM_HOSTS) as hosts:
+        cluster_file = write_cluster_file(hosts, NUM_HOSTS, prefill_hosts=(1, 2))
+        with fleet_from(hosts, cluster_file, write_serve_file(hosts, TWO_OF_EACH)) as fleet:
+            yield fleet
+        left = {host: hosts.processes(host) for host in range(NUM_HOSTS)}
+        assert left == {host: [] for host in range(NUM_HOSTS)}, "`baton down` leaves no process"
 
 
 @pytest.fixture(scope="session")

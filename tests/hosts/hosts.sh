@@ -13,7 +13,8 @@ NET=10.77.0
 start_host() {
     host=h$1 folder=$STATE/h$1 address=$NET.1$1
     ip netns add "$host"
-    ip link add "v$1" netns hub type veth peer name eth0 netns "$host"
+    # the same hardware address after every boot, as others remember it
+    ip link add "v$1" netns hub type veth peer name eth0 netns "$host" address "02:00:00:00:00:1$1"
     ip netns exec hub ip link set "v$1" master br0 up
     ip netns exec "$host" sh -c "ip addr add $address/24 dev eth0 && ip link set eth0 up && ip link set lo up"
     mkdir -p "$folder/home/.ssh" "$folder/ray"
@@ -40,6 +41,7 @@ up() {
 end_host() {
     [ ! -f "$STATE/h$1/pid" ] || kill -KILL "$(cat "$STATE/h$1/pid")" 2> /dev/null || true
     ip netns del "h$1" 2> /dev/null || true
+    ip netns exec hub ip link del "v$1" 2> /dev/null || true # else it stays until the last process of the host is gone
 }
 down() {
     for folder in "$STATE"/h[0-9]*; do [ ! -d "$folder" ] || end_host "${folder##*/h}"; done

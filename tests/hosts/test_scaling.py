@@ -9,10 +9,9 @@ import pytest
 
 from bench.timeline import Point, plot_timeline
 from tests.hosts.load import Load, until
-from tests.hosts.testbed import fleet_from, running_hosts, write_cluster_file, write_serve_file
+from tests.hosts.testbed import NUM_HOSTS, fleet_from, running_hosts, write_cluster_file, write_serve_file
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-NUM_HOSTS = 5
 BUDGET = 3  # of four replicas that the hosts could hold: the pools cannot both have two
 AUTOSCALING = {
     "policy": "slo", "max_gpus": BUDGET, "interval_s": 1, "upscale_delay_s": 2, "downscale_delay_s": 15,

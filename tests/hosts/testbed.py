@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "hosts.sh"
 PYTHON = Path(sys.executable)
 NET = "10.77.0.1"
+NUM_HOSTS = 5
+TWO_OF_EACH = {role: {"min_replicas": 2, "max_replicas": 2} for role in ("prefill", "decode")}
 SSH = ("-q", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=10")
 
 
@@ -161,6 +163,21 @@ class Fleet:
     def status(self) -> dict:
         """The answer of /fleet."""
         return json.loads(self._get("/fleet"))
+
+    def ready(self) -> dict[str, list[int]]:
+        """Hosts of the replicas that take work, by pool."""
+        hosts: dict[str, list[int]] = {"prefill": [], "decode": []}
+        for replica in self.status()["replicas"]:
+            if not replica["status"]["draining"] and replica["silent_s"] < 3:
+                hosts[replica["info"]["role"]].append(self.host_of(replica["info"]["replica_id"]))
+        return {role: sorted(of_pool) for role, of_pool in hosts.items()}
+
+    def is_whole(self) -> bool:
+        """Two replicas of each pool take work."""
+        try:
+            return {role: len(hosts) for role, hosts in self.ready().items()} == {"prefill": 2, "decode": 2}
+        except (AssertionError, KeyError):
+            return False
 
     def metrics(self) -> str:
         """The answer of /metrics."""
