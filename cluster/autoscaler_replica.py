@@ -1,5 +1,6 @@
 """The Serve replica that sizes both pools of a generation; it is deployed, and ends, with them."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from cluster.scaling import PoolScaler
 from core.config import BatonConfig
 from core.errors import PeerLost
 from core.messages.fleet import Role
+
+CALL_TIMEOUT_S = 10.0
 
 
 class PoolAutoscaler:
@@ -41,8 +44,9 @@ class PoolAutoscaler:
             if self._scheduler is None:  # the front may be deployed after the pools
                 self._scheduler = serve.get_deployment_handle(SCHEDULER_NAME, FRONT_NAME)
             interval_s = self._config.autoscaling.interval_s
-            signals: FleetSignals = await self._scheduler.signals.remote(self._config.generation, asked, interval_s)
-        except (ray.exceptions.RayError, RayServeException) as error:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                signals: FleetSignals = await self._scheduler.signals.remote(self._config.generation, asked, interval_s)
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             raise PeerLost(f"Serve does not reach the global scheduler: {error}") from error
         return signals
 

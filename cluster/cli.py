@@ -13,6 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from cluster.local import LocalFleet, local_fleet
+from cluster.readiness import wait_until_idle
 from cluster.settings import demo_model_path, resolve_config
 from core.config import BatonConfig
 from core.errors import BatonError
@@ -36,7 +37,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pre
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML configuration; without it, this laptop's CPU")]
 ModelDir = Annotated[Path | None, typer.Option(help="Hugging Face checkpoint folder; without it, the demo model")]
-Port = Annotated[int | None, typer.Option(help="HTTP port; without it, the configuration's (8000)")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; without it, the configuration's (8000)")]
 Url = Annotated[str, typer.Option(help="a running server")]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", help="when the server wants one")]
 ClusterYaml = Annotated[Path, typer.Argument(help="cluster file for `ray up`, as in ray_configs/clusters")]
@@ -62,15 +63,17 @@ def baton(
 def serve(config: ConfigFile = None, model: ModelDir = None, port: Port = None) -> None:
     """Serve a model on this machine until Ctrl-C."""
     started = time.monotonic()
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
     settings = resolve_config(config, model, port)
     with console.status("starting") as status, local_fleet(settings, status.update, stop) as fleet:
         status.stop()
         console.print(ready_line(fleet, settings, time.monotonic() - started))
         stop.wait()
-        console.print("stopping: replicas finish what they hold")
+        patience_s = settings.ingress.drain_timeout_s
+        console.print(f"stopping: requests under way get {patience_s:g} s to end; Ctrl-C again ends them")
+        wait_until_idle(fleet.url, settings.ingress.api_key, patience_s, hurry)
 
 
 @app.command()

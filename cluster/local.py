@@ -126,14 +126,14 @@ def _deploy(config: BatonConfig) -> Future[None]:
     deployed: Future[None] = Future()
 
     def run() -> None:
-        from ray import serve
-
-        from cluster import deployments
-
-        front = serve.RunTarget(deployments.front(config), FRONT_NAME, "/")
-        name = pools_name(config.generation)
-        pools = serve.RunTarget(deployments.pools(config), name, None, external_scaler_enabled=True)
         try:
+            from ray import serve
+
+            from cluster import deployments
+
+            front = serve.RunTarget(deployments.front(config), FRONT_NAME, "/")
+            name = pools_name(config.generation)
+            pools = serve.RunTarget(deployments.pools(config), name, None, external_scaler_enabled=True)
             serve.run_many([front, pools], wait_for_applications_running=False)
             deployed.set_result(None)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Waits until a deployed application answers."""
+"""Waits until a deployed application answers, or has answered all."""
 
 import threading
 import time
@@ -33,8 +33,8 @@ def wait_until_ready(
         while time.monotonic() < deadline:
             if stop.wait(0.1):
                 raise ConfigurationError("stopped while starting")
-            missing = _missing(client, url)
-            if missing and time.monotonic() - asked_at < STATUS_INTERVAL_S:
+            answer = _readiness(client, url)
+            if answer != "" and time.monotonic() - asked_at < STATUS_INTERVAL_S:
                 continue
             asked_at = time.monotonic()
             apps = serve.status().applications
@@ -48,9 +48,23 @@ def wait_until_ready(
                 say(state)
                 said = state
             running = [app.status.value == "RUNNING" for app in apps.values()]
-            if len(running) > 1 and all(running) and (not missing or _is_scaled_to_zero(apps)):
+            if len(running) > 1 and all(running) and (answer == "" or (answer and _is_scaled_to_zero(apps))):
                 return
     raise ConfigurationError(f"not ready after {timeout_s:.0f} s: {said}")
+
+
+def wait_until_idle(url: str, api_key: str, timeout_s: float, hurry: threading.Event) -> None:
+    """Until no request is under way, `timeout_s` has passed or `hurry` is set. A server that does not tell is idle."""
+    deadline = time.monotonic() + timeout_s
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with httpx.Client(trust_env=False, timeout=2, headers=headers) as client:
+        while time.monotonic() < deadline and not hurry.wait(0.1):
+            try:
+                fleet = client.get(f"{url}/fleet").raise_for_status().json()
+            except httpx.HTTPError:
+                return
+            if not fleet["num_waiting"] + fleet["num_reserved"]:
+                return
 
 
 def _describe(apps: Mapping[str, Any]) -> str:
@@ -58,13 +72,13 @@ def _describe(apps: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {sum(d.replica_states.values())}x {d.status.value.lower()}" for name, d in deployments)
 
 
-def _missing(client: httpx.Client, url: str) -> str:
-    """What keeps the fleet from being whole, or nothing."""
+def _readiness(client: httpx.Client, url: str) -> str | None:
+    """What a fleet that can answer lacks, or "" when it lacks nothing; None when it cannot answer yet."""
     try:
         answer = client.get(f"{url}/readyz")
-    except httpx.HTTPError as error:
-        return str(error) or "no answer"
-    return answer.json().get("degraded", "") if answer.status_code == 200 else f"status {answer.status_code}"
+    except httpx.HTTPError:
+        return None
+    return str(answer.json().get("degraded", "")) if answer.status_code == 200 else None
 
 
 def _is_scaled_to_zero(apps: Mapping[str, Any]) -> bool:

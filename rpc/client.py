@@ -41,6 +41,7 @@ class RpcClient:
         self._protocols = protocols
         self._metadata = ((PROTOCOL_KEY, protocols.header), *(((SECRET_KEY, secret),) if secret else ()))
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._greetings: dict[str, str | None] = {}  # address -> the last PROTOCOL_KEY that came from there
 
     async def call(
@@ -50,8 +51,7 @@ class RpcClient:
 
         Raises Incompatible when callee and caller have no version of the protocol in common.
         """
-        channel = await self._channel(address)
-        invoke = channel.unary_unary(f"/{SERVICE}/{method.name}")
+        invoke = self._channel(address).unary_unary(f"/{SERVICE}/{method.name}")
         call = invoke(encode(request), timeout=timeout_s, metadata=self._metadata)
         try:
             data = await call
@@ -67,8 +67,8 @@ class RpcClient:
         self, address: str, method: ServerStream[Request, Response], request: Request
     ) -> AsyncGenerator[Response, None]:
         """Yields responses until the callee ends the stream. Raises like `call`; a dead peer shows by keepalive."""
-        channel = await self._channel(address)
-        call = channel.unary_stream(f"/{SERVICE}/{method.name}")(encode(request), metadata=self._metadata)
+        invoke = self._channel(address).unary_stream(f"/{SERVICE}/{method.name}")
+        call = invoke(encode(request), metadata=self._metadata)
         try:
             greeted = False
             async for data in call:
@@ -93,6 +93,7 @@ class RpcClient:
 
     async def close(self) -> None:
         """Closes every connection."""
+        await asyncio.gather(*self._closing)
         for address in list(self._channels):
             await self.forget(address)
 
@@ -101,15 +102,16 @@ class RpcClient:
         """Those that a connection is kept for."""
         return frozenset(self._channels)
 
-    async def _channel(self, address: str) -> Any:
-        """Each new connection makes those be forgotten that reach nobody: no call is in flight on them."""
-        if address in self._channels:
-            return self._channels[address]
-        created = self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
-        for other, channel in list(self._channels.items()):
-            if channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                await self.forget(other)
-        return created
+    def _channel(self, address: str) -> Any:
+        """Each new connection makes those be forgotten that fail to connect: no call is in flight on them."""
+        if address not in self._channels:
+            for other, channel in list(self._channels.items()):
+                if channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                    closing = asyncio.create_task(self.forget(other))
+                    self._closing.add(closing)
+                    closing.add_done_callback(self._closing.discard)
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return self._channels[address]
 
     def _greet(self, address: str, metadata: Any) -> None:
         """Reads which protocols an answer's sender speaks; logs skew once. Raises Incompatible before it is decoded."""

@@ -14,8 +14,10 @@ from core.messages.fleet import Role
 
 
 class Autoscaling:
-    """One per generation of pools. The budget comes twice: first it shares out what is wanted, so that delays work on wishes that can
-    come true; at the end it holds back growth until the other pool has given up what it has to.
+    """One per generation of pools.
+
+    The budget comes twice: first it shares out what is wanted, so that delays work on wishes that can come true; at the
+    end it holds back growth until the other pool has given up what it has to.
     """
 
     def __init__(self, config: AutoscalingConfig, policy: Policy, budget: Budget) -> None:

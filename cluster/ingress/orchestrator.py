@@ -75,16 +75,17 @@ class Orchestrator:
     async def generate(self, generation: Generation) -> AsyncGenerator[GenerationEvent, None]:
         """See generation.Backend. Raises RequestTimeout, Overloaded, NoReplica, PeerError after the last attempt.
 
-        Attempts end with `max_attempts` failures that no token came between.
+        Attempts end with `max_attempts` failures that no progress came between.
         """
         progress = Progress(generation, asyncio.get_running_loop().time() + generation.timeout_s)
-        num_failures = 0  # in a row without a token: a request that ends its replicas fails, a long one outlives many
+        num_failures = 0  # in a row without progress: a request that ends its replicas fails, a long one outlives many
         for attempt in count():
+            num_shown = len(progress.shown)
             try:
                 async with aclosing(self._attempt(progress, attempt)) as events:
                     async for event in events:
                         progress.shown += event.token_ids
-                        if event.token_ids:
+                        if len(progress.shown) > num_shown + 1:  # more than prefill's: decode works
                             num_failures = 0
                         yield event
                 return

@@ -33,6 +33,7 @@ class SchedulerClient:
         self._resolve = resolve
         self._address = ""
         self._replicas: tuple[ReplicaInfo, ...] = ()
+        self._longest: int | None = None  # sequence that the last decode replicas could hold
         self._can_grow = False  # by the last address book: an autoscaler is at work
         self._weights: dict[str, float] = {}  # of the traffic split, by generation
         self._good_at = 0.0
@@ -58,12 +59,13 @@ class SchedulerClient:
         if Role.DECODE not in roles and not (self._reachable and self._can_grow):
             return FleetHealth(False, "no decode replica")
         if Role.DECODE not in roles:
-            return FleetHealth(True, "no decode replica: requests wait until one has started")
+            waits = "no decode replica: requests wait until one has started"
+            return FleetHealth(True, waits, self._longest)
         missing = [] if Role.PREFILL in roles else ["no prefill replica: decode prefills by itself"]
         if not self._reachable:
             missing.append("the global scheduler is away: requests are placed without it")
-        longest = max(replica.max_model_len for replica in self._replicas if replica.role is Role.DECODE)
-        return FleetHealth(True, "; ".join(missing), longest)
+        self._longest = max(replica.max_model_len for replica in self._replicas if replica.role is Role.DECODE)
+        return FleetHealth(True, "; ".join(missing), self._longest)
 
     async def fleet(self) -> FleetStatus:
         """The scheduler's view. Raises PeerLost while it is away."""

@@ -17,7 +17,7 @@ from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
-from core.errors import NoReplica, Overloaded, PromptTooLong, Unavailable
+from core.errors import BatonError, NoReplica, Overloaded, PromptTooLong
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import Plan, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
@@ -70,7 +70,7 @@ class Admission:
         """Requests without a plan that a generation shall answer."""
         decodes = self._decodes_by_generation(now)
         requests = (waiting.request for waiting in self._waiting.values())
-        return [request for request in requests if self._generation_for(request, decodes) == generation]
+        return [request for request in requests if self._generation_for(request, decodes, now) == generation]
 
     def workload(self, generation: str) -> WorkloadMeter:
         """What comes to a generation."""
@@ -108,19 +108,14 @@ class Admission:
         """
         self._tombstones.refuse(request.request_id, request.attempt)
         self._drop(request.request_id)
-        decodes = self.fleet.usable(Role.DECODE, now)
-        limit = max((decode.info.max_model_len for decode in decodes), default=None)
-        if limit is not None and request.num_tokens + request.max_new_tokens > limit:
-            raise PromptTooLong(
-                f"{request.num_tokens} prompt and {request.max_new_tokens} output tokens exceed the {limit} tokens "
-                "that a decode replica's KV cache holds",
-                field="max_tokens",
-            )
+        too_long = _too_long(request, self.fleet.usable(Role.DECODE, now))
+        if too_long is not None:
+            raise too_long
         if len(self._waiting) >= self._config.queue_limit:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
         if request.attempt == 0:
-            self.workload(self._generation_for(request, self._decodes_by_generation(now))).arrived(now)
+            self.workload(self._generation_for(request, self._decodes_by_generation(now), now)).arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, in each generation until one finds no room.
@@ -131,10 +126,10 @@ class Admission:
         decodes = self._decodes_by_generation(now)
         full: set[str] = set()
         for waiting in list(self._waiting.values()):
-            if full == decodes.keys():
+            if full >= decodes.keys():
                 break
-            generation = self._generation_for(waiting.request, decodes)
-            if generation in full:
+            generation = self._generation_for(waiting.request, decodes, now)
+            if generation in full or generation not in decodes:
                 continue
             decision = self._decide(waiting.request, decodes[generation], now)
             if decision is None:
@@ -171,17 +166,23 @@ class Admission:
             if request_id in self._reservations:
                 self._reservations[request_id].expires_at = now + self._config.reservation_ttl_s
 
-    def expire(self, now: float) -> dict[str, Unavailable]:
-        """Ends reservations that nobody renewed; returns the requests that waited too long for a plan, and why."""
+    def expire(self, now: float) -> dict[str, BatonError]:
+        """Ends reservations that nobody renewed; returns the requests that will get no plan, and why.
+
+        They waited too long, or no replica that has come since can hold them.
+        """
         for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
             self._drop(reservation.request_id)
-        has_decode = self.can_grow(now) or bool(self.fleet.usable(Role.DECODE, now))
-        late: dict[str, Unavailable] = {}
+        decodes = self.fleet.usable(Role.DECODE, now)
+        has_decode = self.can_grow(now) or bool(decodes)
+        late: dict[str, BatonError] = {}
         for waiting in self._waiting.values():
             waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
             if waited_s >= limit_s:
-                error: Unavailable = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
+                error = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
                 late[waiting.request.request_id] = error
+            elif (too_long := _too_long(waiting.request, decodes)) is not None:
+                late[waiting.request.request_id] = too_long
             elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
                 late[waiting.request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
         for request_id in late:
@@ -210,11 +211,11 @@ class Admission:
             decodes.setdefault(decode.info.generation, []).append(decode)
         return decodes
 
-    def _generation_for(self, request: Reserve, decodes: Mapping[str, Sequence[ReplicaView]]) -> str:
+    def _generation_for(self, request: Reserve, decodes: Mapping[str, Sequence[ReplicaView]], now: float) -> str:
         """Tokens that were shown bind a request to the weights that made them, as long as those are served.
 
-        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. While nobody is
-        there, to those that shall come.
+        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. A generation with
+        traffic that was scaled to zero counts too: who waits for it makes its autoscaler bring a replica.
         """
         if not decodes:
             return self.traffic.choose(request.request_id, self.traffic.weights)
@@ -222,7 +223,9 @@ class Admission:
             return request.generation
         num_tokens = request.num_tokens + request.max_new_tokens
         fitting = [g for g, replicas in decodes.items() if any(num_tokens <= d.info.max_model_len for d in replicas)]
-        return self.traffic.choose(request.request_id, fitting or decodes)
+        weights, sizes = self.traffic.weights, self.sizes.at(now).items()
+        asleep = [g for g, asked in sizes if weights.get(g, 0.0) > 0 and asked[Role.DECODE].num_replicas == 0]
+        return self.traffic.choose(request.request_id, {*(fitting or decodes), *asleep})
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
         prefills = self.fleet.usable(Role.PREFILL, now)
@@ -255,3 +258,15 @@ class Admission:
     def _replicas_of(self, reservation: Reservation) -> list[ReplicaView]:
         ids = (reservation.prefill_id, reservation.decode_id)
         return [replica for i in ids if i is not None and (replica := self.fleet.get(i)) is not None]
+
+
+def _too_long(request: Reserve, decodes: Sequence[ReplicaView]) -> PromptTooLong | None:
+    """The error when none of some decode replicas can ever hold a request."""
+    limit = max((decode.info.max_model_len for decode in decodes), default=None)
+    if limit is None or request.num_tokens + request.max_new_tokens <= limit:
+        return None
+    return PromptTooLong(
+        f"{request.num_tokens} prompt and {request.max_new_tokens} output tokens exceed the {limit} tokens "
+        "that a decode replica's KV cache holds",
+        field="max_tokens",
+    )

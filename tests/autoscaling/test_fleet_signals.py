@@ -10,7 +10,7 @@ from cluster.scheduler.fleet_signals import fleet_signals
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
-from core.errors import NoReplica, Overloaded
+from core.errors import NoReplica, Overloaded, PromptTooLong
 from core.messages.fleet import Role
 from tests.autoscaling.closed_loop import NOON
 from tests.cluster.test_scheduler import BLOCK, replica, report, reserve
@@ -155,3 +155,23 @@ def test_every_generation_is_told_of_its_own_load(admission):
     )
     assert first.decode.num_waiting + second.decode.num_waiting == admission.num_waiting == 400 - sum(num_of.values())
     assert 0 < second.decode.num_waiting < first.decode.num_waiting
+
+
+def test_a_generation_scaled_to_zero_is_told_of_who_waits_for_it_until_it_has_asked_for_a_replica(admission):
+    admission.traffic.change({"v2": 1.0})
+    admission.sizes.ask("v2", {Role.DECODE: PoolTarget(0, "no load")}, until=100.0)
+    admission.reserve(reserve("r"), 0.0)
+    assert admission.dispatch(0.0) == []
+    asleep = fleet_signals(admission, "v2", ASKED, 0.0, NOON)
+    assert (asleep.decode.num_waiting, asleep.workload.requests_per_s) == (1, pytest.approx(0.1))
+    admission.sizes.ask("v2", {Role.DECODE: PoolTarget(1, "load")}, until=100.0)
+    assert [plan.decode.generation for plan in admission.dispatch(1.0)] == [""], "meanwhile others answer"
+
+
+def test_a_request_that_waited_for_replicas_too_small_for_it_fails_and_holds_nobody_up():
+    admission = Admission(SchedulerConfig(queue_timeout_s=30))
+    admission.reserve(reserve("long", tokens=tuple(range(5000))), 0.0)
+    for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE)):
+        admission.report(report(replica(name, role), snapshot=True), 1.0)
+    assert isinstance(admission.expire(1.0)["long"], PromptTooLong)
+    assert admission.num_waiting == 0

@@ -169,7 +169,8 @@ class Fleet:
         hosts: dict[str, list[int]] = {"prefill": [], "decode": []}
         for replica in self.status()["replicas"]:
             if not replica["status"]["draining"] and replica["silent_s"] < 3:
-                hosts[replica["info"]["role"]].append(self.host_of(replica["info"]["replica_id"]))
+                host = replica["info"]["rank_addresses"][0].split(":")[0]
+                hosts[replica["info"]["role"]].append(int(host.removeprefix(NET)))
         return {role: sorted(of_pool) for role, of_pool in hosts.items()}
 
     def is_whole(self) -> bool:
@@ -182,13 +183,6 @@ class Fleet:
     def metrics(self) -> str:
         """The answer of /metrics."""
         return self._get("/metrics")
-
-    def host_of(self, replica_id: str) -> int:
-        """The number of the host that a replica runs on."""
-        for replica in self.status()["replicas"]:
-            if replica["info"]["replica_id"] == replica_id:
-                return int(replica["info"]["rank_addresses"][0].split(":")[0].removeprefix(NET))
-        raise KeyError(replica_id)
 
     def _get(self, path: str) -> str:
         return self.hosts.operator(

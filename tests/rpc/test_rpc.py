@@ -148,7 +148,7 @@ async def test_the_next_connection_makes_one_that_reaches_nobody_be_forgotten():
             await client.call(gone, CANCEL, Cancel("r", 1), 5)
         assert client.addresses == {gone}
         await client.call(alive, CANCEL, Cancel("r", 1), 5)
-        assert client.addresses == {alive}
+        assert client.addresses == {alive}, "closed while the call was under way"
 
 
 async def test_a_closed_connection_is_peer_lost_and_not_a_cancellation():
