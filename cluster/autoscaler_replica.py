@@ -1,21 +1,15 @@
 """The Serve replica that sizes both pools of a generation; it is deployed, and ends, with them."""
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
-
-import ray
-from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from cluster.autoscaler import Autoscaler, Decision
 from cluster.autoscaling.autoscaling import Autoscaling
 from cluster.autoscaling.signals import FleetSignals, PoolTarget
-from cluster.names import FRONT_NAME, SCHEDULER_NAME
 from cluster.replica import prepare_replica
 from cluster.scaling import PoolScaler
+from cluster.scheduler_handle import find_scheduler, reaching_scheduler
 from core.config import BatonConfig
-from core.errors import PeerLost
 from core.messages.fleet import Role
 
 CALL_TIMEOUT_S = 10.0
@@ -40,14 +34,11 @@ class PoolAutoscaler:
 
     async def _signals(self, asked: Mapping[Role, PoolTarget]) -> FleetSignals:
         """Raises PeerLost when the scheduler does not answer."""
-        try:
+        async with reaching_scheduler(CALL_TIMEOUT_S):
             if self._scheduler is None:  # the front may be deployed after the pools
-                self._scheduler = serve.get_deployment_handle(SCHEDULER_NAME, FRONT_NAME)
+                self._scheduler = find_scheduler()
             interval_s = self._config.autoscaling.interval_s
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                signals: FleetSignals = await self._scheduler.signals.remote(self._config.generation, asked, interval_s)
-        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
-            raise PeerLost(f"Serve does not reach the global scheduler: {error}") from error
+            signals: FleetSignals = await self._scheduler.signals.remote(self._config.generation, asked, interval_s)
         return signals
 
     async def __del__(self) -> None:

@@ -5,14 +5,12 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-import ray
 from fastapi import FastAPI
-from ray.serve.exceptions import RayServeException
 
 from cluster.nodes import list_nodes
 from cluster.replica import prepare_replica
+from cluster.scheduler_handle import reaching_scheduler
 from core.config import BatonConfig
-from core.errors import PeerLost
 
 
 class Ingress:
@@ -53,7 +51,5 @@ class Ingress:
 
 async def address_of(scheduler: Any) -> str:
     """host:port of the global scheduler's RPC server. Raises PeerLost when Serve has no replica that tells."""
-    try:
+    async with reaching_scheduler():
         return str(await scheduler.address.remote())
-    except (ray.exceptions.RayError, RayServeException) as error:
-        raise PeerLost(f"Serve does not reach the global scheduler: {error}") from error

@@ -15,13 +15,12 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.names import FRONT_NAME, SCHEDULER_NAME
 from cluster.node_drain import seconds_until_node_goes
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
+from cluster.scheduler_handle import find_scheduler, reaching_scheduler
 from core.config import BatonConfig, PoolConfig, TransferConfig
 from core.errors import BatonError, PeerLost
 from core.messages.fleet import RankHealth, ReplicaInfo, Role
@@ -203,9 +202,9 @@ class Supervisor:
     async def _tell_scheduler(self, *, deregister: bool) -> None:
         assert self._info is not None
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with reaching_scheduler(CALL_TIMEOUT_S):
                 if self._scheduler is None:  # the front may have been deployed after us
-                    self._scheduler = serve.get_deployment_handle(SCHEDULER_NAME, FRONT_NAME)
+                    self._scheduler = find_scheduler()
                 address = await self._scheduler.address.remote()
             if deregister:
                 leaving = Deregister(self._info.replica_id, self._info.incarnation)
@@ -214,7 +213,7 @@ class Supervisor:
                 heartbeat = Register(self._info, self._traffic)
                 answer = await self._client.call(address, REGISTER, heartbeat, CALL_TIMEOUT_S)
                 self._traffic = answer.traffic
-        except (BatonError, TimeoutError, ray.exceptions.RayError, RayServeException) as error:
+        except BatonError as error:
             logger.warning("%s cannot reach the global scheduler: %s", self._replica_id, error)
 
     def _kill_ranks(self) -> None:

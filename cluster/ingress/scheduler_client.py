@@ -64,7 +64,6 @@ class SchedulerClient:
         missing = [] if Role.PREFILL in roles else ["no prefill replica: decode prefills by itself"]
         if not self._reachable:
             missing.append("the global scheduler is away: requests are placed without it")
-        self._longest = max(replica.max_model_len for replica in self._replicas if replica.role is Role.DECODE)
         return FleetHealth(True, "; ".join(missing), self._longest)
 
     async def fleet(self) -> FleetStatus:
@@ -150,7 +149,8 @@ class SchedulerClient:
         """A scheduler that has just started knows nobody yet: the last good book stays good for a moment."""
         self._reachable = True
         now = time.monotonic()
-        if any(replica.role is Role.DECODE for replica in book.replicas):
+        if lengths := [replica.max_model_len for replica in book.replicas if replica.role is Role.DECODE]:
+            self._longest = max(lengths)
             self._replicas, self._weights, self._good_at = book.replicas, book.weights, now
         elif now - self._good_at > BOOK_GRACE_S:
             self._replicas = book.replicas

@@ -6,7 +6,7 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,6 +42,15 @@ class _Waiting:
     since: float
 
 
+@dataclass(frozen=True)
+class _Generations:
+    """Where requests can go at one moment."""
+
+    decodes: Mapping[str, list[ReplicaView]]  # by generation, those without any left out
+    longest: Mapping[str, int]  # tokens that one of them can hold, by generation
+    asleep: tuple[str, ...]  # generations with traffic that were scaled to zero
+
+
 class Admission:
     """Queue, reservations and the fleet's state; dispatch in order of arrival."""
 
@@ -68,9 +77,9 @@ class Admission:
 
     def waiting_for(self, generation: str, now: float) -> list[Reserve]:
         """Requests without a plan that a generation shall answer."""
-        decodes = self._decodes_by_generation(now)
+        generations = self._generations(now)
         requests = (waiting.request for waiting in self._waiting.values())
-        return [request for request in requests if self._generation_for(request, decodes, now) == generation]
+        return [request for request in requests if self._generation_for(request, generations) == generation]
 
     def workload(self, generation: str) -> WorkloadMeter:
         """What comes to a generation."""
@@ -108,14 +117,14 @@ class Admission:
         """
         self._tombstones.refuse(request.request_id, request.attempt)
         self._drop(request.request_id)
-        too_long = _too_long(request, self.fleet.usable(Role.DECODE, now))
-        if too_long is not None:
+        generations = self._generations(now)
+        if (too_long := _too_long(request, generations)) is not None:
             raise too_long
         if len(self._waiting) >= self._config.queue_limit:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
         if request.attempt == 0:
-            self.workload(self._generation_for(request, self._decodes_by_generation(now), now)).arrived(now)
+            self.workload(self._generation_for(request, generations)).arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, in each generation until one finds no room.
@@ -123,12 +132,13 @@ class Admission:
         One that avoids replicas holds nobody up: there may be room where it does not want to go.
         """
         plans = []
-        decodes = self._decodes_by_generation(now)
+        generations = self._generations(now)
+        decodes = generations.decodes
         full: set[str] = set()
         for waiting in list(self._waiting.values()):
             if full >= decodes.keys():
                 break
-            generation = self._generation_for(waiting.request, decodes, now)
+            generation = self._generation_for(waiting.request, generations)
             if generation in full or generation not in decodes:
                 continue
             decision = self._decide(waiting.request, decodes[generation], now)
@@ -173,15 +183,15 @@ class Admission:
         """
         for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
             self._drop(reservation.request_id)
-        decodes = self.fleet.usable(Role.DECODE, now)
-        has_decode = self.can_grow(now) or bool(decodes)
+        generations = self._generations(now)
+        has_decode = self.can_grow(now) or bool(generations.decodes)
         late: dict[str, BatonError] = {}
         for waiting in self._waiting.values():
             waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
             if waited_s >= limit_s:
                 error = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
                 late[waiting.request.request_id] = error
-            elif (too_long := _too_long(waiting.request, decodes)) is not None:
+            elif (too_long := _too_long(waiting.request, generations)) is not None:
                 late[waiting.request.request_id] = too_long
             elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
                 late[waiting.request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
@@ -205,27 +215,28 @@ class Admission:
                 replica.prefill_tokens.pop(request_id, None)
                 replica.decode_requests.pop(request_id, None)
 
-    def _decodes_by_generation(self, now: float) -> dict[str, list[ReplicaView]]:
+    def _generations(self, now: float) -> _Generations:
         decodes: dict[str, list[ReplicaView]] = {}
         for decode in self.fleet.usable(Role.DECODE, now):
             decodes.setdefault(decode.info.generation, []).append(decode)
-        return decodes
-
-    def _generation_for(self, request: Reserve, decodes: Mapping[str, Sequence[ReplicaView]], now: float) -> str:
-        """Tokens that were shown bind a request to the weights that made them, as long as those are served.
-
-        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. A generation with
-        traffic that was scaled to zero counts too: who waits for it makes its autoscaler bring a replica.
-        """
-        if not decodes:
-            return self.traffic.choose(request.request_id, self.traffic.weights)
-        if request.generation and request.generation in decodes:
-            return request.generation
-        num_tokens = request.num_tokens + request.max_new_tokens
-        fitting = [g for g, replicas in decodes.items() if any(num_tokens <= d.info.max_model_len for d in replicas)]
+        longest = {g: max(decode.info.max_model_len for decode in of_one) for g, of_one in decodes.items()}
         weights, sizes = self.traffic.weights, self.sizes.at(now).items()
         asleep = [g for g, asked in sizes if weights.get(g, 0.0) > 0 and asked[Role.DECODE].num_replicas == 0]
-        return self.traffic.choose(request.request_id, {*(fitting or decodes), *asleep})
+        return _Generations(decodes, longest, tuple(asleep))
+
+    def _generation_for(self, request: Reserve, generations: _Generations) -> str:
+        """Tokens that were shown bind a request to the weights that made them, as long as those are served.
+
+        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. A generation that
+        sleeps counts too: who waits for it makes its autoscaler bring a replica.
+        """
+        if not generations.decodes:
+            return self.traffic.choose(request.request_id, self.traffic.weights)
+        if request.generation and request.generation in generations.decodes:
+            return request.generation
+        num_tokens = request.num_tokens + request.max_new_tokens
+        fitting = [g for g, longest in generations.longest.items() if num_tokens <= longest]
+        return self.traffic.choose(request.request_id, {*(fitting or generations.decodes), *generations.asleep})
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
         prefills = self.fleet.usable(Role.PREFILL, now)
@@ -260,9 +271,9 @@ class Admission:
         return [replica for i in ids if i is not None and (replica := self.fleet.get(i)) is not None]
 
 
-def _too_long(request: Reserve, decodes: Sequence[ReplicaView]) -> PromptTooLong | None:
-    """The error when none of some decode replicas can ever hold a request."""
-    limit = max((decode.info.max_model_len for decode in decodes), default=None)
+def _too_long(request: Reserve, generations: _Generations) -> PromptTooLong | None:
+    """The error when no decode replica can ever hold a request."""
+    limit = max(generations.longest.values(), default=None)
     if limit is None or request.num_tokens + request.max_new_tokens <= limit:
         return None
     return PromptTooLong(

@@ -20,5 +20,4 @@ class AskedSizes:
 
     def at(self, now: float) -> dict[str, Asked]:
         """Sizes by generation."""
-        self._asked = {generation: entry for generation, entry in self._asked.items() if entry[0] > now}
-        return {generation: asked for generation, (_, asked) in self._asked.items()}
+        return {generation: asked for generation, (until, asked) in self._asked.items() if until > now}
