@@ -51,11 +51,16 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest.fixture(scope="session")
 def expected() -> dict[str, list[int]]:
-    """Greedy tokens of transformers in fp32."""
+    """Greedy tokens of transformers in fp32, by prompt."""
+    return answers_to(PROMPTS)
+
+
+def answers_to(prompts: list[str]) -> dict[str, list[int]]:
+    """Greedy tokens of transformers in fp32, by prompt."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     answers = {}
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS,
