@@ -11,7 +11,7 @@ from core.config import TransferConfig
 from core.errors import BatonError, PeerLost, StaleMessage, TransferFailed
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.to_rank import CloseChannel, Connect, Copy, Ready, SlabHeader
-from kv_transfer.channels.protocol import ChannelId, Connector, ReceiverEnd
+from kv_transfer.channels.protocol import ChannelId, Connector, Passage, ReceiverEnd, Terms
 from kv_transfer.peer_control import PeerControl
 from kv_transfer.transfer import Transfer, drop_result, finish, release_from_thread
 
@@ -69,7 +69,7 @@ class Inbound:
         A peer that does not know the channel (it restarted) is connected to anew, once.
         """
         waiting = deque(slabs)
-        coming: list[Future[int]] = []
+        coming: list[Future[Passage]] = []
         may_relink = True
         while waiting:
             link = await self._linked()
@@ -84,7 +84,7 @@ class Inbound:
             for future in coming:
                 if future.done():
                     future.result()
-        return sum([await asyncio.wrap_future(future) for future in coming])
+        return sum([(await asyncio.wrap_future(future)).num_bytes for future in coming])
 
     async def close(self, reason: str) -> None:
         """Ends the channel and everything that waits on it."""
@@ -110,7 +110,7 @@ class Inbound:
         timeout_s = self._config.connect_timeout_s
         connected = await self._within(timeout_s, self._control.connect(self._peer, message))
         channel = ChannelId(self._peer, me.address, me.incarnation, self._generation)
-        end = self._connector.receiver_end(channel, connected.rendezvous)
+        end = self._connector.receiver_end(Terms(channel, ""), connected.rendezvous)
         return _Link(self._generation, end, self._config.window_slabs)
 
     async def _drop(self, link: _Link, reason: str) -> None:
@@ -141,12 +141,12 @@ class Inbound:
             batch.append(waiting.popleft())
         return batch
 
-    async def _grant(self, link: _Link, transfer: Transfer, batch: list[Copy]) -> list["Future[int]"]:
+    async def _grant(self, link: _Link, transfer: Transfer, batch: list[Copy]) -> list["Future[Passage]"]:
         """Tells the sender, then posts the fetches in the same order. Runs to its end even if its caller is gone.
 
         Credits come back when their slab is off the wire, or at once when nothing was granted.
         """
-        posted: list[Future[int]] = []
+        posted: list[Future[Passage]] = []
         try:
             async with link.grants:
                 headers = self._headers(link, transfer, batch)
@@ -181,7 +181,7 @@ class Inbound:
             await finish(self._drop(link, "a grant went unanswered"))
             raise
 
-    def _post(self, link: _Link, transfer: Transfer, header: SlabHeader, copy: Copy) -> "Future[int]":
+    def _post(self, link: _Link, transfer: Transfer, header: SlabHeader, copy: Copy) -> "Future[Passage]":
         future = link.end.fetch(header, copy.destination, transfer.landing, self._config.data_timeout_s)
         release_from_thread(asyncio.get_running_loop(), future, link.window, self._in_flight)
         return future

@@ -10,7 +10,7 @@ from core.config import TransferConfig
 from core.errors import StaleMessage, TransferFailed
 from core.messages.fleet import Acknowledged
 from core.messages.to_rank import CloseChannel, Connect, Connected, Ready, SlabHeader
-from kv_transfer.channels.protocol import ChannelId, Connector, SenderEnd
+from kv_transfer.channels.protocol import ChannelId, Connector, SenderEnd, Terms
 from kv_transfer.inbound import Identity
 from kv_transfer.plan import require_exchangeable
 from kv_transfer.spans import require_inside
@@ -59,7 +59,7 @@ class Outbound:
                 return answer
             if older.channel.generation > channel.generation:
                 raise StaleMessage(f"{older.channel} replaced {channel}", field="generation")
-        self._links[message.receiver] = _Link(channel, self._connector.sender_end(channel))
+        self._links[message.receiver] = _Link(channel, self._connector.sender_end(Terms(channel, "")))
         if older is not None:
             await asyncio.to_thread(older.end.abort, "replaced by a newer generation")
         return answer

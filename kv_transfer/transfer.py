@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kv_transfer.channels.protocol import Landing
 
@@ -44,10 +44,10 @@ def drop_result(done: "asyncio.Future[T]") -> None:
         done.exception()
 
 
-def release_from_thread(loop: asyncio.AbstractEventLoop, future: "Future[int]", *permits: asyncio.Semaphore) -> None:
+def release_from_thread(loop: asyncio.AbstractEventLoop, future: "Future[Any]", *permits: asyncio.Semaphore) -> None:
     """Gives permits back, in the loop, when a channel's future is done."""
 
-    def release(_: "Future[int]") -> None:
+    def release(_: "Future[Any]") -> None:
         for permit in permits:
             loop.call_soon_threadsafe(permit.release)
 

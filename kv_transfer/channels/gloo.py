@@ -65,7 +65,7 @@ def gloo_connector(host: str, pool: Tensor, connect_timeout_s: float) -> GroupCo
     def make_wire(store: Store, rank: int) -> GlooWire:
         return GlooWire(store, rank, device, connect_timeout_s)
 
-    return GroupConnector(host, pool, make_wire, connect_timeout_s)
+    return GroupConnector("gloo", host, pool, make_wire, connect_timeout_s)
 
 
 def _remaining(deadline: float) -> timedelta:

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from core.errors import TransferFailed
-from kv_transfer.channels.protocol import ChannelId
+from kv_transfer.channels.protocol import ChannelId, Terms
 from kv_transfer.channels.two_sided import TwoSidedReceiver, TwoSidedSender, Wire
 
 
@@ -97,20 +97,22 @@ class Hub:
 class InProcessConnector:
     """Makes the ends of one rank's channels inside a Hub."""
 
+    kind = "in_process"
     rendezvous = "in-process"
 
     def __init__(self, hub: Hub, pool: Tensor) -> None:
         self._hub = hub
         self._pool = pool
+        self.reach = str(id(hub))
 
-    def sender_end(self, channel: ChannelId) -> TwoSidedSender:
+    def sender_end(self, terms: Terms) -> TwoSidedSender:
         """See Connector."""
-        return TwoSidedSender(f"{channel} sender", self._pool, lambda _: self._hub.join(channel, 0))
+        return TwoSidedSender(terms, "sender", self._pool, lambda _: self._hub.join(terms.channel, 0))
 
-    def receiver_end(self, channel: ChannelId, rendezvous: str) -> TwoSidedReceiver:
+    def receiver_end(self, terms: Terms, rendezvous: str) -> TwoSidedReceiver:
         """See Connector."""
         del rendezvous
-        return TwoSidedReceiver(f"{channel} receiver", self._pool, lambda _: self._hub.join(channel, 1))
+        return TwoSidedReceiver(terms, "receiver", self._pool, lambda _: self._hub.join(terms.channel, 1))
 
     def close(self) -> None:
         """Nothing is shared."""

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
 from core.errors import TransferFailed
+from kv_transfer.channels.protocol import Passage
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class Abortable(Protocol):
 
 
 WireT = TypeVar("WireT", bound=Abortable)
-Job = Callable[[WireT, float], int]  # (connection, deadline on the monotonic clock) -> bytes
+Job = Callable[[WireT, float], Passage]  # (connection, deadline on the monotonic clock)
 
 
 class Lane(Generic[WireT]):
@@ -34,7 +35,7 @@ class Lane(Generic[WireT]):
         self._open_wire = open_wire
         self._changed = threading.Condition()
         self._aborted = threading.Event()
-        self._jobs: deque[tuple[Job[WireT], float, Future[int]]] = deque()
+        self._jobs: deque[tuple[Job[WireT], float, Future[Passage]]] = deque()
         self._wire: WireT | None = None
         self._failure: TransferFailed | None = None
         self._thread = threading.Thread(target=self._run, name=f"channel {name}", daemon=True)
@@ -45,9 +46,9 @@ class Lane(Generic[WireT]):
         """False after the first failure or an abort."""
         return self._failure is None
 
-    def submit(self, job: Job[WireT], timeout_s: float) -> "Future[int]":
+    def submit(self, job: Job[WireT], timeout_s: float) -> "Future[Passage]":
         """Queues a job; its future fails with TransferFailed when the lane ends first."""
-        future: Future[int] = Future()
+        future: Future[Passage] = Future()
         future.set_running_or_notify_cancel()
         with self._changed:
             if self._failure is not None:
@@ -76,21 +77,21 @@ class Lane(Generic[WireT]):
         finally:
             self._end()
 
-    def _next_job(self) -> tuple[Job[WireT], float, "Future[int]"] | None:
+    def _next_job(self) -> tuple[Job[WireT], float, "Future[Passage]"] | None:
         with self._changed:
             while self._failure is None and not self._jobs:
                 self._changed.wait()
             return self._jobs.popleft() if self._failure is None else None
 
-    def _serve(self, entry: tuple[Job[WireT], float, "Future[int]"], wire: WireT) -> None:
+    def _serve(self, entry: tuple[Job[WireT], float, "Future[Passage]"], wire: WireT) -> None:
         job, deadline, future = entry
         try:
-            num_bytes = job(wire, deadline)
+            passage = job(wire, deadline)
         except BaseException:
             with self._changed:
                 self._jobs.appendleft(entry)  # fails with the others, once the cause is recorded
             raise
-        future.set_result(num_bytes)
+        future.set_result(passage)
 
     def _fail(self, failure: TransferFailed) -> None:
         """The one door to the failed state; the first cause stays."""

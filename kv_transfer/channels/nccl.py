@@ -105,4 +105,4 @@ def nccl_connector(host: str, pool: Tensor, connect_timeout_s: float) -> GroupCo
     def make_wire(store: Store, rank: int) -> NcclWire:
         return NcclWire(store, rank, pool.device)
 
-    return GroupConnector(host, pool, make_wire, connect_timeout_s)
+    return GroupConnector("nccl", host, pool, make_wire, connect_timeout_s)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from core.errors import TransferFailed
-from kv_transfer.channels.protocol import ChannelId
+from kv_transfer.channels.protocol import Terms
 from kv_transfer.channels.two_sided import TwoSidedReceiver, TwoSidedSender, Wire
 
 SENDER, RECEIVER = 0, 1  # ranks inside the group
@@ -28,8 +28,11 @@ class GroupConnector:
     blocked call holds its connection's lock.
     """
 
-    def __init__(self, host: str, pool: Tensor, make_wire: MakeWire, connect_timeout_s: float) -> None:
+    reach = ""
+
+    def __init__(self, kind: str, host: str, pool: Tensor, make_wire: MakeWire, connect_timeout_s: float) -> None:
         """Raises RuntimeError or OSError when `host`, an address of this machine, cannot be listened on."""
+        self.kind = kind
         self._host = host
         self._pool = pool
         self._make_wire = make_wire
@@ -41,24 +44,24 @@ class GroupConnector:
         """host:port of the store."""
         return f"{self._host}:{self._store.port}"
 
-    def sender_end(self, channel: ChannelId) -> TwoSidedSender:
+    def sender_end(self, terms: Terms) -> TwoSidedSender:
         """See Connector."""
 
         def open_wire(aborted: threading.Event) -> Wire:
             store = self._reach_store(self._host, self._store.port)
-            return self._meet(store, channel, SENDER, aborted)
+            return self._meet(store, terms, SENDER, aborted)
 
-        return TwoSidedSender(f"{channel} sender", self._pool, open_wire)
+        return TwoSidedSender(terms, "sender", self._pool, open_wire)
 
-    def receiver_end(self, channel: ChannelId, rendezvous: str) -> TwoSidedReceiver:
+    def receiver_end(self, terms: Terms, rendezvous: str) -> TwoSidedReceiver:
         """See Connector."""
         host, port = rendezvous.rsplit(":", 1)
 
         def open_wire(aborted: threading.Event) -> Wire:
             store = self._reach_store(host, int(port))
-            return self._meet(store, channel, RECEIVER, aborted)
+            return self._meet(store, terms, RECEIVER, aborted)
 
-        return TwoSidedReceiver(f"{channel} receiver", self._pool, open_wire)
+        return TwoSidedReceiver(terms, "receiver", self._pool, open_wire)
 
     def close(self) -> None:
         """Ends the store; existing groups no longer need it."""
@@ -80,13 +83,13 @@ class GroupConnector:
 
         return _persist(self._timeout_s, connect)
 
-    def _meet(self, store: Store, channel: ChannelId, rank: int, aborted: threading.Event) -> Wire:
+    def _meet(self, store: Store, terms: Terms, rank: int, aborted: threading.Event) -> Wire:
         """Waits, abortably, until both ends are there; only then the backend's own blocking set-up begins.
 
         The store holds one verdict, and its first writer decides for both: the receiver writes "go" when it has seen
         the sender waiting, the sender writes "off" when it gives up. So no end enters the set-up alone.
         """
-        private: Any = PrefixStore(str(channel), store)
+        private: Any = PrefixStore(f"{terms.channel} {terms.token}", store)
         if rank == SENDER:
             private.set("waiting", "")
             wanted = "go" if self._await(private, "verdict", aborted) else "off"

@@ -1,6 +1,7 @@
 """Ends of a two-sided channel over any wire: gather -> slab -> wire -> slab -> scatter, one slab at a time."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from core.messages.to_rank import SlabHeader, Span
 from kv_transfer.channels.lane import Lane
-from kv_transfer.channels.protocol import Landing
-from kv_transfer.spans import gather, scatter, span_bytes
+from kv_transfer.channels.protocol import Landing, Passage, Terms
+from kv_transfer.spans import span_bytes
+from kv_transfer.wire_format import make_wire_format
 
 
 class Wire(Protocol):
@@ -55,10 +57,11 @@ class _SlabBuffer:
 class _End:
     """What both ends share: a lane on which slabs pass through one buffer."""
 
-    def __init__(self, name: str, pool: Tensor, open_wire: OpenWire) -> None:
+    def __init__(self, terms: Terms, side: str, pool: Tensor, open_wire: OpenWire) -> None:
         self._pool = pool
+        self._format = make_wire_format(terms.wire_dtype)
         self._slab = _SlabBuffer(pool.device)
-        self._lane: Lane[Wire] = Lane(name, open_wire)
+        self._lane: Lane[Wire] = Lane(f"{terms.channel} {side}", open_wire)
 
     @property
     def is_open(self) -> bool:
@@ -73,34 +76,38 @@ class _End:
 class TwoSidedReceiver(_End):
     """The receiver's end: takes each slab off the wire, then scatters it unless its landing was revoked."""
 
-    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[int]":
+    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[Passage]":
         """See ReceiverEnd."""
         del header  # a wire without tags: order alone says which slab comes
         return self._lane.submit(partial(self._receive, destination, landing), timeout_s)
 
-    def _receive(self, destination: Span, landing: Landing, wire: Wire, deadline: float) -> int:
-        slab = self._slab.take(span_bytes(self._pool, destination))
+    def _receive(self, destination: Span, landing: Landing, wire: Wire, deadline: float) -> Passage:
+        begun_at = time.monotonic()
+        slab = self._slab.take(self._format.num_bytes(self._pool, destination))
         wire.receive(slab, deadline)
+        arrived_at = time.monotonic()
         if not landing.begin_write():
-            return 0
+            return Passage(0, begun_at, arrived_at, arrived_at)
         try:
             with wire.stream():
-                scatter(slab, self._pool, destination)
+                self._format.unpack(slab, self._pool, destination)
         finally:
             landing.end_write()
-        return slab.numel()
+        return Passage(span_bytes(self._pool, destination), begun_at, arrived_at, time.monotonic())
 
 
 class TwoSidedSender(_End):
     """The sender's end: gathers each granted slab and puts it on the wire."""
 
-    def send(self, header: SlabHeader, timeout_s: float) -> "Future[int]":
+    def send(self, header: SlabHeader, timeout_s: float) -> "Future[Passage]":
         """See SenderEnd."""
         return self._lane.submit(partial(self._send, header.source), timeout_s)
 
-    def _send(self, source: Span, wire: Wire, deadline: float) -> int:
-        slab = self._slab.take(span_bytes(self._pool, source))
+    def _send(self, source: Span, wire: Wire, deadline: float) -> Passage:
+        begun_at = time.monotonic()
+        slab = self._slab.take(self._format.num_bytes(self._pool, source))
         with wire.stream():
-            gather(self._pool, source, slab)
+            self._format.pack(self._pool, source, slab)
+        gathered_at = time.monotonic()
         wire.send(slab, deadline)
-        return slab.numel()
+        return Passage(span_bytes(self._pool, source), begun_at, gathered_at, time.monotonic())

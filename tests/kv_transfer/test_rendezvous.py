@@ -9,10 +9,10 @@ from transfer_fleet import HOST
 from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
 from kv_transfer.channels.in_process import Line
-from kv_transfer.channels.protocol import ChannelId, Landing
+from kv_transfer.channels.protocol import ChannelId, Landing, Terms
 from kv_transfer.channels.rendezvous import RECEIVER, SENDER, GroupConnector
 
-CHANNEL = ChannelId("a", "b", 1, 1)
+TERMS = Terms(ChannelId("a", "b", 1, 1), "token")
 SPAN = Span(0, 1, (0,), 0, 1)
 
 
@@ -24,7 +24,7 @@ class Group:
         self.both = threading.Event()
         self.line = Line()
         self.pool = torch.zeros(1, 2, 2, 1, 4, 8)
-        self.connector = GroupConnector(HOST, self.pool, self.set_up, timeout_s)
+        self.connector = GroupConnector("test", HOST, self.pool, self.set_up, timeout_s)
 
     def set_up(self, store, rank):
         self.began.append(rank)
@@ -40,10 +40,10 @@ def fetch(receiver):
 
 def test_both_ends_set_up_once_both_are_there():
     group = Group()
-    receiver = group.connector.receiver_end(CHANNEL, group.connector.rendezvous)
-    sender = group.connector.sender_end(CHANNEL)
+    receiver = group.connector.receiver_end(TERMS, group.connector.rendezvous)
+    sender = group.connector.sender_end(TERMS)
     sender.send(SlabHeader(0, "r", 1, SPAN), 5.0)
-    assert fetch(receiver).result(5) == 2 * 4 * 8 * 4
+    assert fetch(receiver).result(5).num_bytes == 2 * 4 * 8 * 4
     assert sorted(group.began) == [SENDER, RECEIVER]
     sender.abort("over")
     receiver.abort("over")
@@ -53,12 +53,12 @@ def test_both_ends_set_up_once_both_are_there():
 def test_an_end_that_gave_up_lets_nobody_set_up(gives_up):
     group = Group(timeout_s=0.3)
     if gives_up == "sender":
-        group.connector.sender_end(CHANNEL).abort("no longer wanted")
-        late = group.connector.receiver_end(CHANNEL, group.connector.rendezvous)
+        group.connector.sender_end(TERMS).abort("no longer wanted")
+        late = group.connector.receiver_end(TERMS, group.connector.rendezvous)
         failure = fetch(late).exception(5)
     else:
-        group.connector.receiver_end(CHANNEL, group.connector.rendezvous).abort("no longer wanted")
-        late = group.connector.sender_end(CHANNEL)
+        group.connector.receiver_end(TERMS, group.connector.rendezvous).abort("no longer wanted")
+        late = group.connector.sender_end(TERMS)
         failure = late.send(SlabHeader(0, "r", 1, SPAN), 5.0).exception(5)
     assert isinstance(failure, TransferFailed)
     assert group.began == []
@@ -69,8 +69,8 @@ def test_aborts_at_any_moment_of_connecting_leave_no_end_alone_in_the_set_up():
     for _ in range(10):
         group = Group()
         ends = [
-            group.connector.sender_end(CHANNEL),
-            group.connector.receiver_end(CHANNEL, group.connector.rendezvous),
+            group.connector.sender_end(TERMS),
+            group.connector.receiver_end(TERMS, group.connector.rendezvous),
         ]
         for end in ends:
             end.abort("at once")
