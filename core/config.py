@@ -76,8 +76,15 @@ class TransferConfig(Section):
     channel: ChannelKind = "gloo"
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
-    window_slabs: int = Field(default=4, ge=1)  # slabs a receiver may have asked for ahead, per channel
-    max_slabs_in_flight: int = Field(default=8, ge=1)  # received by one rank at a time, over all its channels
+    pair_window_mib: float = Field(default=32.0, gt=0)  # asked for ahead by a rank from one peer
+    rank_window_mib: float = Field(default=128.0, gt=0)  # from all its peers together
+    pairs_mib: float = Field(default=2048.0, gt=0)  # of one rank's memory for channels; idle ones make room
+    pair_idle_timeout_s: float = Field(default=300.0, gt=0)  # longer idle, a channel is closed when another is made
+    wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what KV is converted to on its way; empty: as it is stored
+    ttft_slo_s: float = Field(
+        default=2.0, gt=0
+    )  # a request is due this long after it came; what is due first goes first
+    digest_share: float = Field(default=0.02, ge=0, le=1)  # of the fetches whose bytes are compared with the sender's
     connect_timeout_s: float = Field(default=10.0, gt=0)
     data_timeout_s: float = Field(default=10.0, gt=0)
     control_timeout_s: float = Field(default=2.0, gt=0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from core.errors import Incompatible
 
-TRANSFER_PROTOCOL = 1  # how KV moves between two ranks; the control plane has its own version in core/version.py
+TRANSFER_PROTOCOL = 2  # how KV moves between two ranks; the control plane has its own version in core/version.py
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -49,6 +49,10 @@ class Fetcher:
             announce.source.layout,
             copies,
             timeout_s,
+            announce.lease_id,
+            announce.first_block,
+            announce.source_blocks,
+            fetch.due_s,
         )
         if rank == context.spec.rank:
             return await context.agent.fetch(order)

@@ -56,6 +56,7 @@ class Fetch:
     handoff: Handoff
     announce: Announce
     destination_blocks: tuple[int, ...]
+    due_s: float  # until the request's client should have its first tokens
 
 
 class Handoffs:
@@ -126,7 +127,8 @@ class Handoffs:
         self._pool.begin_write(destination)
         handoff.writing[message.number] = destination
         handoff.times.first_announced_at = handoff.times.first_announced_at or now
-        return Fetch(handoff, message, tuple(destination))
+        due_s = max(0.0, handoff.times.opened_at + handoff.message.due_s - now)
+        return Fetch(handoff, message, tuple(destination), due_s)
 
     def fetched(self, handoff: Handoff, number: int, result: Fetched, now: float) -> None:
         """All bytes of an announcement are in place, on every rank."""

@@ -17,6 +17,8 @@ class Transfer:
 
     request_id: str
     attempt: int
+    lease_id: int = 0
+    due: float = 0.0  # on the event loop's monotonic clock
     landing: Landing = field(default_factory=Landing)
 
     async def come_to_rest(self) -> None:

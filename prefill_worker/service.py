@@ -71,7 +71,7 @@ class PrefillService:
 
     def may_read(self, header: SlabHeader) -> bool:
         """Whether a peer may still fetch these blocks."""
-        return self._deliveries.may_read(header.request_id, header.attempt, header.source.blocks)
+        return self._deliveries.may_read(header)
 
     def status(self) -> ReplicaStatus:
         """Load at this moment."""

@@ -42,8 +42,11 @@ WATCH = ServerStream("Watch", to_scheduler.Watch, to_scheduler.Report)
 DRAIN = Unary("Drain", fleet.Drain, fleet.Empty)
 
 CONNECT = Unary("Connect", to_rank.Connect, to_rank.Connected)
-READY = Unary("Ready", to_rank.Ready, fleet.Acknowledged)
+READY = Unary("Ready", to_rank.Ready, to_rank.Granted)
+DIGEST_BLOCKS = Unary("DigestBlocks", to_rank.DigestBlocks, to_rank.BlockDigests)
 CLOSE_CHANNEL = Unary("CloseChannel", to_rank.CloseChannel, fleet.Acknowledged)
+PREPARE_PAIRS = Unary("PreparePairs", to_rank.PreparePairs, fleet.Empty)
+READ_TIMELINE = Unary("ReadTimeline", to_rank.ReadTimeline, to_rank.TimelineEvents)
 FETCH_BLOCKS = Unary("FetchBlocks", to_rank.FetchBlocks, to_rank.Fetched)
 HEALTH = Unary("Health", fleet.Empty, fleet.RankHealth)
 

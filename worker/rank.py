@@ -5,7 +5,7 @@ listen -> load (engine thread) -> meet the other ranks -> transfer agent -> role
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
@@ -18,12 +18,12 @@ from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
-from core.messages.to_rank import SlabHeader
+from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TimelineEvents
 from core.version import PROTOCOL, VERSION
 from engine.block_pool import BlockPool
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.protocol import Connector
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from rpc import methods
 from rpc.client import RpcClient
 from rpc.server import RpcServer
@@ -37,7 +37,7 @@ from worker.spec import RankSpec
 logger = logging.getLogger(__name__)
 
 MakeRole = Callable[[RankContext], RoleService]
-Connect = Callable[[TransferConfig, str, Tensor, Path | None], Connector]
+Connect = Callable[[TransferConfig, str, Tensor, Path | None], Sequence[Connector]]
 
 
 @dataclass
@@ -52,8 +52,8 @@ class _Serving:
 class Rank:
     """`start`, then `run` until it raises or is cancelled, then `close`."""
 
-    def __init__(self, spec: RankSpec, make_role: MakeRole, connect: Connect = make_connector) -> None:
-        """`connect` makes the rank's channels; another one than the configuration names serves ranks of one process."""
+    def __init__(self, spec: RankSpec, make_role: MakeRole, connect: Connect = make_connectors) -> None:
+        """`connect` makes the rank's transports; others than the configuration names serve ranks of one process."""
         self._spec = spec
         self._make_role = make_role
         self._connect = connect
@@ -80,7 +80,7 @@ class Rank:
             layout=info.layout,
             compatibility=info.compatibility,
             config=spec.transfer,
-            connector=self._connect(spec.transfer, spec.host, kv_cache.tensor, kv_cache.path),
+            connectors=self._connect(spec.transfer, spec.host, kv_cache.tensor, kv_cache.path),
             control=RpcPeerControl(self._client, spec.transfer),
             may_read=self._may_read,
         )
@@ -161,10 +161,20 @@ class Rank:
         async def health(_: Empty) -> RankHealth:
             return await self.health()
 
+        async def prepare(message: PreparePairs) -> Empty:
+            agent.prepare(message.addresses)
+            return Empty()
+
+        async def timeline(message: ReadTimeline) -> TimelineEvents:
+            return TimelineEvents(agent.timeline.of(message.request_id))
+
         self._server.unary(methods.HEALTH, health)
         self._server.unary(methods.CONNECT, agent.on_connect)
         self._server.unary(methods.READY, agent.on_ready)
+        self._server.unary(methods.DIGEST_BLOCKS, agent.on_digest)
         self._server.unary(methods.CLOSE_CHANNEL, agent.on_close)
+        self._server.unary(methods.PREPARE_PAIRS, prepare)
+        self._server.unary(methods.READ_TIMELINE, timeline)
         self._server.unary(methods.FETCH_BLOCKS, agent.fetch)
 
     def _may_read(self, header: SlabHeader) -> bool:

@@ -129,7 +129,8 @@ class Orchestrator:
     ) -> AsyncIterator[Ticket]:
         """Room on decode; leaving the block in any way ends the attempt there, and on prefill through it."""
         request_id = progress.generation.request_id
-        message = Open(request_id, attempt, self._fleet.ingress_id, sequence, plan.prefill, progress.remaining_s)
+        due_s = progress.due_s(self._config.ttft_slo_s)
+        message = Open(request_id, attempt, self._fleet.ingress_id, sequence, plan.prefill, progress.remaining_s, due_s)
         try:
             try:
                 ticket = await self._client.call(plan.decode.address, OPEN, message, self._config.control_timeout_s)

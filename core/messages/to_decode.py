@@ -41,6 +41,7 @@ class Open:
     sequence: Sequence
     prefill: ReplicaInfo | None
     timeout_s: float
+    due_s: float = 0.0  # until the client should have its first tokens; what is due first travels first
 
 
 @dataclass(frozen=True)

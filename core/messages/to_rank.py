@@ -1,4 +1,4 @@
-"""What any rank is told by its replica's first rank (FetchBlocks) and by transfer peers (Connect, Ready, CloseChannel).
+"""What any rank is told by its replica's first rank (FetchBlocks, PreparePairs) and by transfer peers (the others).
 
 A channel is the ordered pair (sender rank, receiver rank); its `generation` grows with every rebuild.
 """
@@ -20,6 +20,14 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """A transport that a rank can use, with ranks that offer the same kind and reach."""
+
+    kind: str
+    reach: str = ""  # empty: wherever the network leads
+
+
+@dataclass(frozen=True)
 class Connect:
     """Receiver asks sender to build its end of channel (sender, receiver)."""
 
@@ -28,6 +36,8 @@ class Connect:
     generation: int
     compatibility: Compatibility
     layout: KVLayout
+    offers: tuple[Offer, ...] = ()  # transports, in order of the receiver's wish
+    wire_dtype: str = ""  # what KV shall be converted to on its way; empty: travels as it is stored
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Connected:
 
     sender_incarnation: int
     rendezvous: str  # for the channel only: host:port of the sender's store, or what names its shared pool
+    kind: str = ""  # of the transport, one of the offers
+    token: str = ""  # for this generation alone: the data plane lets in who knows it
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class SlabHeader:
     request_id: str
     attempt: int
     source: Span
+    lease_id: int = 0
+    logical_blocks: tuple[int, ...] = ()  # of the request, one for each block of `source`
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,62 @@ class Ready:
     receiver_incarnation: int
     generation: int
     slabs: tuple[SlabHeader, ...]
+
+
+@dataclass(frozen=True)
+class Granted:
+    """The sender's answer; a refused slab is skipped by both ends, its number is used up."""
+
+    known: bool = True  # False: these slabs had been granted before
+    refused: tuple[int, ...] = ()  # sequence numbers of slabs whose source does not hold what the request wants
+
+
+@dataclass(frozen=True)
+class DigestBlocks:
+    """Receiver asks the sender what it should have got."""
+
+    slabs: tuple[SlabHeader, ...]
+
+
+@dataclass(frozen=True)
+class BlockDigests:
+    """64-bit digests of the slabs' content, in their order."""
+
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PreparePairs:
+    """A replica's first rank tells one of its ranks to connect to peers that it will fetch from soon."""
+
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReadTimeline:
+    """Asks a rank what it did for a request, or of late when `request_id` is empty."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class TimelineEvent:
+    """`phase`: compute, wait, gather, wire, scatter or digest; moments of the rank's own monotonic clock."""
+
+    request_id: str
+    attempt: int
+    phase: str
+    peer: str
+    begun_at: float
+    ended_at: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TimelineEvents:
+    """The answer, in order of their ends."""
+
+    events: tuple[TimelineEvent, ...]
 
 
 @dataclass(frozen=True)
@@ -86,6 +156,10 @@ class FetchBlocks:
     source_layout: KVLayout
     copies: tuple[Copy, ...]
     timeout_s: float
+    lease_id: int = 0
+    first_block: int = 0  # logical; the first of source_blocks
+    source_blocks: tuple[int, ...] = ()  # physical, in logical order
+    due_s: float = 0.0  # until the request's client should see its next token
 
 
 @dataclass(frozen=True)
@@ -94,3 +168,4 @@ class Fetched:
 
     num_bytes: int
     seconds: float
+    num_digests: int = 0  # slabs whose content was compared with the sender's

@@ -9,6 +9,13 @@ from core.errors import ConfigurationError
 from kv_transfer.channels.protocol import Connector
 
 
+def make_connectors(
+    config: TransferConfig, host: str, pool: Tensor, pool_path: Path | None = None
+) -> tuple[Connector, ...]:
+    """In order of preference."""
+    return (make_connector(config, host, pool, pool_path),)
+
+
 def make_connector(config: TransferConfig, host: str, pool: Tensor, pool_path: Path | None = None) -> Connector:
     """`host` is an address of this machine that peers can reach; `pool` the rank's KV pool.
 

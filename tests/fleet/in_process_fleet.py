@@ -14,7 +14,7 @@ from core.config import ModelConfig, PoolConfig, SchedulerConfig, TransferConfig
 from core.messages.fleet import ReplicaInfo, Role
 from core.sampling import SamplingParams
 from decode_worker.service import DecodeService
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from prefill_worker.service import PrefillService
 from worker.rank import Connect, Rank
 from worker.spec import RankSpec, new_incarnation
@@ -102,7 +102,7 @@ async def running_fleet(
     pool: PoolConfig | None = None,
     transfer: TransferConfig | None = None,
     scheduler: SchedulerConfig | None = None,
-    connect: Connect = make_connector,
+    connect: Connect = make_connectors,
 ):
     """Starts everything, and ends everything, failure or not."""
     pool = pool or PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64)

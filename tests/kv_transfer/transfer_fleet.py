@@ -10,7 +10,17 @@ from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import Acknowledged
-from core.messages.to_rank import CloseChannel, Connect, Connected, FetchBlocks, Ready, SlabHeader
+from core.messages.to_rank import (
+    BlockDigests,
+    CloseChannel,
+    Connect,
+    Connected,
+    DigestBlocks,
+    FetchBlocks,
+    Granted,
+    Ready,
+    SlabHeader,
+)
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.in_process import Hub, InProcessConnector
 from kv_transfer.channels.protocol import Connector
@@ -19,7 +29,7 @@ from kv_transfer.channels.strict import StrictLine
 from kv_transfer.plan import plan_copies
 
 HOST = "127.0.0.1"
-SMALL_SLABS = TransferConfig(slab_mib=0.002, window_slabs=2, max_slabs_in_flight=3)
+SMALL_SLABS = TransferConfig(slab_mib=0.002, pair_window_mib=0.004, rank_window_mib=0.006)
 COMPATIBILITY = Compatibility("demo", "r1", "bfloat16", 16, "scheme")
 
 
@@ -56,8 +66,11 @@ class DirectControl:
     async def connect(self, address: str, message: Connect) -> Connected:
         return await self._agent(address).on_connect(message)
 
-    async def ready(self, address: str, message: Ready) -> Acknowledged:
+    async def ready(self, address: str, message: Ready) -> Granted:
         return await self._agent(address).on_ready(message)
+
+    async def digest(self, address: str, message: DigestBlocks) -> BlockDigests:
+        return await self._agent(address).on_digest(message)
 
     async def close(self, address: str, message: CloseChannel) -> Acknowledged:
         return await self._agent(address).on_close(message)
@@ -117,7 +130,7 @@ class Fleet:
                 layout=layout,
                 compatibility=COMPATIBILITY,
                 config=self.config,
-                connector=connector_of(self.kind, self.hub, pool),
+                connectors=(connector_of(self.kind, self.hub, pool),),
                 control=self.control,
                 may_read=self.may_read,
             )
