@@ -240,6 +240,10 @@ class DecodeService:
 
     def _settle(self) -> None:
         """After any change: releases what prefill may free, tells ingresses what joined, wakes loop and drain."""
+        while orphans := self._handoffs.take_orphans():
+            for handoff in orphans:
+                self._tell_to_resume(handoff)
+                self._handoffs.end(handoff.request_id, handoff.message.attempt, self._now())
         for handoff in self._handoffs.take_releasable():
             self._spawn(self._release(handoff))
         for handoff in self._handoffs.take_joined():

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor
@@ -18,20 +18,23 @@ from kv_transfer.channels.protocol import ChannelId, Connector, Passage, SenderE
 from kv_transfer.link import Identity
 from kv_transfer.pairs import Pairs
 from kv_transfer.plan import require_exchangeable
+from kv_transfer.session import SenderSession
 from kv_transfer.spans import require_inside
 from kv_transfer.timeline import Timeline
+from kv_transfer.transfer import drop_result
 
 MayRead = Callable[[SlabHeader], bool]
 
 
 @dataclass(eq=False)
 class _Link:
-    """One generation of a channel, as its sender sees it."""
+    """The channel to one receiver, as its sender sees it."""
 
+    session: SenderSession
     channel: ChannelId
-    end: SenderEnd
-    answer: Connected
-    next_sequence: int = 0
+    answer: "asyncio.Task[Connected] | None" = None  # builds `end`, then tells the receiver where to find it
+    end: SenderEnd | None = None
+    refused: set[int] = field(default_factory=set)  # sequence numbers
 
 
 class Outbound:
@@ -77,47 +80,38 @@ class Outbound:
                 field="wire_dtype",
             )
         connector = self._choose(message.offers)
+        if self._is_closed:
+            raise StaleMessage("this rank is closing", field="generation")
+        old = self._links.get(message.receiver)
+        session = old.session if old is not None else SenderSession(message.receiver)
+        if not session.connect(message):
+            assert old is not None and old.answer is not None
+            return await asyncio.shield(old.answer)
         channel = ChannelId(self._identity.address, message.receiver, message.receiver_incarnation, message.generation)
-        known = self._replaceable(channel)
-        if known is not None and known.channel == channel:
-            return known.answer
-        if known is not None:
-            await self._end(known, "replaced by a newer generation")
-        num_bytes = channel_bytes(connector.kind, int(self._config.slab_mib * 2**20))
-        await self._pairs.open(channel, num_bytes, lambda: self._end_channel(channel), self._config.control_timeout_s)
-        if self._is_closed or self._replaceable(channel) is not None:
-            self._pairs.forget(channel)
-            raise StaleMessage(f"{channel} was overtaken", field="generation")
-        token = secrets.token_hex(16)
-        answer = Connected(self._identity.incarnation, connector.rendezvous, connector.kind, token)
-        end = connector.sender_end(Terms(channel, token, message.wire_dtype))
-        self._links[message.receiver] = _Link(channel, end, answer)
-        return answer
+        link = self._links[message.receiver] = _Link(session, channel)
+        link.answer = asyncio.create_task(self._build(link, connector, message.wire_dtype, old))
+        link.answer.add_done_callback(drop_result)
+        return await asyncio.shield(link.answer)
 
     async def on_ready(self, message: Ready) -> Granted:
         """Queues the granted slabs but for those that may not be read. A repeated grant is not obeyed again.
 
         Raises StaleMessage, field "generation", when the channel is not this one.
         """
-        link = self._link_of(message.receiver, message.receiver_incarnation, message.generation)
-        if link is None or not link.end.is_open:
-            raise StaleMessage(f"no channel to {message.receiver} of that generation", field="generation")
-        first = message.slabs[0].sequence
-        if first < link.next_sequence:
-            return Granted(known=False)
-        if first > link.next_sequence:
-            raise StaleMessage(f"slab {first} granted, {link.next_sequence} expected", field="generation")
-        link.next_sequence += len(message.slabs)
-        refused = tuple(header.sequence for header in message.slabs if not self.is_readable(header))
-        for header in message.slabs:
-            if header.sequence not in refused:
-                self._send(link, header)
-        return Granted(refused=refused)
+        link = self._links.get(message.receiver)
+        if link is None or link.end is None or not link.end.is_open:
+            raise StaleMessage(f"no open channel to {message.receiver}", field="generation")
+        granted = link.session.ready(message)
+        link.refused.update(header.sequence for header in granted if not self.is_readable(header))
+        for header in granted:
+            if header.sequence not in link.refused:
+                self._send(link, link.end, header)
+        return Granted(bool(granted), tuple(h.sequence for h in message.slabs if h.sequence in link.refused))
 
     async def on_close(self, message: CloseChannel) -> Acknowledged:
         """Ends a channel that its receiver has given up; another generation is left alone."""
-        link = self._link_of(message.receiver, message.receiver_incarnation, message.generation)
-        if link is None:
+        link = self._links.get(message.receiver)
+        if link is None or not link.session.close(message):
             return Acknowledged(known=False)
         await self._end(link, "closed by the receiver")
         return Acknowledged()
@@ -146,20 +140,29 @@ class Outbound:
             f"no transport in common: {', '.join(self._connectors)} here, {theirs} there", field="transfer.channel"
         )
 
-    def _replaceable(self, channel: ChannelId) -> _Link | None:
-        """The receiver's present link. Raises StaleMessage when that is newer than `channel`, or all is ending."""
-        if self._is_closed:
-            raise StaleMessage("this rank is closing", field="generation")
-        link = self._links.get(channel.receiver)
-        is_same = link is not None and link.channel.receiver_incarnation == channel.receiver_incarnation
-        if link is not None and is_same and link.channel.generation > channel.generation:
-            raise StaleMessage(f"{link.channel} replaced {channel}", field="generation")
-        return link
+    async def _build(self, link: _Link, connector: Connector, wire_dtype: str, old: _Link | None) -> Connected:
+        """Makes this end once the older one is over and there is room. Raises TransferFailed, StaleMessage."""
+        channel = link.channel
+        try:
+            if old is not None:
+                await self._end(old, "replaced by a newer generation")
+            num_bytes = channel_bytes(connector.kind, int(self._config.slab_mib * 2**20))
+            timeout_s = self._config.control_timeout_s
+            await self._pairs.open(channel, num_bytes, lambda: self._end(link, "its memory is wanted"), timeout_s)
+        except TransferFailed:
+            await self._end(link, "no memory for it")
+            raise
+        if self._links.get(channel.receiver) is not link:
+            self._pairs.forget(channel)
+            raise StaleMessage(f"{channel} was overtaken", field="generation")
+        token = secrets.token_hex(16)
+        link.end = connector.sender_end(Terms(channel, token, wire_dtype))
+        return Connected(self._identity.incarnation, connector.rendezvous, connector.kind, token)
 
-    def _send(self, link: _Link, header: SlabHeader) -> None:
+    def _send(self, link: _Link, end: SenderEnd, header: SlabHeader) -> None:
         loop = asyncio.get_running_loop()
         self._pairs.use(link.channel)
-        future = link.end.send(header, self._config.data_timeout_s)
+        future = end.send(header, self._config.data_timeout_s)
         future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._sent, link, header, done))
 
     def _sent(self, link: _Link, header: SlabHeader, future: "Future[Passage]") -> None:
@@ -181,19 +184,11 @@ class Outbound:
                         )
                     )
 
-    async def _end_channel(self, channel: ChannelId) -> None:
-        link = self._links.get(channel.receiver)
-        if link is not None and link.channel == channel:
-            await self._end(link, "its memory is wanted")
-
     async def _end(self, link: _Link, reason: str) -> None:
+        """Idempotent; on return no source is read any more."""
         if self._links.get(link.channel.receiver) is link:
             del self._links[link.channel.receiver]
-            self._pairs.forget(link.channel)
-        await asyncio.to_thread(link.end.abort, reason)
-
-    def _link_of(self, receiver: str, incarnation: int, generation: int) -> _Link | None:
-        link = self._links.get(receiver)
-        if link is None or (link.channel.receiver_incarnation, link.channel.generation) != (incarnation, generation):
-            return None
-        return link
+            link.session.end()
+        self._pairs.forget(link.channel)
+        if link.end is not None:
+            await asyncio.to_thread(link.end.abort, reason)

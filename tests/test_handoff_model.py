@@ -31,6 +31,7 @@ from prefill_worker.deliveries import Deliveries
 from prefill_worker.scheduler import PrefillScheduler
 
 BLOCK, LAYERS, POOL = 2, 2, 9
+COMMON = [1, 0, 1, 1, 0, 1, 0, 0, 1]  # what prompts often begin with
 LAYOUT = KVLayout(LAYERS, 1, 1, BLOCK, "float32", 1)
 
 
@@ -83,7 +84,7 @@ class HandoffModel(RuleBasedStateMachine):
         self.prefill_step = self.decode_step = None
         self.layers_told = 0
         self.attempts: dict[str, int] = defaultdict(lambda: -1)
-        self.joined = 0
+        self.joined = self.shared = self.orphaned = 0
 
     # ---- the ingress --------------------------------------------------------------------------------------------
 
@@ -237,9 +238,14 @@ class HandoffModel(RuleBasedStateMachine):
         self.wire += [one.message for one in outgoing]
 
     def settle(self) -> None:
+        while orphans := self.handoffs.take_orphans():
+            self.orphaned += len(orphans)
+            for handoff in orphans:
+                self.handoffs.end(handoff.request_id, handoff.message.attempt, self.now)
         self.wire += [Release(h.request_id, h.message.attempt) for h in self.handoffs.take_releasable()]
         for handoff in self.handoffs.take_joined():
             self.joined += 1
+            self.shared += len(handoff.awaited)
             assert handoff.sequence.num_uncomputed >= 1
 
     @invariant()
@@ -315,15 +321,16 @@ def run_random(seed: int, num_actions: int) -> HandoffModel:
     random, model = Random(seed), HandoffModel()
     for _ in range(num_actions):
         action = random.random()
-        if action < 0.12:
+        if action < 0.06:
             tokens = [random.randrange(2) for _ in range(random.randint(1, 9))]
+            tokens = tokens if random.random() < 0.3 else COMMON[: len(tokens)]
             model.request(random.choice("abcd"), tokens, random.randint(1, 4), random.random() < 0.2)
-        elif action < 0.18:
+        elif action < 0.07:
             model.cancel(random.choice("abcd"), random.random() < 0.5)
-        elif action < 0.48 and model.wire:
+        elif action < 0.45 and model.wire:
             model.deliver(_Random(random, len(model.wire)), random.random() < 0.1)
         elif action < 0.62 and model.fetches:
-            model.end_fetch(_Random(random, len(model.fetches)), random.random() < 0.15)
+            model.end_fetch(_Random(random, len(model.fetches)), random.random() < 0.1)
         elif action < 0.82:
             model.prefill_forward()
         else:
@@ -332,14 +339,39 @@ def run_random(seed: int, num_actions: int) -> HandoffModel:
     return model
 
 
+def test_a_prefix_that_is_on_its_way_is_sent_once():
+    model = HandoffModel()
+    model.request("a", COMMON[:5], 4, False)
+    model.request("b", COMMON[:7], 4, False)
+    tickets = [message.ticket for message in model.wire]
+    assert [(t.first_missing_block, t.num_blocks) for t in tickets] == [(0, 3), (2, 4)]
+    for _ in range(30):
+        while model.wire:
+            model.receive(model.wire.pop(0))
+        while model.fetches:
+            model.end_fetch(_First(), False)
+        model.prefill_forward()
+    assert model.joined == 2 and model.shared == 2
+    model.teardown()
+
+
+def test_who_waits_for_a_prefix_that_never_comes_is_told():
+    model = HandoffModel()
+    model.request("a", COMMON[:5], 4, False)
+    model.request("b", COMMON[:7], 4, False)
+    model.cancel("a", True)
+    assert model.orphaned == 1 and len(model.handoffs) == 0
+    model.teardown()
+
+
 def test_long_random_lives_end_with_nothing_held():
-    joined = 0
+    joined = shared = orphaned = 0
     for seed in range(12):
         model = run_random(seed, 1500)
-        joined += model.joined
+        joined, shared, orphaned = joined + model.joined, shared + model.shared, orphaned + model.orphaned
         model.teardown()
-    print(f"{joined} requests joined decode")
-    assert joined > 300
+    print(f"{joined} requests joined decode, {shared} blocks came with another's transfer, {orphaned} waited in vain")
+    assert joined > 300 and shared > 10 and orphaned > 5
 
 
 def forget_writers(monkeypatch):
@@ -386,8 +418,42 @@ def complete_too_early(monkeypatch):
     monkeypatch.setattr(LeaseBook, "_complete_if_whole", complete)
 
 
+def commit_twice(monkeypatch):
+    """A repeated commit is taken for another one."""
+    commit = LeaseBook.commit
+
+    def commit_again(self, message):
+        lease = self.find(message.request_id)
+        if lease is not None and lease.commit == message:
+            lease.commit = None
+        return commit(self, message)
+
+    monkeypatch.setattr(LeaseBook, "commit", commit_again)
+
+
+def share_half_a_block(monkeypatch):
+    """A block whose first layer has come is given to those who await it."""
+    fetched = LeaseBook.fetched
+
+    def fetched_some(self, lease, number):
+        fetched(self, lease, number)
+        message = lease.announced[number]
+        return list(range(message.first_block, message.first_block + len(message.source_blocks)))
+
+    monkeypatch.setattr(LeaseBook, "fetched", fetched_some)
+
+
 @pytest.mark.parametrize(
-    "mutation", [forget_writers, forget_readers, free_before_quiet, ignore_attempts, complete_too_early]
+    "mutation",
+    [
+        forget_writers,
+        forget_readers,
+        free_before_quiet,
+        ignore_attempts,
+        complete_too_early,
+        commit_twice,
+        share_half_a_block,
+    ],
 )
 def test_the_model_catches(mutation, monkeypatch):
     """Break one rule, and the random lives must notice it."""

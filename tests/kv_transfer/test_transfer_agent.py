@@ -316,7 +316,7 @@ async def test_a_repeated_grant_is_not_sent_twice_and_a_channel_ends_when_its_re
     await sender.on_connect(connect(sender))
     assert (await sender.on_ready(ready(0))).known
     assert not (await sender.on_ready(ready(0))).known
-    assert sender.outbound._links["d/0"].next_sequence == 1
+    assert sender.outbound._links["d/0"].session.next_sequence == 1
     end = sender.outbound._links["d/0"].end
     assert not (await sender.on_close(CloseChannel("d/0", 1, 9))).known
     assert (await sender.on_close(CloseChannel("d/0", 1, 1))).known
