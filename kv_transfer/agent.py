@@ -39,12 +39,12 @@ class TransferAgent:
         control: PeerControl,
         may_read: MayRead,
     ) -> None:
-        """`address` is the rank's RPC address and its name to peers; `pool` is [layers, blocks, 2, heads, size, dim].
+        """`address` is the rank's RPC address and its name to peers.
 
-        The agent owns `connector` and closes it.
+        `pool` is [layers, blocks, planes, heads, size, dim]. The agent owns `connector` and closes it.
         """
-        assert pool.is_contiguous() and pool.shape[2] == 2
-        assert (pool.shape[0], pool.shape[3]) == (layout.num_layers, layout.heads_per_rank)
+        assert pool.is_contiguous()
+        assert (pool.shape[0], *pool.shape[2:4]) == (layout.num_layers, layout.num_planes, layout.heads_per_rank)
         assert tuple(pool.shape[4:]) == (layout.block_size, layout.head_dim)
         self._identity = Identity(address, incarnation, compatibility, layout)
         self._pool = pool

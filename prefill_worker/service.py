@@ -71,7 +71,8 @@ class PrefillService:
 
     def may_read(self, header: SlabHeader) -> bool:
         """Whether a peer may still fetch these blocks."""
-        return self._deliveries.may_read(header.request_id, header.attempt, header.source.blocks)
+        blocks = header.source.physical_blocks(self._context.info.layout.block_size)
+        return self._deliveries.may_read(header.request_id, header.attempt, blocks)
 
     def status(self) -> ReplicaStatus:
         """Load at this moment."""

@@ -277,7 +277,7 @@ def sender(fleet):
         ({"compatibility": Compatibility("other", "r1", "bfloat16", 16, "scheme")}, "model"),
         ({"compatibility": Compatibility("demo", "r1", "bfloat16", 16, "other")}, "hash_scheme"),
         ({"layout": KVLayout(3, 4, 16, 4, "bfloat16", 1)}, "head_dim"),
-        ({"layout": KVLayout(3, 4, 8, 8, "bfloat16", 1)}, "block_size"),
+        ({"layout": KVLayout(3, 4, 8, 6, "bfloat16", 1)}, "block_size"),
     ],
 )
 async def test_an_incompatible_receiver_is_refused_by_field(sender, change, field):
