@@ -74,6 +74,7 @@ class TransferConfig(Section):
     """How KV blocks travel."""
 
     channel: ChannelKind = "gloo"
+    wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
     window_slabs: int = Field(default=4, ge=1)  # slabs a receiver may have asked for ahead, per channel
