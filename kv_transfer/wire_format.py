@@ -12,6 +12,7 @@ from kv_transfer.spans import gather, run_elements, scatter, span_bytes
 _LARGEST = 448.0  # of float8_e4m3fn
 _SMALLEST_SCALE = 2.0**-126  # the smallest of full precision
 _SCALE_BYTES = 4
+_NUMBERS_AT_ONCE = 2**18  # converted together: what is in between stays in a CPU's cache, and small
 
 
 class WireFormat(Protocol):
@@ -65,11 +66,13 @@ class Float8:
 
     def pack(self, pool: Tensor, span: Span, slab: Tensor) -> None:
         """See WireFormat."""
-        rows = self._stored(pool, span).float()
-        largest = rows.abs().amax(1, keepdim=True)
-        scales, numbers = self._parts(slab, len(rows))
-        scales.copy_((largest / _LARGEST).clamp(min=_SMALLEST_SCALE))
-        numbers.copy_(rows.div_(scales))
+        stored = self._stored(pool, span)
+        at_once = max(1, _NUMBERS_AT_ONCE // stored.shape[1])
+        parts = (torch.split(part, at_once) for part in (stored, *self._parts(slab, len(stored))))
+        for rows, scales, numbers in zip(*parts, strict=True):
+            largest = rows.abs().amax(1, keepdim=True).float()
+            scales.copy_((largest / _LARGEST).clamp(min=_SMALLEST_SCALE))
+            numbers.copy_(rows / scales)
 
     def unpack(self, slab: Tensor, pool: Tensor, span: Span) -> None:
         """See WireFormat."""
@@ -92,8 +95,13 @@ class Float8:
 
     def _restored(self, slab: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
         """The slab's numbers as they are stored, [rows, numbers of a row]."""
-        scales, numbers = self._parts(slab, num_rows)
-        return (numbers.float() * scales).to(dtype)
+        all_scales, all_numbers = self._parts(slab, num_rows)
+        restored = torch.empty(all_numbers.shape, dtype=dtype, device=slab.device)
+        at_once = max(1, _NUMBERS_AT_ONCE // restored.shape[1])
+        parts = (torch.split(part, at_once) for part in (restored, all_scales, all_numbers))
+        for rows, scales, numbers in zip(*parts, strict=True):
+            rows.copy_(numbers.float() * scales)
+        return restored
 
     def _parts(self, slab: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Views of the scales, float32 [rows, 1], and of the numbers, float8 [rows, numbers of a row]."""
