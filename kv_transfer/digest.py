@@ -13,7 +13,9 @@ zero only for d = 0, so content that differs in one word never collides. Where m
 power of two that divides all differences; as 32-bit words differ by less than 2^32, t <= 31. Were the keys random, one
 level would collide with a probability of at most 2^-(63 - t): 2^-63 when a lowest bit differs anywhere, never above
 2^-32. (Words as wide as the keys would have t = 63: two flipped top bits, signs of bfloat16, would always collide.)
-The second level adds at most 64 times as much. The keys are fixed: this finds accidents, not forgeries.
+The second level makes that 129 times as much at most: of a chunk that differs, the 64-bit sum may itself be divisible
+by 2^j, with a probability of at most 2^-(j - 1 - t), for each j up to 63. The keys are fixed: this finds accidents, not
+forgeries.
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from kv_transfer.spans import gather, span_bytes
 
 _WORD_BYTES = 4
 _CHUNK_WORDS = 2**15
-_STEP_BYTES = 2**20  # gathered at a time
+_STEP_BYTES = 2**21  # gathered at a time
 _FIRST_CHUNK_KEY = 2**32  # the keys of chunks follow far behind those of words
 
 
@@ -39,8 +41,7 @@ def digest(pool: Tensor, span: Span) -> int:
     To be compared between spans of one shape: as many layers, pieces, tokens of a piece, heads and bytes of a number.
     Every part of a span that is gathered at a time begins a new chunk.
     """
-    total = torch.zeros((), dtype=torch.int64, device=pool.device)
-    num_chunks, buffer = 0, torch.empty(0, dtype=torch.int32, device=pool.device)
+    sums, buffer = [], torch.empty(0, dtype=torch.int32, device=pool.device)
     for step in _steps(pool, span):
         num_bytes = span_bytes(pool, step)
         num_words = -(-num_bytes // _WORD_BYTES)
@@ -49,10 +50,9 @@ def digest(pool: Tensor, span: Span) -> int:
         words = buffer[:num_words]
         words[-1] = 0
         gather(pool, step, words.view(torch.uint8)[:num_bytes])
-        sums = _sums(words)
-        total += (sums * _keys(_FIRST_CHUNK_KEY + num_chunks, len(sums)).to(pool.device)).sum()
-        num_chunks += len(sums)
-    return int(total) % 2**64
+        sums.append(_sums(words))
+    first_level = torch.cat(sums)
+    return int((first_level * _keys(_FIRST_CHUNK_KEY, len(first_level)).to(pool.device)).sum()) % 2**64
 
 
 def _sums(words: Tensor) -> Tensor:
