@@ -36,7 +36,6 @@ class KVLayout:
             min(self.tensor_parallel, self.num_kv_heads),
         )
         assert wider % narrower == 0, "tensor_parallel must divide num_kv_heads or be a multiple of it"
-        assert self.num_kv_heads == 1 or not self.latent, "latents have one head"
 
     @property
     def num_planes(self) -> int:

@@ -38,6 +38,8 @@ def require_exchangeable(ours: KVLayout, theirs: KVLayout) -> None:
         here, there = getattr(ours, name), getattr(theirs, name)
         if here != there:
             raise Incompatible(f"KV layout: {name} differs: {here!r} here, {there!r} there", field=name)
+    if ours.latent and ours.num_kv_heads != 1:
+        raise Incompatible(f"KV layout: latents of num_kv_heads {ours.num_kv_heads}, not 1", field="num_kv_heads")
     here, there = ours.block_size, theirs.block_size
     if max(here, there) % min(here, there):
         raise Incompatible(

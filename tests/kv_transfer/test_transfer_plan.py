@@ -70,6 +70,16 @@ def test_layouts_that_differ_are_refused_by_field(field, value):
     assert caught.value.field == field
 
 
+def test_latents_are_exchanged_with_latents_of_one_head_only():
+    for source, destination, field in (
+        (layout_of(1, 1, latent=True), layout_of(1, 1), "latent"),
+        (layout_of(1, 2, latent=True), layout_of(1, 2, latent=True), "num_kv_heads"),
+    ):
+        with pytest.raises(Incompatible) as caught:
+            plan_stages(source, destination, 0, 0, 3, (0,), (0,))
+        assert caught.value.field == field
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 4000), st.sampled_from(DEGREES), st.randoms(use_true_random=False))
 def test_slabs_cover_a_copy_once_within_their_size(num_blocks, slab_bytes, source_tp, chosen):
