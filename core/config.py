@@ -74,13 +74,13 @@ class TransferConfig(Section):
     """How KV blocks travel."""
 
     channel: ChannelKind = "gloo"
+    wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
     pair_window_mib: float = Field(default=32.0, gt=0)  # asked for ahead by a rank from one peer
     rank_window_mib: float = Field(default=128.0, gt=0)  # from all its peers together
     pairs_mib: float = Field(default=2048.0, gt=0)  # of one rank's memory for channels; idle ones make room
     pair_idle_timeout_s: float = Field(default=300.0, gt=0)  # longer idle, a channel is closed when another is made
-    wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what KV is converted to on its way; empty: as it is stored
     ttft_slo_s: float = Field(
         default=2.0, gt=0
     )  # a request is due this long after it came; what is due first goes first

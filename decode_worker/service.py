@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from core.errors import BatonError, NoReplica
-from core.messages.fleet import Acknowledged
+from core.messages.fleet import Acknowledged, ReplicaInfo
 from core.messages.to_decode import (
     Abandon,
     Announce,
@@ -24,7 +24,6 @@ from core.messages.to_prefill import Release
 from core.messages.to_rank import SlabHeader
 from core.messages.to_scheduler import ReplicaStatus
 from core.telemetry import request_id_var
-from decode_worker.fetcher import Fetcher
 from decode_worker.handoffs import Fetch, Handoff, Handoffs
 from decode_worker.links import Links
 from decode_worker.outbox import Outbox
@@ -35,6 +34,7 @@ from rpc import methods
 from rpc.server import RpcServer
 from worker.drain import Held
 from worker.drainer import Drainer
+from worker.fetcher import BlockOrder, Fetcher
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
 from worker.step_loop import StepLoop
@@ -80,9 +80,9 @@ class DecodeService:
             group.create_task(self._housekeep())
             group.create_task(self._loop.run())
 
-    def may_read(self, header: SlabHeader) -> bool:  # noqa: ARG002 - nothing is shared yet from decode
-        """Decode announces nothing, so nobody may fetch from it."""
-        return False
+    def may_read(self, header: SlabHeader) -> bool:
+        """Whether a peer may fetch these blocks."""
+        return self._fetcher.may_read(header)
 
     def status(self) -> ReplicaStatus:
         """Load at this moment."""
@@ -109,6 +109,8 @@ class DecodeService:
             raise NoReplica("this decode replica is draining")
         handoff = self._handoffs.open(message, self._now())
         self._settle()
+        if handoff.source is not None:
+            self._spawn(self._prepare(handoff.source))
         lease = handoff.lease
         logger.info(
             "opened attempt %d: %d blocks, %d cached", lease.attempt, lease.num_blocks, lease.first_missing_block
@@ -222,7 +224,7 @@ class DecodeService:
         request_id_var.set(fetch.handoff.request_id)
         handoff, number = fetch.handoff, fetch.announce.number
         try:
-            fetched = await self._fetcher.fetch(fetch)
+            fetched = await self._fetcher.fetch(_order(fetch))
         except BatonError as error:
             logger.warning("fetch %d of %s failed: %s", number, handoff.request_id, error)
             if self._handoffs.fetch_failed(handoff, number, self._now()):
@@ -231,6 +233,13 @@ class DecodeService:
             self._handoffs.fetched(handoff, number, fetched, self._now())
             self._links.add(fetch.announce.source.replica_id, fetched)
         self._settle()
+
+    async def _prepare(self, source: ReplicaInfo) -> None:
+        """Channels are made while prefill computes; those that stand already cost nothing."""
+        try:
+            await self._fetcher.prepare(source)
+        except BatonError as error:
+            logger.info("channels from %s are not ready yet: %s", source.replica_id, error)
 
     def _tell_to_resume(self, handoff: Handoff) -> None:
         event = TokenEvent(
@@ -282,6 +291,22 @@ class DecodeService:
     @staticmethod
     def _now() -> float:
         return time.monotonic()
+
+
+def _order(fetch: Fetch) -> BlockOrder:
+    announce = fetch.announce
+    return BlockOrder(
+        announce.request_id,
+        announce.attempt,
+        announce.lease_id,
+        announce.source,
+        announce.first_layer,
+        announce.num_layers,
+        announce.first_block,
+        announce.source_blocks,
+        fetch.destination_blocks,
+        fetch.due_s,
+    )
 
 
 def _phases(handoff: Handoff) -> Phases:

@@ -60,12 +60,13 @@ class TransferAgent:
         control: PeerControl,
         may_read: MayRead,
     ) -> None:
-        """`address` is the rank's RPC address and its name to peers; `pool` is [L, blocks, planes, heads, size, dim].
+        """`address` is the rank's RPC address and its name to peers.
 
-        The agent owns `connectors`, in order of preference, and closes them.
+        `pool` is [layers, blocks, planes, heads, size, dim]. The agent owns `connectors`, in order of preference, and
+        closes them.
         """
         assert pool.is_contiguous()
-        assert (pool.shape[0], pool.shape[3]) == (layout.num_layers, layout.heads_per_rank)
+        assert (pool.shape[0], *pool.shape[2:4]) == (layout.num_layers, layout.num_planes, layout.heads_per_rank)
         assert tuple(pool.shape[4:]) == (layout.block_size, layout.head_dim)
         self.timeline = Timeline()
         self._identity = Identity(address, incarnation, compatibility, layout)
@@ -162,7 +163,11 @@ class TransferAgent:
             require_same_shape(copy)
             for part in split_into_slabs(copy, self._identity.layout, slab_bytes):
                 address = order.source_addresses[part.source_rank]
-                slab = Slab(part, _logical_blocks(part, logical), span_bytes(self._pool, part.destination))
+                slab = Slab(
+                    part,
+                    _logical_blocks(part, logical, order.source_layout.block_size),
+                    span_bytes(self._pool, part.destination),
+                )
                 slabs.setdefault(address, []).append(slab)
         return slabs
 
@@ -215,6 +220,6 @@ class TransferAgent:
         return tuple(digest(self._pool, slab.copy.destination) for slab in slabs)
 
 
-def _logical_blocks(copy: Copy, logical: dict[int, int]) -> tuple[int, ...]:
+def _logical_blocks(copy: Copy, logical: dict[int, int], block_size: int) -> tuple[int, ...]:
     """Empty when the order does not say which blocks of the request its source blocks are."""
-    return tuple(logical[block] for block in copy.source.blocks) if logical else ()
+    return tuple(logical[block] for block in copy.source.physical_blocks(block_size)) if logical else ()

@@ -58,7 +58,8 @@ class Share:
 class ShareBook:
     """All live shares of a prefill replica."""
 
-    def __init__(self, ttl_s: float) -> None:
+    def __init__(self, block_size: int, ttl_s: float) -> None:
+        self._block_size = block_size
         self._ttl_s = ttl_s
         self._shares: dict[tuple[str, int], Share] = {}
         self._tombstones = Tombstones()
@@ -127,10 +128,11 @@ class ShareBook:
             return False
         span = header.source
         layers = set(range(span.first_layer, span.first_layer + span.num_layers))
+        blocks = span.physical_blocks(self._block_size)
         found = [share.readable.get(logical) for logical in header.logical_blocks]
-        return len(found) == len(span.blocks) and all(
+        return len(found) == len(blocks) and all(
             shared is not None and shared.physical == block and layers <= shared.layers
-            for shared, block in zip(found, span.blocks, strict=True)
+            for shared, block in zip(found, blocks, strict=True)
         )
 
     def expired(self, now: float) -> list[Share]:

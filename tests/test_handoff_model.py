@@ -75,7 +75,7 @@ class HandoffModel(RuleBasedStateMachine):
         self.prefill_info, self.decode_info = info("p", Role.PREFILL), info("d", Role.DECODE)
         self.prefill_pool, self.decode_pool = BlockPool(POOL), BlockPool(POOL)
         self.jobs = PrefillScheduler(self.prefill_pool, BLOCK, 3, 4, 8)
-        self.deliveries = Deliveries(self.prefill_info, self.prefill_pool, self.jobs, ShareBook(ttl_s=1e9))
+        self.deliveries = Deliveries(self.prefill_info, self.prefill_pool, self.jobs, ShareBook(BLOCK, ttl_s=1e9))
         self.batch = DecodeScheduler(self.decode_pool, 3, 4)
         self.handoffs = Handoffs(self.decode_pool, BLOCK, LeaseBook(LAYERS, ttl_s=1e9), self.batch, 6)
         self.prefill_memory, self.decode_memory = Memory(), Memory()

@@ -83,6 +83,7 @@ PURE = [
     "kv_transfer.tombstones",
     "prefill_worker.deliveries",
     "prefill_worker.scheduler",
+    "kv_transfer.pieces",
     "kv_transfer.plan",
     "rpc.protocol",
     "worker.drain",

@@ -10,13 +10,26 @@ from core.kv_layout import Compatibility, KVLayout
 
 @dataclass(frozen=True)
 class Span:
-    """A rectangle of one rank's KV pool: layers x blocks x KV heads. Heads are rank-local."""
+    """A rectangle of one rank's KV pool: layers x pieces of blocks x KV heads. Heads are rank-local.
+
+    A piece is a whole block, or one of the equal parts of `block_tokens` tokens that blocks are cut into where the
+    other side's blocks are smaller. Blocks of 32 tokens in pieces of 16:
+
+        block       0       1       2
+        piece    [ 0 1 ] [ 2 3 ] [ 4 5 ]
+    """
 
     first_layer: int
     num_layers: int
-    blocks: tuple[int, ...]  # physical ids
+    blocks: tuple[int, ...]  # physical ids of pieces
     first_head: int
     num_heads: int
+    block_tokens: int = 0  # tokens of a piece; 0: the pool's own block size
+
+    def physical_blocks(self, block_size: int) -> tuple[int, ...]:
+        """The blocks, each once, that the pieces lie in, of a pool with blocks of `block_size` tokens."""
+        num_pieces = block_size // (self.block_tokens or block_size)
+        return tuple(dict.fromkeys(piece // num_pieces for piece in self.blocks))
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class SlabHeader:
     attempt: int
     source: Span
     lease_id: int = 0
-    logical_blocks: tuple[int, ...] = ()  # of the request, one for each block of `source`
+    logical_blocks: tuple[int, ...] = ()  # of the request, one for each block that `source` lies in
 
 
 @dataclass(frozen=True)

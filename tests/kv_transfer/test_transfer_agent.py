@@ -279,7 +279,7 @@ def sender(fleet):
         ({"compatibility": Compatibility("other", "r1", "bfloat16", 16, "scheme")}, "model"),
         ({"compatibility": Compatibility("demo", "r1", "bfloat16", 16, "other")}, "hash_scheme"),
         ({"layout": KVLayout(3, 4, 16, 4, "bfloat16", 1)}, "head_dim"),
-        ({"layout": KVLayout(3, 4, 8, 8, "bfloat16", 1)}, "block_size"),
+        ({"layout": KVLayout(3, 4, 8, 6, "bfloat16", 1)}, "block_size"),
         ({"wire_dtype": "float8_e4m3fn"}, "wire_dtype"),
         ({"offers": (Offer("shared_memory", "another host"),)}, "transfer.channel"),
     ],

@@ -40,12 +40,16 @@ def layout_of(tensor_parallel: int = 1, num_kv_heads: int = 4) -> KVLayout:
     return KVLayout(3, num_kv_heads, 8, 4, "bfloat16", tensor_parallel)
 
 
+def block_shape(layout: KVLayout) -> tuple[int, ...]:
+    """One layer of one block with the heads of all ranks."""
+    return layout.num_planes, layout.num_kv_heads, layout.block_size, layout.head_dim
+
+
 def random_pools(layout: KVLayout, num_blocks: int, seed: int) -> list[torch.Tensor]:
     """Pools of all ranks of a replica, holding the slices of one full-heads pool."""
     generator = torch.Generator().manual_seed(seed)
-    full = torch.randn(
-        layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim, generator=generator
-    ).to(torch.bfloat16)
+    shape = (layout.num_layers, num_blocks, *block_shape(layout))
+    full = torch.randn(shape, generator=generator).to(getattr(torch, layout.dtype))
     return [
         full[:, :, :, heads.start : heads.stop].contiguous()
         for heads in map(layout.heads_of_rank, range(layout.tensor_parallel))
@@ -152,10 +156,10 @@ class Fleet:
         return FetchBlocks(request, 1, addresses, layout, copies, timeout_s)
 
     def full(self, replica: str, blocks: list[int]) -> torch.Tensor:
-        """All heads of some blocks of a replica, [layers, blocks, 2, heads, size, dim]."""
+        """All heads of some blocks of a replica, [layers, blocks, planes, heads, size, dim]."""
         layout = self.layouts[replica]
-        shape = (layout.num_layers, len(blocks), 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        out = torch.zeros(shape, dtype=torch.bfloat16)
+        shape = (layout.num_layers, len(blocks), *block_shape(layout))
+        out = torch.zeros(shape, dtype=getattr(torch, layout.dtype))
         for rank in range(layout.tensor_parallel):
             heads = layout.heads_of_rank(rank)
             out[:, :, :, heads.start : heads.stop] = self.pools[f"{replica}/{rank}"][:, blocks]
