@@ -18,7 +18,17 @@ from core.serve_file import application_args
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 ZoneAffinity = Literal["ignore", "prefer", "require"]
-ChannelKind = Literal["gloo", "nccl", "shared_memory"]
+ChannelKind = Literal["auto", "measured", "gloo", "tcp", "nccl", "shared_memory", "cuda_ipc", "nixl"]
+CHANNEL_DEVICES: dict[ChannelKind, tuple[Device, ...]] = {  # whose pools it carries
+    "auto": ("cpu", "cuda"),
+    "measured": ("cpu", "cuda"),
+    "gloo": ("cpu",),
+    "tcp": ("cpu",),
+    "shared_memory": ("cpu",),
+    "nccl": ("cuda",),
+    "cuda_ipc": ("cuda",),
+    "nixl": ("cpu", "cuda"),
+}
 
 
 class ModelConfig(Section):
@@ -73,7 +83,7 @@ class PoolConfig(Section):
 class TransferConfig(Section):
     """How KV blocks travel."""
 
-    channel: ChannelKind = "gloo"
+    channel: ChannelKind = "auto"  # the best by rule for each pair of ranks; "measured": the fastest in a trial
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
     window_slabs: int = Field(default=4, ge=1)  # slabs a receiver may have asked for ahead, per channel

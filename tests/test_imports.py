@@ -79,6 +79,7 @@ PURE = [
     "prefill_worker.deliveries",
     "prefill_worker.scheduler",
     "kv_transfer.plan",
+    "kv_transfer.channels.choice",
     "rpc.protocol",
     "worker.drain",
 ]

@@ -20,6 +20,14 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """A transport that a rank has; two ranks can have a channel of it when their offers are equal."""
+
+    kind: str
+    reach: str  # empty for a transport that crosses hosts
+
+
+@dataclass(frozen=True)
 class Connect:
     """Receiver asks sender to build its end of channel (sender, receiver)."""
 
