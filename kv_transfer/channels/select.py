@@ -85,6 +85,10 @@ def _import_and_make(kind: ChannelKind, rank: _Rank) -> Connector:
             if rank.pool_path is None:
                 raise ConfigurationError("channel shared_memory needs a KV pool in shared memory", field="channel")
             return SharedMemoryConnector(rank.pool, rank.pool_path)
+        case "cuda_ipc":
+            from kv_transfer.channels.cuda_ipc import CudaIpcConnector
+
+            return CudaIpcConnector(rank.pool)
         case "nccl":
             from kv_transfer.channels.nccl import nccl_connector
 
