@@ -89,6 +89,10 @@ def _import_and_make(kind: ChannelKind, rank: _Rank) -> Connector:
             from kv_transfer.channels.cuda_ipc import CudaIpcConnector
 
             return CudaIpcConnector(rank.pool)
+        case "nixl":
+            from kv_transfer.channels.nixl import NixlConnector
+
+            return NixlConnector(rank.pool)
         case "nccl":
             from kv_transfer.channels.nccl import nccl_connector
 

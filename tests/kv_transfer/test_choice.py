@@ -75,11 +75,10 @@ def test_measured_leaves_out_what_does_not_work_here(caplog):
     assert "no channels of kind shared_memory: channel shared_memory needs a KV pool in shared memory" in caplog.text
 
 
-@pytest.mark.parametrize("channel", ["auto", "measured"])
-def test_no_channel_at_all_is_the_operators_fault(channel):
+def test_no_channel_at_all_is_the_operators_fault():
     pool = random_pools(layout_of(), 4, 0)[0]
     with pytest.raises(ConfigurationError, match="works on no-such-host"):
-        make_connectors(TransferConfig(channel=channel, connect_timeout_s=0.2), "no-such-host", pool)
+        make_connectors(TransferConfig(connect_timeout_s=0.2), "no-such-host", pool)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import base64
 import importlib.util
 import json
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from contextlib import nullcontext
@@ -20,6 +22,7 @@ from core.messages.to_rank import SlabHeader, Span
 from kv_transfer.channels.cuda_ipc import PoolHandle, require_cuda_malloc
 from kv_transfer.channels.one_sided import PullingReceiver, shape_of
 from kv_transfer.channels.protocol import ChannelId, Landing, Terms
+from kv_transfer.channels.runs import runs_of
 from kv_transfer.channels.select import make_connector
 from kv_transfer.spans import gather, span_bytes
 
@@ -138,6 +141,48 @@ def test_without_its_sender_a_new_channel_fails_or_reads_what_stayed(pulled):
     end.abort("over")
 
 
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+    """As `pulled`, of NIXL over TCP: reads need the sender's process, which is stopped and in debt of one slab."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    process = context.Process(target=_sending_process, args=("nixl", tmp_path, told))
+    process.start()
+    rendezvous, _ = told.get()
+    pool, connector = connector_on("nixl", 1, tmp_path)
+    whole, landing = Span(0, 3, tuple(range(NUM_BLOCKS)), 0, 4), Landing()
+    end = connector.receiver_end(terms(1), rendezvous)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert isinstance(end.fetch(header(whole), whole, landing, 0.3).exception(SOON), TransferFailed)
+    end.abort("failed")
+    landing.revoke().result(0)
+    yield rendezvous, pool, connector, process
+    process.kill()
+    process.join()
+
+
+@nixl
+def test_what_comes_late_from_a_stopped_process_lands_nowhere(stopped):
+    rendezvous, pool, connector, process = stopped
+    os.kill(process.pid, signal.SIGCONT)
+    end, one = connector.receiver_end(terms(2), rendezvous), Span(0, 3, (1,), 0, 4)
+    end.fetch(header(one), one, Landing(), SOON).result(SOON)  # comes behind what was late
+    expected = pool_of(1)
+    expected[:, 1] = pool_of(0)[:, 1]
+    assert pool.equal(expected)
+    end.abort("over")
+    connector.close()
+
+
+@nixl
+def test_a_connector_closes_while_a_stopped_process_owes_it_bytes(stopped):
+    _, pool, connector, process = stopped
+    connector.close()
+    os.kill(process.pid, signal.SIGCONT)
+    assert pool.equal(pool_of(1))
+
+
 # ---- pulling, whatever the transport --------------------------------------------------------------------------------
 
 
@@ -201,6 +246,29 @@ def test_a_pull_that_hangs_ends_the_channel_and_lets_go_of_the_destination(cause
     peer.late[0].fill_(7)  # what the transport still does reaches a slab that nobody places
     assert pool.equal(pool_of(1))
     end.abort("over")
+
+
+def test_neighbours_of_a_span_are_read_in_one_piece():
+    pool = pool_of(0)  # 4 heads of 4 tokens x 8 x 2 bytes: a row of K or V is 256 bytes, a block 512, a layer 24 blocks
+    whole = runs_of(pool, Span(0, 2, (4, 5, 9), 0, 4))
+    assert (whole.starts.tolist(), whole.lengths.tolist()) == (
+        [4 * 512, 9 * 512, (24 + 4) * 512, (24 + 9) * 512],
+        [1024, 512, 1024, 512],
+    )
+    some_heads = runs_of(pool, Span(1, 1, (0, 1), 1, 2))
+    assert some_heads.starts.tolist() == [(24 * 2 + row) * 256 + 64 for row in range(4)]
+    assert some_heads.lengths.tolist() == [128] * 4
+    assert runs_of(pool, Span(0, 3, tuple(range(NUM_BLOCKS)), 0, 4)).lengths.tolist() == [pool.numel() * 2]
+
+
+@pytest.mark.parametrize("span", [Span(0, 3, (7, 2, 3, 4), 0, 4), Span(1, 2, (5, 6), 2, 2), Span(2, 1, (0,), 0, 1)])
+def test_runs_follow_the_order_of_gather(span):
+    pool = pool_of(0)
+    slab = torch.empty(span_bytes(pool, span), dtype=torch.uint8)
+    gather(pool, span, slab)
+    runs, stored = runs_of(pool, span), pool.view(torch.uint8).flatten()
+    pieces = [stored[start : start + size] for start, size in zip(runs.starts, runs.lengths, strict=True)]
+    assert torch.cat(pieces).equal(slab)
 
 
 # ---- what a rendezvous tells ----------------------------------------------------------------------------------------
