@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.config import ChannelKind, Device, PoolConfig, TransferConfig
+from core.config import Device, PoolConfig, TransferConfig
 from core.errors import ConfigurationError
 from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, gpu_kv_bytes
 from core.kv_layout import DTYPE_BYTES, KVLayout
@@ -11,7 +11,6 @@ from kv_transfer.plan import plan_copies
 
 PROCESS_BYTES = 192 << 20  # of a host: a rank's process with torch, before it loads anything
 NCCL_PAIR_BYTES = 52 * 10**6  # of a GPU: one communicator of two ranks at 8 thread blocks
-WITHOUT_SLAB: tuple[ChannelKind, ...] = ("shared_memory", "nixl")  # the receiver reads the peer's pool into its own
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def channel_bytes(transfer: TransferConfig, layout: KVLayout, device: Device) ->
 
     A channel that is chosen per pair of ranks counts as the largest that may be chosen.
     """
-    if transfer.channel in WITHOUT_SLAB:
-        return 0
+    if transfer.channel == "shared_memory":
+        return 0  # the receiver copies from the peer's pool into its own
     cell_bytes = layout.block_bytes_per_rank // layout.num_layers
     slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)
     may_be_nccl = transfer.channel == "nccl" or (transfer.channel in ("auto", "measured") and device == "cuda")

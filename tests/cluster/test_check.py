@@ -86,7 +86,7 @@ def test_a_channel_that_is_chosen_in_service_fits_any_device(channel):
         ("measured", "cuda", 8 * 2**20 + 52_000_000),
         ("cuda_ipc", "cuda", 8 * 2**20),
         ("tcp", "cpu", 8 * 2**20),
-        ("nixl", "cuda", 0),
+        ("nixl", "cuda", 8 * 2**20),
         ("shared_memory", "cpu", 0),
     ],
 )
