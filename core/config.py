@@ -18,7 +18,17 @@ from core.serve_file import application_args
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 ZoneAffinity = Literal["ignore", "prefer", "require"]
-ChannelKind = Literal["gloo", "nccl", "shared_memory"]
+ChannelKind = Literal["auto", "measured", "gloo", "tcp", "nccl", "shared_memory", "cuda_ipc", "nixl"]
+CHANNEL_DEVICES: dict[ChannelKind, tuple[Device, ...]] = {  # whose pools it carries
+    "auto": ("cpu", "cuda"),
+    "measured": ("cpu", "cuda"),
+    "gloo": ("cpu",),
+    "tcp": ("cpu",),
+    "shared_memory": ("cpu",),
+    "nccl": ("cuda",),
+    "cuda_ipc": ("cuda",),
+    "nixl": ("cpu", "cuda"),
+}
 
 
 class ModelConfig(Section):
@@ -73,7 +83,7 @@ class PoolConfig(Section):
 class TransferConfig(Section):
     """How KV blocks travel."""
 
-    channel: ChannelKind = "gloo"
+    channel: ChannelKind = "auto"  # the best by rule for each pair of ranks; "measured": the fastest in a trial
     wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
@@ -81,9 +91,7 @@ class TransferConfig(Section):
     rank_window_mib: float = Field(default=128.0, gt=0)  # from all its peers together
     pairs_mib: float = Field(default=2048.0, gt=0)  # of one rank's memory for channels; idle ones make room
     pair_idle_timeout_s: float = Field(default=300.0, gt=0)  # longer idle, a channel is closed when another is made
-    ttft_slo_s: float = Field(
-        default=2.0, gt=0
-    )  # a request is due this long after it came; what is due first goes first
+    ttft_slo_s: float = Field(default=2.0, gt=0)  # requests are due this long after they came; the first due go first
     digest_share: float = Field(default=0.02, ge=0, le=1)  # of the fetches whose bytes are compared with the sender's
     connect_timeout_s: float = Field(default=10.0, gt=0)
     data_timeout_s: float = Field(default=10.0, gt=0)

@@ -5,7 +5,7 @@ from core.kv_layout import KVLayout
 
 ACTIVATION_MARGIN_BYTES = 1 << 30  # of a GPU: workspaces, activations
 NCCL_PAIR_BYTES = 52 * 10**6  # of a GPU: one communicator of two ranks at 8 thread blocks
-_NUM_SLABS = {"gloo": 2, "nccl": 2, "in_process": 2}  # slabs that one end of a channel fills in turns; others none
+_NUM_SLABS = {"gloo": 2, "nccl": 2, "in_process": 2, "cuda_ipc": 1, "nixl": 1}  # beside the pool, at one end
 
 
 def channel_bytes(kind: str, slab_bytes: int) -> int:

@@ -85,6 +85,7 @@ PURE = [
     "prefill_worker.scheduler",
     "kv_transfer.pieces",
     "kv_transfer.plan",
+    "kv_transfer.channels.choice",
     "rpc.protocol",
     "worker.drain",
 ]

@@ -34,10 +34,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Offer:
-    """A transport that a rank can use, with ranks that offer the same kind and reach."""
+    """A transport that a rank has; two ranks can have a channel of it when their offers are equal."""
 
     kind: str
-    reach: str = ""  # empty: wherever the network leads
+    reach: str  # empty for a transport that crosses hosts
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What every channel promises; most of it to two-sided ones. Both ends live in this process as threads."""
 
+import importlib.util
 import multiprocessing
 import os
 import random
@@ -20,6 +21,7 @@ from kv_transfer.channels.protocol import ChannelId, Connector, Landing, Passage
 NUM_BLOCKS = 32
 SOON = 5.0  # seconds by which everything but a deliberate wait is over
 
+nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="needs the extra nixl")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 KINDS = ["in_process", "strict", "gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])]
 
@@ -87,7 +89,7 @@ def close_pair(pair: Pair) -> None:
     assert [t.name for t in threading.enumerate() if t.name.startswith("channel")] == []
 
 
-@pytest.fixture(params=[*KINDS, "shared_memory"])
+@pytest.fixture(params=[*KINDS, "shared_memory", pytest.param("nixl", marks=nixl)])
 def any_pair(request, tmp_path):
     pair = make_pair(request.param, tmp_path)
     yield pair

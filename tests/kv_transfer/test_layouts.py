@@ -184,7 +184,7 @@ async def test_a_sibling_that_may_not_read_leaves_the_others_whole(fleet):
     asked: list[SlabHeader] = []
     fleet.agent("d/1")._outbound._may_read = lambda header: asked.append(header) is not None
     before = fleet.pools["d/0"].clone()
-    with pytest.raises(TransferFailed, match="may not be read"):
+    with pytest.raises(TransferFailed, match="refused a slab"):
         await story._fetch("d", destination, [stages[0].from_siblings, ()])
     assert fleet.pools["d/0"].equal(before)
     blocks = {block for header in asked for block in header.source.physical_blocks(16)}

@@ -24,7 +24,7 @@ from core.messages.to_rank import (
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.in_process import Hub, InProcessConnector
 from kv_transfer.channels.protocol import Connector
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from kv_transfer.channels.strict import StrictLine
 from kv_transfer.plan import plan_copies
 
@@ -89,7 +89,7 @@ def connector_of(kind: str, hub: Hub, pool: torch.Tensor, timeout_s: float = 5.0
     if kind in ("in_process", "strict"):
         return InProcessConnector(hub, pool)
     config = TransferConfig(channel=kind, connect_timeout_s=timeout_s)
-    return make_connector(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))
+    return make_connectors(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))[0]
 
 
 SHARED_PATHS: dict[int, Path] = {}  # by address of a pool
