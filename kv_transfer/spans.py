@@ -1,8 +1,8 @@
 """Gathers a span of a KV pool into a contiguous slab, and scatters a slab into a span.
 
 L layers, B blocks, H KV heads of the rank, S tokens of a block, D head size; a pool is [L, B, 2, H, S, D], contiguous.
-A range of heads of one (layer, block, K or V) is one contiguous run, so both directions move rows of a table
-[L * B * 2, words of the head range]; words are as wide as divides a head, since bytes move at half the speed.
+A range of heads of one (layer, block, K or V) is one contiguous run, so on a device both directions move rows of a
+table [L * B * 2, words of the head range]; words are as wide as divides a head, since bytes move at half the speed.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import Copy, Span
+from kv_transfer import host_copy
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 _LARGE_BLOCK_BYTES = 2**15  # above it, one call per block costs less than staging its bytes
@@ -46,12 +47,18 @@ def require_same_shape(copy: Copy) -> None:
 
 def gather(pool: Tensor, span: Span, slab: Tensor) -> None:
     """Fills `slab`, uint8 [span_bytes], with a span of `pool`, in the order layer, block, K/V, head, token."""
+    if not pool.is_cuda:
+        host_copy.gather(pool, span, slab)
+        return
     table, rows = _table(pool, span), _rows(pool, span)
     torch.index_select(table, 0, rows, out=slab.view(table.dtype).view(len(rows), -1))
 
 
 def scatter(slab: Tensor, pool: Tensor, span: Span) -> None:
     """Writes `slab`, uint8 [span_bytes] as `gather` fills it, into a span of `pool`; blocks must be distinct."""
+    if not pool.is_cuda:
+        host_copy.scatter(slab, pool, span)
+        return
     table, rows = _table(pool, span), _rows(pool, span)
     table.index_copy_(0, rows, slab.view(table.dtype).view(len(rows), -1))
 
@@ -59,18 +66,26 @@ def scatter(slab: Tensor, pool: Tensor, span: Span) -> None:
 def copy_span(source_pool: Tensor, source: Span, destination_pool: Tensor, destination: Span) -> int:
     """Copies between spans of equal shape, of one pool or two; returns the bytes.
 
-    Large blocks of another pool are copied one by one, which reads and writes each byte once. Small ones, and those
-    of the same pool, which may overlap, are gathered first.
+    Between two pools each byte is read and written once, but on a device, where one call per block has to pay, only
+    when blocks are large. Spans of the same pool may overlap and are gathered first.
     """
     num_bytes = span_bytes(source_pool, source)
-    if source_pool is destination_pool or num_bytes < _LARGE_BLOCK_BYTES * len(source.blocks):
-        rows = torch.index_select(_table(source_pool, source), 0, _rows(source_pool, source))
-        _table(destination_pool, destination).index_copy_(0, _rows(destination_pool, destination), rows)
+    if source_pool is destination_pool or _is_costly_by_block(source_pool, num_bytes, len(source.blocks)):
+        slab = torch.empty(num_bytes, dtype=torch.uint8, device=source_pool.device)
+        gather(source_pool, source, slab)
+        scatter(slab, destination_pool, destination)
+        return num_bytes
+    if not source_pool.is_cuda:
+        host_copy.copy(source_pool, source, destination_pool, destination)
         return num_bytes
     from_blocks, to_blocks = _by_block(source_pool, source), _by_block(destination_pool, destination)
     for from_block, to_block in zip(source.blocks, destination.blocks, strict=True):
         to_blocks[:, to_block].copy_(from_blocks[:, from_block])
     return num_bytes
+
+
+def _is_costly_by_block(pool: Tensor, num_bytes: int, num_blocks: int) -> bool:
+    return pool.is_cuda and num_bytes < _LARGE_BLOCK_BYTES * num_blocks
 
 
 def _by_block(pool: Tensor, span: Span) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from core.errors import TransferFailed
 from core.messages.to_rank import Span
+from kv_transfer.host_copy import runs
 from kv_transfer.spans import copy_span, gather, require_inside, scatter, span_bytes
 
 SPANS = [
@@ -69,7 +70,7 @@ def test_a_span_beyond_the_pool_is_refused(span):
         require_inside(pool_of(1, torch.bfloat16), span)
 
 
-@pytest.mark.parametrize("block_size", [4, 1024])  # below and above the size from which blocks are copied one by one
+@pytest.mark.parametrize("block_size", [4, 1024])
 def test_a_span_moves_between_pools(block_size):
     source, destination = pool_of(1, torch.bfloat16, block_size), pool_of(2, torch.bfloat16, block_size)
     expected = destination.clone()
@@ -78,3 +79,21 @@ def test_a_span_moves_between_pools(block_size):
     num_bytes = copy_span(source, Span(1, 2, (6, 2), 2, 2), destination, Span(1, 2, (0, 5), 1, 2))
     assert num_bytes == 2 * 2 * 2 * 2 * block_size * 8 * 2
     assert destination.equal(expected)
+
+
+@pytest.mark.parametrize("span", [*SPANS, Span(0, 3, (2, 3, 4, 6), 0, 4), Span(1, 2, (5, 6, 7), 1, 3)])
+def test_the_runs_of_a_span_are_its_bytes_in_the_order_of_a_slab(span):
+    pool = pool_of(1, torch.bfloat16)
+    slab = torch.empty(span_bytes(pool, span), dtype=torch.uint8)
+    gather(pool, span, slab)
+    assert b"".join(runs(pool, span)) == slab.numpy().tobytes()
+
+
+def test_neighbouring_blocks_make_one_run_per_layer_and_writing_a_run_writes_the_pool():
+    pool = pool_of(1, torch.bfloat16)
+    assert len(runs(pool, Span(0, 3, (2, 3, 4), 0, 4))) == 3
+    assert len(runs(pool, Span(0, 3, tuple(range(8)), 0, 4))) == 1
+    assert len(runs(pool, Span(0, 3, (2, 3, 4), 0, 2))) == 3 * 3 * 2
+    (run,) = runs(pool, Span(1, 1, (5,), 0, 4))
+    run[:] = bytes(len(run))
+    assert not pool[1, 5].any() and pool[1, 4].any() and pool[1, 6].any()
