@@ -21,7 +21,7 @@ NUM_BLOCKS = 32
 SOON = 5.0  # seconds by which everything but a deliberate wait is over
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-KINDS = ["in_process", "strict", "gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])]
+KINDS = ["in_process", "strict", "gloo", "tcp", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])]
 
 
 def random_pool(seed: int, device: str = "cpu") -> torch.Tensor:

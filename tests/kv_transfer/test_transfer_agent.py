@@ -24,7 +24,7 @@ def num_fds() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest_asyncio.fixture(params=["in_process", "strict", "gloo", "shared_memory"])
+@pytest_asyncio.fixture(params=["in_process", "strict", "gloo", "tcp", "shared_memory"])
 async def fleet(request, tmp_path):
     fleet = Fleet(request.param, folder=tmp_path)
     yield fleet
