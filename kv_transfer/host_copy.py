@@ -39,29 +39,30 @@ def copy(source_pool: Tensor, source: Span, destination_pool: Tensor, destinatio
         filled[:, to_block : to_block + last - first] = taken[:, from_block : from_block + last - first]
 
 
-def runs(pool: Tensor, span: Span) -> list[memoryview]:
-    """The span's bytes in the order of a slab, neighbours as one run; writable views of the pool."""
-    held = _held(pool, span)
-    run_bytes, axis = 1, held.ndim
-    while axis > 2 and held.strides[axis - 1] == run_bytes:
-        axis -= 1
-        run_bytes *= held.shape[axis]
-    places = [np.arange(held.shape[0]), np.array(span.blocks), *map(np.arange, held.shape[2:axis])]
-    starts: NDArray[np.int64] = np.array(held.ctypes.data - pool.data_ptr())
-    for place, stride in zip(places, held.strides, strict=False):
-        starts = np.add.outer(starts, place * stride)
-    starts = starts.ravel()
-    firsts = np.flatnonzero(np.diff(starts, prepend=-1 - run_bytes) != run_bytes)
-    lengths = np.diff(firsts, append=len(starts)) * run_bytes
-    flat = pool.view(-1).view(torch.uint8).numpy().data
-    return [flat[start : start + size] for start, size in zip(starts[firsts].tolist(), lengths.tolist(), strict=True)]
+def runs(pool: Bytes, span: Span) -> list[memoryview]:
+    """A span's bytes in the order of a slab, neighbouring whole blocks as one run: writable views of the pool."""
+    layer_bytes, block_bytes, side_bytes, head_bytes = pool.strides[:4]
+    run_bytes, offset = span.num_heads * head_bytes, span.first_head * head_bytes
+    if run_bytes == side_bytes:
+        parts = [(block * block_bytes, (last - first) * block_bytes) for first, last, block in _neighbours(span.blocks)]
+    else:
+        sides = (offset, offset + side_bytes)
+        parts = [(block * block_bytes + side, run_bytes) for block in span.blocks for side in sides]
+    flat = pool.reshape(-1).data
+    layers = [layer * layer_bytes for layer in range(span.first_layer, span.first_layer + span.num_layers)]
+    return [flat[layer + start : layer + start + size] for layer in layers for start, size in parts]
+
+
+def bytes_of(pool: Tensor) -> Bytes:
+    """The pool's bytes [L, B, 2, H, S, bytes of a head's token], a view."""
+    viewed: Bytes = pool.view(torch.uint8).numpy()
+    return viewed
 
 
 def _held(pool: Tensor, span: Span) -> Bytes:
     """The pool's bytes [layers of the span, B, 2, heads of the span, S, bytes of a head's token], a view."""
-    held: Bytes = pool.view(torch.uint8).numpy()
     layers = slice(span.first_layer, span.first_layer + span.num_layers)
-    return held[layers, :, :, span.first_head : span.first_head + span.num_heads]
+    return bytes_of(pool)[layers, :, :, span.first_head : span.first_head + span.num_heads]
 
 
 def _packed(slab: Tensor, held: Bytes, num_blocks: int) -> Bytes:
@@ -71,10 +72,10 @@ def _packed(slab: Tensor, held: Bytes, num_blocks: int) -> Bytes:
 
 def _neighbours(*sides: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """(first, last, block of each side) of the longest runs `first:last` in which all sides' blocks count up by one."""
-    first, num_blocks = 0, len(sides[0])
-    while first < num_blocks:
-        last = first + 1
-        while last < num_blocks and all(side[last] == side[last - 1] + 1 for side in sides):
-            last += 1
-        yield (first, last, *(side[first] for side in sides))
-        first = last
+    num_blocks = len(sides[0])
+    if all(side == tuple(range(side[0], side[0] + num_blocks)) for side in sides):
+        return iter([(0, num_blocks, *(side[0] for side in sides))])
+    blocks = np.array(sides)
+    firsts = np.flatnonzero((np.diff(blocks, prepend=-2) != 1).any(axis=0))
+    lasts = np.append(firsts[1:], num_blocks)
+    return zip(firsts.tolist(), lasts.tolist(), *blocks[:, firsts].tolist(), strict=True)

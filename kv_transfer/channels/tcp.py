@@ -4,7 +4,6 @@ The sender's kernel reads the runs of its pool, the receiver's writes the runs o
 its sequence number and its length. A frame that is not the expected one ends the channel before a byte lands.
 """
 
-import select
 import struct
 import threading
 import time
@@ -20,7 +19,7 @@ from kv_transfer.channels.lane import Lane
 from kv_transfer.channels.protocol import Landing, Passage, Terms
 from kv_transfer.channels.tcp_meeting import Reception, call
 from kv_transfer.channels.tcp_stream import Runs, Stream
-from kv_transfer.host_copy import runs
+from kv_transfer.host_copy import bytes_of, runs
 from kv_transfer.spans import span_bytes
 from kv_transfer.wire_format import make_wire_format
 
@@ -34,6 +33,7 @@ class _Slabs:
 
     def __init__(self, pool: Tensor, wire_dtype: str) -> None:
         self._pool = pool
+        self._bytes = bytes_of(pool)
         self._format = make_wire_format(wire_dtype)
         self._is_as_stored = not wire_dtype
         self._staging = torch.empty(0, dtype=torch.uint8)
@@ -46,7 +46,7 @@ class _Slabs:
         """The runs to send or to fill; None when the slab must be staged."""
         if not self._is_as_stored:
             return None
-        views = runs(self._pool, span)
+        views = runs(self._bytes, span)
         return views if len(views) * _SMALL_RUN_BYTES <= self.num_bytes(span) else None
 
     def staging(self, span: Span) -> Tensor:
@@ -115,10 +115,10 @@ class TcpReceiver(_End):
     ) -> Passage:
         begun_at = time.monotonic()
         expected = (header.sequence, self._slabs.num_bytes(destination))
+        views = self._slabs.in_place(destination)
         came = _FRAME.unpack(stream.receive(_FRAME.size, deadline))
         if came != expected:
             raise TransferFailed(f"slab {came[0]} of {came[1]} bytes came for slab {expected[0]} of {expected[1]}")
-        views = self._slabs.in_place(destination)
         if views is not None:
             has_landed = _land(stream, Runs(views), landing, deadline)
             arrived_at = time.monotonic()
@@ -188,5 +188,5 @@ def _land(stream: Stream, places: Runs, landing: Landing, deadline: float) -> bo
             num_bytes = stream.receive_some([scratch[: places.num_bytes]])
         places.consume(num_bytes)
         if not num_bytes:
-            stream.wait(select.POLLIN, deadline)
+            stream.wait_readable(places.num_bytes, deadline)
     return is_wanted

@@ -15,6 +15,7 @@ from core.errors import TransferFailed
 
 _LOOK_S = 0.05  # between looks at the abort flag: while connecting nobody can shut the socket down
 _PIECE_BYTES = 2**20  # per system call: what one side has just copied is still in the cache for the other
+_WAKE_BYTES = 2**18  # what a receiver waits for before it runs again
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
 
 
@@ -54,6 +55,9 @@ class Stream:
         self._socket = connection
         self._aborted = aborted
         self._owner = threading.get_ident()
+        self._readable = _poll_for(connection, select.POLLIN)
+        self._writable = _poll_for(connection, select.POLLOUT)
+        self._least = 1
 
     def send(self, runs: Runs, deadline: float) -> None:
         """Returns when the runs may change. Raises TransferFailed or OSError."""
@@ -61,7 +65,7 @@ class Stream:
             try:
                 runs.consume(self._socket.sendmsg(runs.ahead()))
             except BlockingIOError:
-                self.wait(select.POLLOUT, deadline)
+                _wait(self._writable, deadline, self._aborted)
 
     def receive_some(self, views: list[memoryview]) -> int:
         """Fills what has arrived already, without waiting; returns the bytes. Raises TransferFailed or OSError."""
@@ -78,7 +82,10 @@ class Stream:
         received = bytearray(num_bytes)
         runs = Runs([memoryview(received)])
         while runs.num_bytes:
-            runs.consume(self.receive_some(runs.ahead()) or self.wait(select.POLLIN, deadline))
+            if received_now := self.receive_some(runs.ahead()):
+                runs.consume(received_now)
+            else:
+                self.wait_readable(runs.num_bytes, deadline)
         return bytes(received)
 
     def require_peer(self) -> None:
@@ -87,10 +94,13 @@ class Stream:
             self._socket.recv(1, socket.MSG_PEEK)
             raise TransferFailed("the peer hung up")
 
-    def wait(self, events: int, deadline: float) -> int:
-        """Until the socket is ready, in error or shut down; returns 0. Raises TransferFailed at the deadline."""
-        _wait(self._socket, events, deadline, self._aborted)
-        return 0
+    def wait_readable(self, num_bytes: int, deadline: float) -> None:
+        """Until a good part of so many bytes has come, or the peer hung up. Raises TransferFailed at the deadline."""
+        least = min(num_bytes, _WAKE_BYTES)
+        if least != self._least:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+            self._least = least
+        _wait(self._readable, deadline, self._aborted)
 
     def abort(self) -> None:
         """See Abortable. The lane's last call comes from its own thread and frees the socket."""
@@ -108,7 +118,7 @@ def connect(host: str, port: int, deadline: float, aborted: threading.Event) -> 
         connection.setblocking(False)
         with suppress(BlockingIOError):
             connection.connect(address)
-        _wait(connection, select.POLLOUT, deadline, aborted)
+        _wait(_poll_for(connection, select.POLLOUT), deadline, aborted)
         if error := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(error, f"cannot connect to {host}:{port}")
         return Stream(connection, aborted)
@@ -124,9 +134,14 @@ def spare_pacing(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
 
 
-def _wait(connection: socket.socket, events: int, deadline: float, aborted: threading.Event) -> None:
+def _poll_for(connection: socket.socket, events: int) -> select.poll:
     poll = select.poll()
     poll.register(connection, events)
+    return poll
+
+
+def _wait(poll: select.poll, deadline: float, aborted: threading.Event) -> None:
+    """Until the socket is ready, in error or shut down. Raises TransferFailed at the deadline or an abort."""
     while True:
         remaining = deadline - time.monotonic()
         if aborted.is_set():
