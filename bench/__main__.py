@@ -13,7 +13,7 @@ from bench.steps import run_step, summary
 
 BENCHMARKS = {
     "engine": ("--threads", "2"),
-    "transfer": (),
+    "kv_transfer": ("--rounds", "3"),
     "handoff": ("--repeats", "5"),
     "startup": (),
     "http": ("--rounds", "2"),

@@ -35,7 +35,8 @@ from bench.rank_processes import LOOPBACK, RankProcess, rank_devices, rank_proce
 from bench.report import print_json
 from cluster.ingress.generation import Generation
 from cluster.settings import demo_model_path
-from core.config import ChannelKind, Device, ModelConfig, PoolConfig, RankResources, SchedulerConfig, TransferConfig
+from core.channel_kinds import ChannelKind, Device
+from core.config import ModelConfig, PoolConfig, RankResources, SchedulerConfig, TransferConfig
 from core.kv_layout import KVLayout
 from core.messages.fleet import Role
 from core.messages.to_decode import Phases

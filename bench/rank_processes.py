@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from core.config import Device
+from core.channel_kinds import Device
 from core.errors import PeerLost
 from core.messages.fleet import ReplicaInfo, Role
 from worker.spec import RankSpec

@@ -11,24 +11,13 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from core.autoscaling_config import AutoscalingConfig
+from core.channel_kinds import ChannelKind, Device
 from core.errors import ConfigurationError
 from core.section import Section
 from core.serve_file import application_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Literal["cpu", "cuda"]
 ZoneAffinity = Literal["ignore", "prefer", "require"]
-ChannelKind = Literal["auto", "measured", "gloo", "tcp", "nccl", "shared_memory", "cuda_ipc", "nixl"]
-CHANNEL_DEVICES: dict[ChannelKind, tuple[Device, ...]] = {  # whose pools it carries
-    "auto": ("cpu", "cuda"),
-    "measured": ("cpu", "cuda"),
-    "gloo": ("cpu",),
-    "tcp": ("cpu",),
-    "shared_memory": ("cpu",),
-    "nccl": ("cuda",),
-    "cuda_ipc": ("cuda",),
-    "nixl": ("cpu", "cuda"),
-}
 
 
 class ModelConfig(Section):

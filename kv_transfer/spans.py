@@ -2,7 +2,7 @@
 
 L layers, B blocks, P planes (K and V, or latents alone), H KV heads of the rank, S tokens of a block, D head size: a
 pool is [L, B, P, H, S, D], contiguous. A piece has s tokens, S = R * s. The slab's order is layer, piece, plane, head,
-token, whatever R is, so pools of unlike block sizes exchange slabs. Both directions move rows of a table:
+token, whatever R is, so pools of unlike block sizes exchange slabs. On a device both directions move rows of a table:
 
     R = 1    [L * B * P, words of the head range]           a range of heads of one block is one contiguous run
     R > 1    [L * B * P * H * R, words of s tokens]         the tokens of one head of one piece are
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import Copy, Span
+from kv_transfer import host_copy
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 _LARGE_BLOCK_BYTES = 2**15  # above it, one call per block costs less than staging its bytes
@@ -58,12 +59,18 @@ def require_same_shape(copy: Copy) -> None:
 
 def gather(pool: Tensor, span: Span, slab: Tensor) -> None:
     """Fills `slab`, uint8 [span_bytes], with a span of `pool`, in the order layer, piece, plane, head, token."""
+    if not pool.is_cuda:
+        host_copy.gather(pool, span, slab)
+        return
     table, rows = _table(pool, span), _rows(pool, span)
     torch.index_select(table, 0, rows, out=slab.view(table.dtype).view(len(rows), -1))
 
 
 def scatter(slab: Tensor, pool: Tensor, span: Span) -> None:
     """Writes `slab`, uint8 [span_bytes] as `gather` fills it, into a span of `pool`; pieces must be distinct."""
+    if not pool.is_cuda:
+        host_copy.scatter(slab, pool, span)
+        return
     table, rows = _table(pool, span), _rows(pool, span)
     table.index_copy_(0, rows, slab.view(table.dtype).view(len(rows), -1))
 
@@ -71,16 +78,20 @@ def scatter(slab: Tensor, pool: Tensor, span: Span) -> None:
 def copy_span(source_pool: Tensor, source: Span, destination_pool: Tensor, destination: Span) -> int:
     """Copies between spans of equal shape, of one pool or two; returns the bytes.
 
-    Large blocks of another pool are copied one by one, which reads and writes each byte once. Small ones, and those
-    of the same pool, which may overlap, are gathered first. Raises TransferFailed for spans of unequal size.
+    Between two pools each byte is read and written once, but on a device, where one call per block has to pay, only
+    when blocks are large. Spans of the same pool may overlap and are gathered first. Raises TransferFailed for spans of
+    unequal size.
     """
     num_bytes = span_bytes(source_pool, source)
     if num_bytes != span_bytes(destination_pool, destination):
         raise TransferFailed(f"a copy between spans of unequal size: {source} to {destination}")
-    if source_pool is destination_pool or num_bytes < _LARGE_BLOCK_BYTES * len(source.blocks):
-        rows = torch.index_select(_table(source_pool, source), 0, _rows(source_pool, source))
-        table, filled = _table(destination_pool, destination), _rows(destination_pool, destination)
-        table.index_copy_(0, filled, rows.view(len(filled), -1))
+    if source_pool is destination_pool or _is_costly_by_piece(source_pool, num_bytes, len(source.blocks)):
+        slab = torch.empty(num_bytes, dtype=torch.uint8, device=source_pool.device)
+        gather(source_pool, source, slab)
+        scatter(slab, destination_pool, destination)
+        return num_bytes
+    if not source_pool.is_cuda:
+        host_copy.copy(source_pool, source, destination_pool, destination)
         return num_bytes
     from_pieces, to_pieces = _by_piece(source_pool, source), _by_piece(destination_pool, destination)
     num_from, num_to = _num_pieces(source_pool, source), _num_pieces(destination_pool, destination)
@@ -95,6 +106,10 @@ def _num_pieces(pool: Tensor, span: Span) -> int:
     """R: pieces of one block."""
     block_size = pool.shape[4]
     return block_size // (span.block_tokens or block_size)
+
+
+def _is_costly_by_piece(pool: Tensor, num_bytes: int, num_pieces: int) -> bool:
+    return pool.is_cuda and num_bytes < _LARGE_BLOCK_BYTES * num_pieces
 
 
 def _run_bytes(pool: Tensor, span: Span) -> int:

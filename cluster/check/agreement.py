@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from core.config import CHANNEL_DEVICES, BatonConfig, PoolConfig
+from core.channel_kinds import offered_kinds
+from core.config import BatonConfig, PoolConfig
 from core.errors import ConfigurationError
 from core.model_geometry import ModelGeometry
 
@@ -21,7 +22,7 @@ def disagreements(config: BatonConfig, geometry: ModelGeometry) -> Iterator[Conf
     if prefill.device != decode.device:
         message = f"{decode.device}, but prefill is on {prefill.device}: no channel joins them"
         yield ConfigurationError(message, field="decode.device")
-    elif prefill.device not in CHANNEL_DEVICES[config.transfer.channel]:
+    elif not offered_kinds(config.transfer.channel, prefill.device):
         message = f"{config.transfer.channel} cannot carry pools on {prefill.device}"
         yield ConfigurationError(message, field="transfer.channel")
     asked = config.model.max_model_len

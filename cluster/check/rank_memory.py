@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from core.config import CHANNEL_DEVICES, Device, PoolConfig, TransferConfig
+from core.channel_kinds import Device, offered_kinds
+from core.config import PoolConfig, TransferConfig
 from core.errors import ConfigurationError
 from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, channel_bytes, gpu_kv_bytes
 from core.kv_layout import DTYPE_BYTES, KVLayout
@@ -62,7 +63,9 @@ def size_rank(
         num_blocks=num_blocks,
         kv_bytes=num_blocks * layout.block_bytes_per_rank,
         num_channels=num_channels,
-        channel_bytes=num_channels * largest_channel_bytes(transfer, layout, pool.device),
+        channel_bytes=min(
+            num_channels * largest_channel_bytes(transfer, layout, pool.device), int(transfer.pairs_mib * 2**20)
+        ),
         reserve_bytes=ACTIVATION_MARGIN_BYTES if pool.device == "cuda" else PROCESS_BYTES,
     )
 
@@ -71,9 +74,8 @@ def largest_channel_bytes(transfer: TransferConfig, layout: KVLayout, device: De
     """One end of one channel; of a transport that is chosen per pair of ranks, the largest that may be."""
     cell_bytes = layout.block_bytes_per_rank // layout.num_layers
     slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)  # one layer of one block is never cut
-    is_named = transfer.channel not in ("auto", "measured")
-    kinds = [transfer.channel] if is_named else [k for k, devices in CHANNEL_DEVICES.items() if device in devices]
-    return max(channel_bytes(kind, slab_bytes) for kind in kinds)
+    kinds = offered_kinds(transfer.channel, device)
+    return max((channel_bytes(kind, slab_bytes) for kind in kinds), default=0)
 
 
 def count_channels(prefill: KVLayout, decode: KVLayout) -> tuple[int, int]:

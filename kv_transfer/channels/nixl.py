@@ -17,8 +17,8 @@ from core.messages.to_rank import Span
 from kv_transfer.channels.nixl_agent import DONE, UNDER_WAY, Agent, RemotePool, Slab
 from kv_transfer.channels.one_sided import PullingReceiver, shape_of
 from kv_transfer.channels.protocol import Terms
-from kv_transfer.channels.runs import runs_of
 from kv_transfer.channels.shared_memory import OneSidedSender
+from kv_transfer.runs import runs_of
 from kv_transfer.spans import require_inside, span_bytes
 
 _POLL_S = 20e-6

@@ -22,7 +22,7 @@ from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 from torch import Tensor
 
 from core.errors import TransferFailed
-from kv_transfer.channels.runs import Runs
+from kv_transfer.runs import Runs
 
 log = logging.getLogger(__name__)
 

@@ -9,18 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.config import CHANNEL_DEVICES, ChannelKind, TransferConfig
+from core.channel_kinds import ChannelKind, offered_kinds
+from core.config import TransferConfig
 from core.errors import ConfigurationError
 from kv_transfer.channels.protocol import Connector
 
 log = logging.getLogger(__name__)
 
-_ANYWHERE: dict[str, ChannelKind] = {"cpu": "gloo", "cuda": "nccl"}  # crosses hosts and needs nothing installed
-_ON_ONE_HOST: dict[str, ChannelKind] = {"cpu": "shared_memory", "cuda": "cuda_ipc"}
-_MEASURED: dict[str, tuple[ChannelKind, ...]] = {  # in order of preference
-    "cpu": ("shared_memory", "nixl", "tcp", "gloo"),
-    "cuda": ("cuda_ipc", "nixl", "nccl"),
-}
+_TWO_SIDED = ("gloo", "tcp", "nccl")
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,17 @@ def make_connectors(
     are left out. Raises ConfigurationError when a kind that is named does not, or none is left.
     """
     rank = _Rank(host, pool, pool_path, config.connect_timeout_s)
-    device = pool.device.type
-    if config.channel == "auto":
-        return _all_that_work((_ON_ONE_HOST[device], _ANYWHERE[device]), rank)
-    if config.channel == "measured":
-        return _all_that_work(_MEASURED[device], rank)
-    return (_make(config.channel, rank),)
+    kinds = offered_kinds(config.channel, "cuda" if pool.is_cuda else "cpu")
+    if config.wire_dtype:  # one-sided channels read what is stored
+        kinds = tuple(kind for kind in kinds if kind in _TWO_SIDED)
+    if not kinds:
+        as_what = f" as {config.wire_dtype}" if config.wire_dtype else ""
+        raise ConfigurationError(
+            f"channel {config.channel} cannot carry a pool on {pool.device}{as_what}", field="channel"
+        )
+    if len(kinds) == 1:
+        return (_make(kinds[0], rank),)
+    return _all_that_work(kinds, rank)
 
 
 def _all_that_work(kinds: tuple[ChannelKind, ...], rank: _Rank) -> tuple[Connector, ...]:
@@ -63,8 +64,6 @@ def _all_that_work(kinds: tuple[ChannelKind, ...], rank: _Rank) -> tuple[Connect
 
 def _make(kind: ChannelKind, rank: _Rank) -> Connector:
     """Raises ConfigurationError, whatever the reason."""
-    if rank.pool.device.type not in CHANNEL_DEVICES[kind]:
-        raise ConfigurationError(f"channel {kind} cannot carry a pool on {rank.pool.device}", field="channel")
     try:
         return _import_and_make(kind, rank)
     except (ImportError, OSError, RuntimeError) as error:
@@ -91,6 +90,10 @@ def _import_and_make(kind: ChannelKind, rank: _Rank) -> Connector:
             from kv_transfer.channels.nccl import nccl_connector
 
             return nccl_connector(rank.host, rank.pool, rank.connect_timeout_s)
+        case "tcp":
+            from kv_transfer.channels.tcp import TcpConnector
+
+            return TcpConnector(rank.host, rank.pool, rank.connect_timeout_s)
         case "gloo":
             from kv_transfer.channels.gloo import gloo_connector
 

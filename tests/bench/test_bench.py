@@ -54,7 +54,9 @@ def test_a_step_shows_its_output_and_keeps_its_json(capsys):
 
 
 def test_what_runs_on_a_gpu_machine_imports_without_ray():
-    modules = "bench.gpu, bench.engine, bench.handoff, bench.transfer, prefill_worker.__main__, decode_worker.__main__"
+    modules = (
+        "bench.gpu, bench.engine, bench.handoff, bench.kv_transfer, prefill_worker.__main__, decode_worker.__main__"
+    )
     with hidden_ray() as environment:
 
         def run(statement: str) -> int:

@@ -23,7 +23,7 @@ SOON = 5.0  # seconds by which everything but a deliberate wait is over
 
 nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="needs the extra nixl")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-KINDS = ["in_process", "strict", "gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])]
+KINDS = ["in_process", "strict", "gloo", "tcp", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])]
 
 
 def random_pool(seed: int, device: str = "cpu") -> torch.Tensor:
@@ -210,6 +210,33 @@ def test_a_silent_peer_costs_the_deadline_and_poisons_the_channel(pair):
     assert isinstance(failure_of(behind), TransferFailed)
     wait([sender.send(header(span(1), 1), SOON)], SOON)
     assert pair.destination.equal(before)
+
+
+class HeldBack(Landing):
+    """Its writer waits at the door."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_come, self.may_enter = threading.Event(), threading.Event()
+
+    def begin_write(self) -> bool:
+        self.has_come.set()
+        assert self.may_enter.wait(SOON)
+        return super().begin_write()
+
+
+def test_a_slab_comes_while_the_one_before_it_is_still_being_placed(pair):
+    sender, receiver = pair.channel()
+    landings = [HeldBack(), HeldBack(), Landing()]
+    fetches = [receiver.fetch(header(span(i), i), span(i), landing, SOON) for i, landing in enumerate(landings)]
+    sends = [sender.send(header(span(i), i), SOON) for i in range(3)]
+    assert landings[0].has_come.wait(SOON)  # from now on two fetches wait to be started
+    landings[0].may_enter.set()
+    assert landings[1].has_come.wait(SOON)
+    assert sends[2].result(SOON).num_bytes > 0 and not fetches[1].done()
+    landings[1].may_enter.set()
+    assert not wait(fetches, SOON).not_done
+    assert pair.destination[:, :3].equal(pair.source[:, :3].to(pair.destination.device))
 
 
 def test_a_new_generation_works_after_an_abort(any_pair):

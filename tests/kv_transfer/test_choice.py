@@ -59,12 +59,12 @@ def test_a_host_is_measured_once_per_set_of_kinds():
 
 def test_auto_prefers_shared_memory_to_what_crosses_hosts(tmp_path):
     pool = random_pools(layout_of(), 4, 0)[0]
-    assert kinds_of(make_connectors(TransferConfig(), HOST, pool)) == ["gloo"]
+    assert kinds_of(make_connectors(TransferConfig(), HOST, pool)) == ["tcp"]
     mapped = shared(pool, tmp_path)
     path = next(tmp_path.iterdir())
     connectors = make_connectors(TransferConfig(), HOST, mapped, path)
     assert [connector.reach == "" for connector in connectors] == [False, True]
-    assert kinds_of(connectors) == ["shared_memory", "gloo"]
+    assert kinds_of(connectors) == ["shared_memory", "tcp"]
 
 
 def test_measured_leaves_out_what_does_not_work_here(caplog):

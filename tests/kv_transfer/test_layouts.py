@@ -182,7 +182,7 @@ async def test_a_sibling_that_may_not_read_leaves_the_others_whole(fleet):
     stages = [story.stages(rank, range(4)) for rank in range(2)]
     await story._fetch("p", source, [stage.from_source for stage in stages])
     asked: list[SlabHeader] = []
-    fleet.agent("d/1")._outbound._may_read = lambda header: asked.append(header) is not None
+    fleet.agent("d/1").outbound._may_read = lambda header: asked.append(header) is not None
     before = fleet.pools["d/0"].clone()
     with pytest.raises(TransferFailed, match="refused a slab"):
         await story._fetch("d", destination, [stages[0].from_siblings, ()])

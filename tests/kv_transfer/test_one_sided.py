@@ -22,8 +22,8 @@ from core.messages.to_rank import SlabHeader, Span
 from kv_transfer.channels.cuda_ipc import PoolHandle, require_cuda_malloc
 from kv_transfer.channels.one_sided import PullingReceiver, shape_of
 from kv_transfer.channels.protocol import ChannelId, Landing, Terms
-from kv_transfer.channels.runs import runs_of
 from kv_transfer.channels.select import make_connectors
+from kv_transfer.runs import runs_of
 from kv_transfer.spans import gather, span_bytes
 
 SOON = 10.0

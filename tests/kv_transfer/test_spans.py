@@ -7,6 +7,7 @@ import torch
 
 from core.errors import TransferFailed
 from core.messages.to_rank import Copy, Span
+from kv_transfer.runs import runs_of
 from kv_transfer.spans import copy_span, gather, require_inside, require_same_shape, scatter, span_bytes
 
 SPANS = [
@@ -137,7 +138,7 @@ def test_pieces_name_the_blocks_that_they_lie_in():
     assert Span(0, 1, (5, 4), 0, 1).physical_blocks(32) == (5, 4)
 
 
-@pytest.mark.parametrize("block_size", [4, 1024])  # below and above the size from which blocks are copied one by one
+@pytest.mark.parametrize("block_size", [4, 1024])
 def test_a_span_moves_between_pools(block_size):
     source, destination = pool_of(1, torch.bfloat16, block_size), pool_of(2, torch.bfloat16, block_size)
     expected = destination.clone()
@@ -146,3 +147,27 @@ def test_a_span_moves_between_pools(block_size):
     num_bytes = copy_span(source, Span(1, 2, (6, 2), 2, 2), destination, Span(1, 2, (0, 5), 1, 2))
     assert num_bytes == 2 * 2 * 2 * 2 * block_size * 8 * 2
     assert destination.equal(expected)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [*SPANS, Span(0, 3, (2, 3, 4, 6), 0, 4), Span(1, 2, (5, 6, 7), 1, 3), Span(1, 2, (5, 6, 0), 1, 2, 2)],
+)
+def test_the_runs_of_a_span_are_its_bytes_in_the_order_of_a_slab(span):
+    pool = pool_of(1, torch.bfloat16)
+    slab = torch.empty(span_bytes(pool, span), dtype=torch.uint8)
+    gather(pool, span, slab)
+    assert b"".join(views(pool, span)) == slab.numpy().tobytes()
+
+
+def views(pool: torch.Tensor, span: Span) -> list[memoryview]:
+    runs, held = runs_of(pool, span), pool.view(torch.uint8).flatten().numpy().data
+    return [held[start : start + length] for start, length in zip(runs.starts, runs.lengths, strict=True)]
+
+
+def test_neighbouring_blocks_make_one_run_per_layer():
+    pool = pool_of(1, torch.bfloat16)
+    assert len(views(pool, Span(0, 3, (2, 3, 4), 0, 4))) == 3
+    assert len(views(pool, Span(0, 3, (2, 3, 5, 6), 0, 4))) == 3 * 2
+    assert len(views(pool, Span(0, 3, (2, 3, 4), 0, 2))) == 3 * 3 * 2
+    assert len(views(pool, Span(0, 3, (4, 5, 6, 7), 0, 4, 2))) == 3 * 2 * 2 * 4 * 2

@@ -24,7 +24,7 @@ def num_fds() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest_asyncio.fixture(params=["in_process", "strict", "gloo", "shared_memory"])
+@pytest_asyncio.fixture(params=["in_process", "strict", "gloo", "tcp", "shared_memory"])
 async def fleet(request, tmp_path):
     fleet = Fleet(request.param, folder=tmp_path)
     yield fleet
@@ -258,7 +258,7 @@ async def test_no_descriptor_is_left_after_all_agents_closed(fleet):
 
 def connect(sender: TransferAgent, generation: int = 1, incarnation: int = 1, **changes) -> Connect:
     (connector,) = sender._connectors
-    offers = (Offer("pigeon"), Offer(connector.kind, connector.reach))
+    offers = (Offer("pigeon", ""), Offer(connector.kind, connector.reach))
     fields = {"compatibility": COMPATIBILITY, "layout": layout_of(1), "offers": offers} | changes
     return Connect("d/0", incarnation, generation, **fields)
 

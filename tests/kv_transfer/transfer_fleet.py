@@ -26,6 +26,7 @@ from kv_transfer.channels.in_process import Hub, InProcessConnector
 from kv_transfer.channels.protocol import Connector
 from kv_transfer.channels.select import make_connectors
 from kv_transfer.channels.strict import StrictLine
+from kv_transfer.channels.tcp import TcpConnector
 from kv_transfer.plan import plan_copies
 
 HOST = "127.0.0.1"
@@ -88,6 +89,8 @@ def connector_of(kind: str, hub: Hub, pool: torch.Tensor, timeout_s: float = 5.0
     """For shared memory, `pool` must come from `shared`."""
     if kind in ("in_process", "strict"):
         return InProcessConnector(hub, pool)
+    if kind == "tcp":
+        return TcpConnector(HOST, pool, timeout_s)
     config = TransferConfig(channel=kind, connect_timeout_s=timeout_s)
     return make_connectors(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))[0]
 
