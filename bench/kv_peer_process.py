@@ -1,6 +1,11 @@
-"""Another transfer engine in processes of its own, driven over standard input: one line of JSON per movement."""
+"""Another transfer engine in processes of its own, driven over standard input: one line of JSON per movement.
+
+Between movements they are stopped, since an engine's threads may spin and would slow the others down.
+"""
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -16,10 +21,16 @@ class PeerProcess:
         """Raises RuntimeError when the engine does not start under that interpreter."""
         command = [str(python), str(SCRIPT), engine, str(pool_bytes)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
         if self._answer() != "ready":
             raise RuntimeError(f"{engine} did not start under {python}")
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def move(self, case: Case) -> float:
         """Seconds to pull a case's bytes: each run of blocks as one piece, scattered as the case's are."""
@@ -27,13 +38,15 @@ class PeerProcess:
         is_contiguous = offsets == list(range(len(offsets)))
         pieces = [0] if is_contiguous else sorted(set(offsets), key=offsets.index)
         assert self._process.stdin is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         print(json.dumps([case.num_bytes // len(pieces), pieces]), file=self._process.stdin, flush=True)
-        return float(str(self._answer()))
+        seconds = float(str(self._answer()))
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        return seconds
 
     def close(self) -> None:
         """Ends both processes."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _answer(self) -> object:
