@@ -18,7 +18,7 @@ Pull = Callable[[int, list[int]], None]
 
 def mooncake_engine(pool: "np.ndarray[Any, Any]") -> Any:
     """One end over TCP without a metadata server."""
-    from mooncake.engine import TransferEngine  # type: ignore[import-not-found]
+    from mooncake.engine import TransferEngine
 
     engine = TransferEngine()
     assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
@@ -46,7 +46,7 @@ def pull_mooncake(pool: "np.ndarray[Any, Any]", card: dict[str, Any]) -> Pull:
 
 def nixl_end(name: str, pool: "np.ndarray[Any, Any]") -> Any:
     """One end over UCX."""
-    from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-not-found]
+    from nixl._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
     agent.register_memory([(pool.ctypes.data, pool.nbytes, 0, "")], "DRAM")

@@ -170,4 +170,3 @@ def test_neighbouring_blocks_make_one_run_per_layer():
     assert len(views(pool, Span(0, 3, (2, 3, 4), 0, 4))) == 3
     assert len(views(pool, Span(0, 3, (2, 3, 5, 6), 0, 4))) == 3 * 2
     assert len(views(pool, Span(0, 3, (2, 3, 4), 0, 2))) == 3 * 3 * 2
-    assert len(views(pool, Span(0, 3, (4, 5, 6, 7), 0, 4, 2))) == 3 * 2 * 2 * 4 * 2
