@@ -141,10 +141,12 @@ class Lane(Generic[WireT]):
             jobs, self._jobs = list(self._jobs), deque()
         if wire is not None:
             wire.abort()
-        for entry in self._taken:
+        taken, self._taken = self._taken, deque()  # what they hold of the connection goes with them
+        for entry in taken:
             if entry.finish is not None:
                 with suppress(RuntimeError, TransferFailed):
                     entry.finish()
         assert self._failure is not None
-        for entry in (*self._taken, *jobs):
-            entry.future.set_exception(self._failure)
+        futures = [entry.future for entry in (*taken, *jobs)]
+        for future in futures:
+            future.set_exception(self._failure)

@@ -185,7 +185,7 @@ def test_an_abort_ends_a_waiting_fetch_and_nothing_is_written_afterwards(pair, w
         assert isinstance(failure_of(future), TransferFailed)
     assert isinstance(failure_of(receiver.fetch(header(span(9), 4), span(9), Landing(), SOON)), TransferFailed)
     assert not receiver.is_open
-    late = sender.send(header(span(1), 1), SOON)
+    late = sender.send(header(span(1), 1), 1.0)  # Gloo now and then overlooks a peer that has just gone
     assert isinstance(failure_of(late), TransferFailed)
     assert pair.destination.equal(before)
 
