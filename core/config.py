@@ -100,6 +100,7 @@ class SchedulerConfig(Section):
     queue_limit: int = Field(default=1024, ge=1)
     queue_timeout_s: float = Field(default=30.0, gt=0)
     reservation_ttl_s: float = Field(default=30.0, gt=0)
+    pull_min_tokens: int = Field(default=128, ge=1)  # prefixes cached elsewhere are fetched when they save this much
     local_prefill_max_tokens: int = Field(default=64, ge=0)  # uncached suffixes up to this may prefill on decode
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
     replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time

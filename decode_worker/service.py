@@ -32,6 +32,7 @@ from engine.batch import StepResult
 from kv_transfer.lease_book import LeaseBook
 from rpc import methods
 from rpc.server import RpcServer
+from worker.borrower import Borrower
 from worker.drain import Held
 from worker.drainer import Drainer
 from worker.fetcher import BlockOrder, Fetcher
@@ -56,6 +57,7 @@ class DecodeService:
         limit = pool.max_num_seqs + pool.queue_limit
         self._handoffs = Handoffs(context.block_pool, context.spec.block_size, book, self._scheduler, limit)
         self._fetcher = Fetcher(context)
+        self._borrower = Borrower(context, self._fetcher)
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
         self._outbox = Outbox(self._config.lease_ttl_s, self.drainer.changed)
         self._loop = StepLoop(context.engine, self)
@@ -82,7 +84,7 @@ class DecodeService:
 
     def may_read(self, header: SlabHeader) -> bool:
         """Whether a peer may fetch these blocks."""
-        return self._fetcher.may_read(header)
+        return any(books.may_read(header) for books in (self._fetcher, self._context.lender))
 
     def status(self) -> ReplicaStatus:
         """Load at this moment."""
@@ -107,6 +109,11 @@ class DecodeService:
         request_id_var.set(message.request_id)
         if self.drainer.is_draining and self._handoffs.find(message.request_id, message.attempt) is None:
             raise NoReplica("this decode replica is draining")
+        if message.pull_from is not None and self._handoffs.find(message.request_id, message.attempt) is None:
+            name = f"{message.request_id}.{message.attempt}"
+            fetched = await self._borrower.borrow(name, message.sequence, message.pull_from, message.due_s)
+            if fetched is not None:
+                self._links.add(message.pull_from.replica_id, fetched)
         handoff = self._handoffs.open(message, self._now())
         self._settle()
         if handoff.source is not None:
@@ -184,8 +191,9 @@ class DecodeService:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _held(self) -> Held:
-        """Leases; fetches, releases and token events on their way, the step in flight."""
-        return Held(len(self._handoffs), len(self._tasks) + self._outbox.num_undelivered + self._loop.in_flight)
+        """Leases; fetches, loans, releases and token events on their way, the step in flight."""
+        moving = len(self._context.lender) + len(self._borrower) + len(self._tasks)
+        return Held(len(self._handoffs), moving + self._outbox.num_undelivered + self._loop.in_flight)
 
     def _hand_over(self) -> None:
         """Every ingress plans the rest of its requests anew, with the tokens shown so far."""
@@ -276,6 +284,7 @@ class DecodeService:
             await asyncio.sleep(HOUSEKEEPING_S)
             for handoff in self._handoffs.end_expired(self._now()):
                 logger.warning("lease of %s expired: nobody renewed it", handoff.request_id)
+            self._context.lender.give_back_expired(self._now())
             self._outbox.forget_absent(self._now())
             self._settle()
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from core.messages import fleet, to_decode, to_prefill, to_rank, to_scheduler
+from core.messages import fleet, to_decode, to_lender, to_prefill, to_rank, to_scheduler
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -37,6 +37,9 @@ TOKENS = ServerStream("Tokens", to_decode.TokensFrom, to_decode.TokenFrame)
 
 PREFILL = Unary("Prefill", to_prefill.Prefill, to_prefill.FirstToken)
 RELEASE = Unary("Release", to_prefill.Release, fleet.Acknowledged)
+
+BORROW = Unary("Borrow", to_lender.Borrow, to_lender.Lent)
+GIVE_BACK = Unary("GiveBack", to_lender.GiveBack, fleet.Empty)
 
 WATCH = ServerStream("Watch", to_scheduler.Watch, to_scheduler.Report)
 DRAIN = Unary("Drain", fleet.Drain, fleet.Empty)

@@ -88,6 +88,7 @@ PURE = [
     "kv_transfer.channels.choice",
     "rpc.protocol",
     "worker.drain",
+    "worker.lender",
 ]
 IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
 

@@ -5,6 +5,7 @@ listen -> load (engine thread) -> meet the other ranks -> transfer agent -> role
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
+from core.messages.to_lender import Borrow, GiveBack, Lent
 from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TimelineEvents
 from core.version import PROTOCOL, VERSION
 from engine.block_pool import BlockPool
@@ -28,6 +30,7 @@ from rpc import methods
 from rpc.client import RpcClient
 from rpc.server import RpcServer
 from worker.engine_thread import EngineThread
+from worker.lender import Lender
 from worker.load import LoadedEngine, load_engine
 from worker.peers import RpcPeerControl
 from worker.rank_context import RankContext, RoleService
@@ -146,7 +149,8 @@ class Rank:
 
     def _start_role(self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo) -> RoleService:
         pool = BlockPool(info.num_blocks)
-        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, self._client))
+        lender = Lender(info, pool, 3 * self._spec.transfer.data_timeout_s)
+        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, lender, self._client))
         role.bind(self._server)
         self._server.stream(methods.WATCH, Reporter(info, pool, role.status).watch)
 
@@ -154,7 +158,17 @@ class Rank:
             await role.drainer.drain(message.timeout_s)
             return Empty()
 
+        async def borrow(message: Borrow) -> Lent:
+            return Lent(info, ()) if role.drainer.is_draining else lender.lend(message, time.monotonic())
+
+        async def give_back(message: GiveBack) -> Empty:
+            lender.give_back(message.loan_id, time.monotonic())
+            role.drainer.changed()
+            return Empty()
+
         self._server.unary(methods.DRAIN, drain)
+        self._server.unary(methods.BORROW, borrow)
+        self._server.unary(methods.GIVE_BACK, give_back)
         return role
 
     def _bind_transfer(self, agent: TransferAgent) -> None:

@@ -42,6 +42,7 @@ class Open:
     prefill: ReplicaInfo | None
     timeout_s: float
     due_s: float = 0.0  # until the client should have its first tokens; what is due first travels first
+    pull_from: ReplicaInfo | None = None  # has a longer prefix cached; only with `prefill` None
 
 
 @dataclass(frozen=True)

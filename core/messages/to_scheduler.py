@@ -35,6 +35,7 @@ class Plan:
     queue_s: float
     predicted_ttft_s: float
     reason: str  # one word for metrics: pair, local_short, local_idle, local_no_prefill, local_asked, fallback
+    pull_from: ReplicaInfo | None = None  # whose cached prefix whoever prefills shall fetch first
 
 
 @dataclass(frozen=True)
