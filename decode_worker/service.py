@@ -6,7 +6,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from core.errors import BatonError, NoReplica
+from core.errors import BatonError, NoReplica, TransferFailed
 from core.messages.fleet import Acknowledged, ReplicaInfo
 from core.messages.to_decode import (
     Abandon,
@@ -235,6 +235,8 @@ class DecodeService:
             fetched = await self._fetcher.fetch(_order(fetch))
         except BatonError as error:
             logger.warning("fetch %d of %s failed: %s", number, handoff.request_id, error)
+            if isinstance(error, TransferFailed) and error.field == "digest":
+                self._links.corrupt(fetch.announce.source.replica_id)
             if self._handoffs.fetch_failed(handoff, number, self._now()):
                 self._tell_to_resume(handoff)
         else:

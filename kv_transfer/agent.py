@@ -74,7 +74,7 @@ class TransferAgent:
         self._config = config
         self._connectors = connectors
         self._control = control
-        pairs = Pairs(int(config.pairs_mib * 2**20), config.pair_idle_timeout_s)
+        pairs = Pairs(int(config.pairs_mib * 2**20), config.pair_idle_timeout_s, config.control_timeout_s)
         linker = Linker(self._identity, config, control, connectors, pairs)
         self.inbound = Inbound(self._identity, config, control, linker, self.timeline)
         self.outbound = Outbound(self._identity, config, connectors, pairs, pool, may_read, self.timeline)

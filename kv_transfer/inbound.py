@@ -104,8 +104,10 @@ class Inbound:
             return
         able = {peer for peer, link in self._links.items() if link.end.is_open and not link.is_granting}
         for peer, grants in self._flow.take(able).items():
-            self._links[peer].is_granting = True
-            self._spawn(self._grant(self._links[peer], grants))
+            link = self._links[peer]
+            link.is_granting = True
+            self._linker.use(link)
+            self._spawn(self._grant(link, grants))
         for peer in self._flow.waiting_peers():
             link = self._links.get(peer)
             if (link is None or not link.end.is_open) and peer not in self._linking:
@@ -144,6 +146,7 @@ class Inbound:
                 self._post(link, header, fetch, slab, is_refused=header.sequence in refused)
         finally:
             link.is_granting = False
+            self._linker.rest(link)
             self._pump()
 
     async def _tell_ready(self, link: Link, headers: tuple[SlabHeader, ...]) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """What the channels of one rank cost its device, and which of them to close for another. Pure.
 
-opened --use--> busy --rest--> idle --(least recently used first) evict--> closed
+    opened --use--> busy --rest--> idle --(least recently used first) evict--> closed
+
+A channel that was just made is waited for: it is as good as busy until its first slab, or until `fresh_s` have passed.
 """
 
 from collections.abc import Hashable
@@ -12,6 +14,7 @@ class _Pair:
     num_bytes: int
     used_at: float
     num_users: int = 0
+    is_fresh: bool = True
 
 
 @dataclass
@@ -20,6 +23,7 @@ class PairBook:
 
     budget_bytes: int
     idle_timeout_s: float  # longer idle, a channel goes at the next occasion: its peer may be gone for good
+    fresh_s: float = 0.0
     _pairs: dict[Hashable, _Pair] = field(default_factory=dict)
 
     def __contains__(self, key: Hashable) -> bool:
@@ -38,7 +42,7 @@ class PairBook:
 
         Closing them may not be enough; `fits` says so.
         """
-        idle = sorted((pair.used_at, str(key), key) for key, pair in self._pairs.items() if not pair.num_users)
+        idle = sorted((pair.used_at, str(key), key) for key, pair in self._pairs.items() if self._is_idle(pair, now))
         excess = self.num_bytes + wanted_bytes - self.budget_bytes
         chosen = []
         for used_at, _, key in idle:
@@ -60,6 +64,7 @@ class PairBook:
     def use(self, key: Hashable) -> None:
         """One more slab is on its way; a channel in use is never a victim."""
         self._pairs[key].num_users += 1
+        self._pairs[key].is_fresh = False
 
     def rest(self, key: Hashable, now: float) -> None:
         """One slab less; channels closed meanwhile are forgotten already."""
@@ -72,6 +77,9 @@ class PairBook:
     def close(self, key: Hashable) -> None:
         """A channel is over, whoever ended it. Idempotent."""
         self._pairs.pop(key, None)
+
+    def _is_idle(self, pair: _Pair, now: float) -> bool:
+        return not pair.num_users and not (pair.is_fresh and now - pair.used_at < self.fresh_s)
 
     def validate(self) -> None:
         """Raises AssertionError when the books contradict each other."""

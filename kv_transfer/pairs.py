@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 
 from core.errors import TransferFailed
 from kv_transfer.pair_book import PairBook
@@ -13,8 +14,8 @@ Close = Callable[[], Awaitable[object]]
 class Pairs:
     """Belongs to one event loop. Keys name a channel's direction and peer."""
 
-    def __init__(self, budget_bytes: int, idle_timeout_s: float) -> None:
-        self.book = PairBook(budget_bytes, idle_timeout_s)
+    def __init__(self, budget_bytes: int, idle_timeout_s: float, fresh_s: float) -> None:
+        self.book = PairBook(budget_bytes, idle_timeout_s, fresh_s)
         self._closes: dict[Hashable, Close] = {}
         self._changed = asyncio.Event()
 
@@ -60,4 +61,5 @@ class Pairs:
             await asyncio.gather(*(close() for close in closes))
             if self.book.fits(wanted_bytes):
                 return
-            await self._changed.wait()
+            with suppress(TimeoutError):  # a fresh one ages without telling
+                await asyncio.wait_for(self._changed.wait(), self.book.fresh_s)

@@ -125,6 +125,8 @@ class LinkStatus:
     bytes_per_s: float  # recent
     num_bytes: int  # since the receiver started
     num_transfers: int
+    num_digests: int = 0  # slabs whose content was compared with the sender's
+    num_corrupt: int = 0  # transfers dropped because it differed
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,16 @@ def test_channels_idle_too_long_go_though_there_is_room():
     assert book.victims(10, 11.0) == ["old"]
 
 
+def test_a_channel_that_was_just_made_gets_the_time_for_its_first_slab():
+    book = PairBook(budget_bytes=20, idle_timeout_s=100, fresh_s=2)
+    book.open("old", 10, 0.0)
+    book.use("old")
+    book.rest("old", 1.5)
+    book.open("new", 10, 1.0)
+    assert book.victims(20, 2.0) == ["old"]
+    assert book.victims(20, 3.0) == ["new", "old"]
+
+
 class PairBookModel(RuleBasedStateMachine):
     """Every order of open, use, rest, close: never above the budget, never a busy victim."""
 

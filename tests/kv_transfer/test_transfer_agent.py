@@ -12,12 +12,17 @@ from transfer_fleet import COMPATIBILITY, Fleet, layout_of, random_pairs
 
 from core.config import TransferConfig
 from core.errors import Incompatible, PeerLost, StaleMessage, TransferFailed
+from core.kv_budget import channel_bytes
 from core.kv_layout import Compatibility, KVLayout
-from core.messages.to_rank import CloseChannel, Connect, Granted, Offer, Ready, SlabHeader, Span
+from core.messages.to_rank import BlockDigests, CloseChannel, Connect, Granted, Offer, Ready, SlabHeader, Span
 from kv_transfer.agent import TransferAgent
 
 PAIRS = random_pairs(10, 24, 3)
 SOURCES, DESTINATIONS = ([s for s, _ in PAIRS], [d for _, d in PAIRS])
+
+
+def replace_config(config: TransferConfig, **changes) -> TransferConfig:
+    return config.model_copy(update=changes)
 
 
 def num_fds() -> int:
@@ -251,6 +256,93 @@ async def test_no_descriptor_is_left_after_all_agents_closed(fleet):
 
     await live_and_close()  # what libraries open once stays open
     assert await live_and_close() == await live_and_close()
+
+
+async def test_bytes_that_differ_from_the_senders_fail_the_fetch_by_their_digest(fleet):
+    fleet.config = replace_config(fleet.config, digest_share=1.0)
+    fleet.start("p", layout_of(2), seed=1)
+    fleet.start("d", layout_of(1), seed=2)
+    done = await fleet.agent("d/0").fetch(fleet.order("p", "d", 0, PAIRS))
+    assert done.num_digests > 1
+    answer = fleet.control.digest
+
+    async def digest(address, message):
+        digests = (await answer(address, message)).digests
+        return BlockDigests((digests[0] ^ (1 << 40), *digests[1:]) if address == "p/1" else digests)
+
+    fleet.control.digest = digest
+    with pytest.raises(TransferFailed, match="p/1 are not what was sent") as caught:
+        await fleet.agent("d/0").fetch(fleet.order("p", "d", 0, PAIRS))
+    assert caught.value.field == "digest"
+
+
+async def test_only_the_request_that_may_not_be_read_fails_of_those_granted_together(fleet):
+    fleet.start("p", layout_of(1), seed=1)
+    fleet.start("d", layout_of(1), seed=2)
+    fleet.refused = {"bad"}
+    arrived, release = hold_ready(fleet)
+    agent = fleet.agent("d/0")
+    first = asyncio.create_task(agent.fetch(fleet.order("p", "d", 0, PAIRS[:2], "first")))
+    await arrived.wait()  # what comes now waits for room, and is granted together
+    bad = asyncio.create_task(agent.fetch(fleet.order("p", "d", 0, PAIRS[2:5], "bad")))
+    good = asyncio.create_task(agent.fetch(fleet.order("p", "d", 0, PAIRS[5:], "good")))
+    await asyncio.sleep(0)
+    release.set()
+    await asyncio.gather(first, good)
+    with pytest.raises(TransferFailed, match="refused a slab of request bad"):
+        await bad
+    assert agent.inbound._links["p/0"].generation == 1
+    arrived = [*PAIRS[:2], *PAIRS[5:]]
+    assert fleet.full("d", [d for _, d in arrived]).equal(fleet.full("p", [s for s, _ in arrived]))
+
+
+async def test_channels_keep_within_memory_the_least_recently_used_goes(fleet):
+    """Room for two at the receiver: a third peer takes the place of the one that was used longest ago."""
+    cost = channel_bytes(fleet.connector_kind, int(fleet.config.slab_mib * 2**20))
+    if not cost:
+        pytest.skip("this transport's channels cost nothing")
+    fleet.config = replace_config(fleet.config, pairs_mib=2.5 * cost / 2**20)
+    for seed, name in enumerate("pqrd"):
+        fleet.start(name, layout_of(1), seed=seed)
+    agent = fleet.agent("d/0")
+    for name in "pqpr":
+        await agent.fetch(fleet.order(name, "d", 0, PAIRS))
+        assert fleet.full("d", DESTINATIONS).equal(fleet.full(name, SOURCES))
+    assert sorted(agent.inbound._links) == ["p/0", "r/0"]
+    await agent.fetch(fleet.order("q", "d", 0, PAIRS))
+    assert sorted(agent.inbound._links) == ["q/0", "r/0"]
+    await asyncio.gather(*(agent.fetch(fleet.order(name, "d", 0, PAIRS, f"r{i}")) for i, name in enumerate("pqrpqr")))
+
+
+async def test_a_channel_made_ahead_of_use_is_the_one_used(fleet):
+    fleet.start("p", layout_of(1), seed=1)
+    fleet.start("d", layout_of(1), seed=2)
+    agent = fleet.agent("d/0")
+    agent.prepare(["p/0", "d/0", "nobody"])
+    while not agent.inbound.num_links:
+        await asyncio.sleep(0.005)
+    await fetch_all(fleet, "p", "d")
+    assert agent.inbound._links["p/0"].generation in (1, 2)  # the one to nobody takes a number, too
+    assert fleet.full("d", DESTINATIONS).equal(fleet.full("p", SOURCES))
+
+
+async def test_a_slow_peer_does_not_hold_up_another(fleet):
+    fleet.start("p", layout_of(1), seed=1)
+    fleet.start("q", layout_of(1), seed=3)
+    fleet.start("d", layout_of(1), seed=2)
+    deliver, release = fleet.control.ready, asyncio.Event()
+
+    async def ready(address, message):
+        if address == "p/0":
+            await release.wait()
+        return await deliver(address, message)
+
+    fleet.control.ready = ready
+    slow = asyncio.create_task(fleet.agent("d/0").fetch(fleet.order("p", "d", 0, PAIRS[:3], "slow")))
+    await fleet.agent("d/0").fetch(fleet.order("q", "d", 0, PAIRS[3:], "fast"))
+    assert not slow.done()
+    release.set()
+    await slow
 
 
 # ---- the sender's handlers, spoken to directly ------------------------------------------------------------------

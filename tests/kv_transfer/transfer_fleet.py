@@ -142,6 +142,11 @@ class Fleet:
                 may_read=self.may_read,
             )
 
+    @property
+    def connector_kind(self) -> str:
+        """The transport's name."""
+        return "in_process" if self.kind == "strict" else self.kind
+
     def may_read(self, header: SlabHeader) -> bool:
         return header.request_id not in self.refused
 
