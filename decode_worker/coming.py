@@ -42,6 +42,10 @@ class ComingBlocks(Generic[Waiter]):
         for key in keys:
             self._waiters[key][waiter] = None
 
+    def awaits(self, waiter: Waiter, keys: Iterable[Key]) -> bool:
+        """Whether the waiter is still to be given one of these."""
+        return any(waiter in self._waiters.get(key, ()) for key in keys)
+
     def settle(self, key: Key) -> list[Waiter]:
         """A block arrived, or its transfer is over without it; returns who waited."""
         return list(self._waiters.pop(key, ()))

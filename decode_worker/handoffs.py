@@ -46,6 +46,17 @@ class Handoff:
     expected: dict[int, Key] = field(default_factory=dict)  # logical blocks that others may take when they come
     awaited: tuple[Key, ...] = ()  # brought by another request's transfer, in logical order
     taken: dict[Key, int] = field(default_factory=dict)  # of these, where those lie that have come
+    is_orphan: bool = False  # the other transfer ended before all of them came, and nobody was asked for the rest yet
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(request id, attempt)."""
+        return self.message.request_id, self.message.attempt
+
+    @property
+    def owed(self) -> tuple[Key, ...]:
+        """Awaited blocks that have not come, from the first one on."""
+        return tuple(key for key in self.awaited if key not in self.taken)
 
     @property
     def request_id(self) -> str:
@@ -81,7 +92,7 @@ class Handoffs:
         self._limit = limit
         self._live: dict[str, Handoff] = {}
         self._coming: ComingBlocks[Handoff] = ComingBlocks()
-        self._orphans: list[Handoff] = []
+        self._owed: list[Handoff] = []
         self._releasable: list[Handoff] = []  # ended or complete, nothing in flight: tell prefill, then forget
         self._joined: list[Handoff] = []
 
@@ -168,6 +179,7 @@ class Handoffs:
         lease = self._book.commit(message)
         handoff = self._live[lease.request_id]
         handoff.times.committed_at = handoff.times.committed_at or now
+        self._ask_for_owed(handoff)
         self._join_if_complete(handoff, now)
         return handoff
 
@@ -182,9 +194,11 @@ class Handoffs:
             self._scheduler.cancel(request_id, attempt)
         else:
             self._give_back(handoff)
-        for key in handoff.expected.values():
-            self._orphans += self._coming.settle(key)
+        orphans = [waiter for key in handoff.expected.values() for waiter in self._coming.settle(key)]
         handoff.expected = {}
+        for orphan in dict.fromkeys(orphans):
+            orphan.is_orphan = True
+            self._ask_for_owed(orphan)
         self._release_when_quiet(handoff)
         return handoff
 
@@ -202,10 +216,34 @@ class Handoffs:
         releasable, self._releasable = self._releasable, []
         return releasable
 
-    def take_orphans(self) -> list[Handoff]:
-        """Live handoffs that waited for blocks of another whose transfer ended without them; the caller ends them."""
-        orphans, self._orphans = self._orphans, []
-        return [h for h in dict.fromkeys(orphans) if self.find(h.request_id, h.message.attempt) is h]
+    def take_owed(self) -> list[Handoff]:
+        """Handoffs that another's transfer left without blocks that they await, and whose source has computed them.
+
+        The caller brings those into the cache and calls `claim`.
+        """
+        owed, self._owed = self._owed, []
+        return [handoff for handoff in owed if self._is_live(handoff)]
+
+    def stop_waiting(self, now: float, limit_s: float) -> None:
+        """Handoffs whose prefill has been done for `limit_s` no longer wait for another's transfer, which may stall."""
+        for handoff in self._live.values():
+            late = handoff.lease.commit is not None and now - handoff.times.committed_at >= limit_s
+            if late and self._coming.awaits(handoff, handoff.owed):
+                handoff.is_orphan = True
+                self._ask_for_owed(handoff)
+
+    def claim(self, handoff: Handoff, now: float) -> bool:
+        """Takes owed blocks from the cache; False when one is not there, or the handoff is over."""
+        if not self._is_live(handoff):
+            return False
+        for key in handoff.owed:
+            found = self._pool.match([key[1]])
+            if not found:
+                return False
+            self._pool.own(found)
+            handoff.taken[key] = found[0]
+        self._join_if_complete(handoff, now)
+        return True
 
     def take_joined(self) -> list[Handoff]:
         """Handoffs that joined the batch since the last call."""
@@ -236,6 +274,16 @@ class Handoffs:
             sequence.release()
             raise Overloaded(f"KV cache of this decode replica is full: {error}", retry_after_s=1.0) from error
         return awaited
+
+    def _is_live(self, handoff: Handoff) -> bool:
+        return self._live.get(handoff.request_id) is handoff
+
+    def _ask_for_owed(self, handoff: Handoff) -> None:
+        """Once prefill is done the source has all blocks of the prompt."""
+        if handoff.is_orphan and handoff.lease.commit is not None:
+            handoff.is_orphan = False
+            self._coming.forget(handoff, handoff.owed)
+            self._owed.append(handoff)
 
     def _arrived(self, handoff: Handoff, block: int, now: float) -> None:
         """A logical block is whole: it can be found by its content, and who waited for it owns it too."""

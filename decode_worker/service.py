@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from core.errors import BatonError, NoReplica, TransferFailed
@@ -244,6 +245,20 @@ class DecodeService:
             self._links.add(fetch.announce.source.replica_id, fetched)
         self._settle()
 
+    async def _borrow_owed(self, handoff: Handoff) -> None:
+        """Blocks that were to come with another request's transfer, which ended before."""
+        assert handoff.source is not None
+        sequence, (*_, (_, last)) = handoff.message.sequence, handoff.owed
+        wanted = replace(sequence, block_hashes=sequence.block_hashes[: sequence.block_hashes.index(last) + 1])
+        name = f"{handoff.request_id}.{handoff.message.attempt}.owed"
+        fetched = await self._borrower.borrow(name, wanted, handoff.source, handoff.message.due_s)
+        if fetched is not None:
+            self._links.add(handoff.source.replica_id, fetched)
+        if not self._handoffs.claim(handoff, self._now()) and self._handoffs.find(*handoff.key) is handoff:
+            self._tell_to_resume(handoff)
+            self._handoffs.end(*handoff.key, self._now())
+        self._settle()
+
     async def _prepare(self, source: ReplicaInfo) -> None:
         """Channels are made while prefill computes; those that stand already cost nothing."""
         try:
@@ -259,10 +274,8 @@ class DecodeService:
 
     def _settle(self) -> None:
         """After any change: releases what prefill may free, tells ingresses what joined, wakes loop and drain."""
-        while orphans := self._handoffs.take_orphans():
-            for handoff in orphans:
-                self._tell_to_resume(handoff)
-                self._handoffs.end(handoff.request_id, handoff.message.attempt, self._now())
+        for handoff in self._handoffs.take_owed():
+            self._spawn(self._borrow_owed(handoff))
         for handoff in self._handoffs.take_releasable():
             self._spawn(self._release(handoff))
         for handoff in self._handoffs.take_joined():
@@ -287,6 +300,7 @@ class DecodeService:
             for handoff in self._handoffs.end_expired(self._now()):
                 logger.warning("lease of %s expired: nobody renewed it", handoff.request_id)
             self._context.lender.give_back_expired(self._now())
+            self._handoffs.stop_waiting(self._now(), self._config.control_timeout_s)
             self._outbox.forget_absent(self._now())
             self._settle()
 

@@ -109,8 +109,8 @@ class Inbound:
             self._linker.use(link)
             self._spawn(self._grant(link, grants))
         for peer in self._flow.waiting_peers():
-            link = self._links.get(peer)
-            if (link is None or not link.end.is_open) and peer not in self._linking:
+            present = self._links.get(peer)
+            if (present is None or not present.end.is_open) and peer not in self._linking:
                 self._spawn(self._open_link(peer))
 
     async def _grant(self, link: Link, grants: Grants) -> None:
