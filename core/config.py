@@ -73,6 +73,7 @@ class TransferConfig(Section):
     """How KV blocks travel."""
 
     channel: ChannelKind = "auto"  # the best by rule for each pair of ranks; "measured": the fastest in a trial
+    trial_mib: float = Field(default=64.0, gt=0)  # of real slabs that "measured" moves over each transport to a host
     wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute

@@ -102,7 +102,7 @@ class Inbound:
         """Asks for what there is room for; connects where something is wanted and no channel is open."""
         if self._is_closed:
             return
-        able = {peer for peer, link in self._links.items() if link.end.is_open and not link.is_granting}
+        able = {peer for peer, link in self._links.items() if self._linker.is_usable(link) and not link.is_granting}
         for peer, grants in self._flow.take(able).items():
             link = self._links[peer]
             link.is_granting = True
@@ -110,7 +110,8 @@ class Inbound:
             self._spawn(self._grant(link, grants))
         for peer in self._flow.waiting_peers():
             present = self._links.get(peer)
-            if (present is None or not present.end.is_open) and peer not in self._linking:
+            is_idle = peer not in self._linking and peer not in self._flow.in_flight
+            if is_idle and (present is None or not (self._linker.is_usable(present) or present.is_granting)):
                 self._spawn(self._open_link(peer))
 
     async def _grant(self, link: Link, grants: Grants) -> None:
@@ -178,6 +179,7 @@ class Inbound:
         self._flow.give_back(fetch.flow, slab)
         error = future.exception()
         if error is None:
+            self._linker.moved(link, future.result())
             self._note(fetch, future.result())
             fetch.landed(future.result())
         else:
@@ -205,9 +207,9 @@ class Inbound:
         try:
             old = self._links.get(peer)
             if old is not None:
-                if old.end.is_open:
+                if self._linker.is_usable(old):
                     return
-                await self._drop(old, "failed")
+                await self._drop(old, "failed, or another transport is due")
             self._links[peer] = await self._linker.connect(peer, self._evict)
         except BatonError as error:
             for fetch in [fetch for flow, fetch in self._fetches.items() if flow.peer == peer]:

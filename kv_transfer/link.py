@@ -7,11 +7,12 @@ from itertools import count
 from typing import TypeVar
 
 from core.config import TransferConfig
-from core.errors import PeerLost, TransferFailed
+from core.errors import Incompatible, PeerLost, TransferFailed
 from core.kv_budget import channel_bytes
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.to_rank import CloseChannel, Connect, Connected, Offer
-from kv_transfer.channels.protocol import ChannelId, Connector, ReceiverEnd, Terms
+from kv_transfer.channels.choice import TransportChoice
+from kv_transfer.channels.protocol import ChannelId, Connector, Passage, ReceiverEnd, Terms
 from kv_transfer.pairs import Pairs
 from kv_transfer.peer_control import PeerControl
 
@@ -37,6 +38,7 @@ class Link:
     kind: str
     end: ReceiverEnd
     next_sequence: int = 0
+    has_moved: bool = False  # a slab came over it
     is_granting: bool = False  # a grant waits for the peer's answer; the order of grants is that of fetches
 
     @property
@@ -62,18 +64,17 @@ class Linker:
         self._connectors = {connector.kind: connector for connector in connectors}
         self._pairs = pairs
         self._generations = count(1)
+        trial_bytes = int(config.trial_mib * 2**20) if config.channel == "measured" else 0
+        self._choice = TransportChoice(list(self._connectors), trial_bytes)
 
     async def connect(self, peer: str, close: Callable[[Link], Awaitable[object]]) -> Link:
         """The next generation; `close` ends it when its memory is wanted for another channel.
 
         Raises PeerLost, TransferFailed, Incompatible naming the field.
         """
-        generation, me, timeout_s = next(self._generations), self._identity, self._config.connect_timeout_s
-        offers = tuple(Offer(connector.kind, connector.reach) for connector in self._connectors.values())
-        message = Connect(
-            me.address, me.incarnation, generation, me.compatibility, me.layout, offers, self._config.wire_dtype
-        )
-        connected = await within(timeout_s, peer, self._control.connect(peer, message))
+        timeout_s = self._config.connect_timeout_s
+        kinds = self._choice.offers(peer)
+        generation, connected = await self._agree(peer, kinds)
         link = Link(peer, generation, connected.kind, self._end(peer, generation, connected))
         num_bytes = channel_bytes(connected.kind, int(self._config.slab_mib * 2**20))
         try:
@@ -83,9 +84,29 @@ class Linker:
             raise
         return link
 
+    async def _agree(self, peer: str, kinds: Sequence[str]) -> tuple[int, Connected]:
+        """A generation's number and what the sender says to it."""
+        generation, me = next(self._generations), self._identity
+        offers = tuple(Offer(kind, self._connectors[kind].reach) for kind in kinds)
+        message = Connect(
+            me.address, me.incarnation, generation, me.compatibility, me.layout, offers, self._config.wire_dtype
+        )
+        try:
+            connected = await within(self._config.connect_timeout_s, peer, self._control.connect(peer, message))
+        except Incompatible as error:
+            others = set(self._connectors) - set(kinds)
+            if error.field != "transfer.channel" or not others:
+                raise
+            self._choice.taken(peer, kinds, None)
+            return await self._agree(peer, [kind for kind in self._connectors if kind in others])
+        self._choice.taken(peer, kinds, connected.kind)
+        return generation, connected
+
     async def end(self, link: Link, reason: str) -> None:
         """Ends a link here and, as far as it can be told, at the peer; on return nothing is written through it."""
         self._pairs.forget(link.key)
+        if not link.end.is_open and not link.has_moved:
+            self._choice.failed(link.peer, link.kind)
         await asyncio.to_thread(link.end.abort, reason)
         message = CloseChannel(self._identity.address, self._identity.incarnation, link.generation)
         try:
@@ -100,6 +121,15 @@ class Linker:
     def rest(self, link: Link) -> None:
         """A slab is over."""
         self._pairs.rest(link.key)
+
+    def moved(self, link: Link, passage: Passage) -> None:
+        """A slab came."""
+        link.has_moved = True
+        self._choice.moved(link.peer, link.kind, passage.num_bytes, passage.done_at - passage.begun_at)
+
+    def is_usable(self, link: Link) -> bool:
+        """Whether slabs may be granted on it: it has not failed, and no other transport is due."""
+        return link.end.is_open and not self._choice.is_spent(link.peer, link.kind)
 
     def _end(self, peer: str, generation: int, connected: Connected) -> ReceiverEnd:
         connector = self._connectors.get(connected.kind)

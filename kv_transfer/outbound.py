@@ -14,6 +14,7 @@ from core.errors import Incompatible, StaleMessage, TransferFailed
 from core.kv_budget import channel_bytes
 from core.messages.fleet import Acknowledged
 from core.messages.to_rank import CloseChannel, Connect, Connected, Granted, Offer, Ready, SlabHeader, TimelineEvent
+from kv_transfer.channels.choice import common
 from kv_transfer.channels.protocol import ChannelId, Connector, Passage, SenderEnd, Terms
 from kv_transfer.link import Identity
 from kv_transfer.pairs import Pairs
@@ -131,10 +132,9 @@ class Outbound:
 
     def _choose(self, offers: Sequence[Offer]) -> Connector:
         """The first of the receiver's transports that this rank has too, with the same reach."""
-        for offer in offers:
-            connector = self._connectors.get(offer.kind)
-            if connector is not None and connector.reach == offer.reach:
-                return connector
+        ours = [Offer(connector.kind, connector.reach) for connector in self._connectors.values()]
+        for kind in common(offers, ours):
+            return self._connectors[kind]
         theirs = ", ".join(offer.kind for offer in offers)
         raise Incompatible(
             f"no transport in common: {', '.join(self._connectors)} here, {theirs} there", field="transfer.channel"

@@ -7,9 +7,9 @@ import torch
 from transfer_fleet import HOST, layout_of, random_pools, shared
 
 from core.config import TransferConfig
-from core.errors import ConfigurationError, TransferFailed
+from core.errors import ConfigurationError
 from core.messages.to_rank import Offer
-from kv_transfer.channels.choice import MeasuredChoice, Probe, common
+from kv_transfer.channels.choice import TransportChoice, common
 from kv_transfer.channels.select import make_connectors
 
 ON_HOST_A = [Offer("shared_memory", "a"), Offer("tcp", ""), Offer("gloo", "")]
@@ -29,32 +29,40 @@ def test_ranks_of_one_host_share_memory_and_those_of_two_do_not():
     assert common(ON_HOST_A, [Offer("nccl", "")]) == []
 
 
-def test_the_fastest_kind_wins_and_the_first_of_equals():
-    slow, fast, equal = Probe("gloo", 2**24, 0.02), Probe("tcp", 2**24, 0.005), Probe("nixl", 2**23, 0.0025)
-    assert MeasuredChoice().conclude("b", [slow, fast, equal]) == "tcp"
-    assert MeasuredChoice().conclude("b", [slow, equal, fast]) == "nixl"
-    assert fast.bytes_per_s == 2**24 / 0.005
+def test_by_order_the_first_in_common_is_taken_until_it_fails_to_that_peer():
+    choice = TransportChoice(["cuda_ipc", "nccl"], 0)
+    assert choice.offers("a:1") == ("cuda_ipc", "nccl")
+    choice.failed("a:1", "cuda_ipc")
+    assert choice.offers("a:1") == ("nccl", "cuda_ipc")
+    assert choice.offers("a:2") == ("cuda_ipc", "nccl"), "another GPU of that host may be reachable"
+    choice.failed("a:1", "nccl")
+    assert choice.offers("a:1") == ("cuda_ipc", "nccl"), "when nothing works it was the peer"
+    choice.moved("a:1", "cuda_ipc", 2**30, 1.0)
+    assert not choice.is_spent("a:1", "cuda_ipc")
 
 
-def test_a_kind_that_failed_loses_however_quickly():
-    choice = MeasuredChoice()
-    assert choice.conclude("b", [Probe("shared_memory", 0, 0.0), Probe("gloo", 1, 10.0)]) == "gloo"
-    with pytest.raises(TransferFailed, match="no channel to b works, of gloo, tcp"):
-        choice.conclude("b", [Probe("gloo", 0, 1.0), Probe("tcp", 0, 1.0)])
-    with pytest.raises(TransferFailed, match="of none"):
-        choice.conclude("b", [])
+def test_by_trial_each_moves_some_slabs_and_the_fastest_stays_for_the_whole_host():
+    choice = TransportChoice(["shared_memory", "nixl", "tcp"], 100)
+    choice.taken("a:1", choice.offers("a:1"), "nixl")  # the peer is on another host: no memory in common
+    choice.moved("a:1", "nixl", 60, 1.0)
+    assert not choice.is_spent("a:1", "nixl")
+    choice.moved("a:1", "nixl", 60, 1.0)
+    assert choice.is_spent("a:1", "nixl")
+    assert choice.offers("a:1") == ("tcp",)
+    choice.moved("a:1", "tcp", 120, 0.5)
+    assert not choice.is_spent("a:1", "tcp")
+    assert choice.is_spent("a:2", "nixl")
+    assert choice.offers("a:2") == ("tcp", "nixl")
+    assert choice.offers("b:1") == ("shared_memory", "nixl", "tcp")
 
 
-def test_a_host_is_measured_once_per_set_of_kinds():
-    choice = MeasuredChoice()
-    assert choice.winner("b", ["tcp", "gloo"]) is None
-    choice.conclude("b", [Probe("tcp", 2**20, 0.002), Probe("gloo", 2**20, 0.001)])
-    assert choice.winner("b", ["tcp", "gloo"]) == "gloo"
-    assert choice.winner("b", ["shared_memory", "tcp", "gloo"]) is None  # another rank of b can do more
-    assert choice.winner("c", ["tcp", "gloo"]) is None
-    assert choice.winner("c", ["tcp"]) == "tcp"  # nothing to measure
-    choice.forget("b")
-    assert choice.winner("b", ["tcp", "gloo"]) is None
+def test_by_trial_what_fails_loses_however_quickly():
+    choice = TransportChoice(["nixl", "tcp"], 100)
+    choice.failed("a:1", "nixl")
+    assert choice.offers("a:1") == ("tcp",)
+    choice.moved("a:1", "tcp", 100, 9.0)
+    assert choice.offers("a:1") == ("tcp", "nixl")
+    assert not choice.is_spent("a:1", "tcp")
 
 
 def test_auto_prefers_shared_memory_to_what_crosses_hosts(tmp_path):

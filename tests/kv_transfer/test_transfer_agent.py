@@ -326,6 +326,22 @@ async def test_a_channel_made_ahead_of_use_is_the_one_used(fleet):
     assert fleet.full("d", DESTINATIONS).equal(fleet.full("p", SOURCES))
 
 
+async def test_measured_tries_each_transport_with_real_slabs_and_keeps_the_fastest(tmp_path):
+    fleet = Fleet("measured", TransferConfig(channel="measured", slab_mib=0.002, trial_mib=0.01), folder=tmp_path)
+    fleet.start("p", layout_of(1), seed=1)
+    fleet.start("d", layout_of(1), seed=2)
+    agent, used = fleet.agent("d/0"), []
+    for number in range(12):
+        await agent.fetch(fleet.order("p", "d", 0, PAIRS, f"r{number}"))
+        used.append(agent.inbound._links["p/0"].kind)
+        assert fleet.full("d", DESTINATIONS).equal(fleet.full("p", SOURCES))
+    tried = list(dict.fromkeys(used))
+    assert {"shared_memory", "tcp", "gloo"} <= set(tried)
+    rates = {kind: agent.inbound._linker._choice._bytes_per_s("", kind) for kind in tried}
+    assert used[-1] == max(rates, key=rates.__getitem__)
+    await fleet.close()
+
+
 async def test_a_slow_peer_does_not_hold_up_another(fleet):
     fleet.start("p", layout_of(1), seed=1)
     fleet.start("q", layout_of(1), seed=3)

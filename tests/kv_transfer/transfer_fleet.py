@@ -95,6 +95,13 @@ def connector_of(kind: str, hub: Hub, pool: torch.Tensor, timeout_s: float = 5.0
     return make_connectors(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))[0]
 
 
+def connectors_of(kind: str, hub: Hub, pool: torch.Tensor) -> tuple[Connector, ...]:
+    """All that an agent offers."""
+    if kind == "measured":
+        return make_connectors(TransferConfig(channel=kind), HOST, pool, SHARED_PATHS.get(pool.data_ptr()))
+    return (connector_of(kind, hub, pool),)
+
+
 SHARED_PATHS: dict[int, Path] = {}  # by address of a pool
 
 
@@ -127,7 +134,7 @@ class Fleet:
         self.layouts[replica] = layout
         for rank, pool in enumerate(random_pools(layout, num_blocks, seed)):
             address = f"{replica}/{rank}"
-            if self.kind == "shared_memory":
+            if self.kind in ("shared_memory", "measured"):
                 pool = shared(pool, self.folder)
             self.pools[address] = pool
             self.control.agents[address] = TransferAgent(
@@ -137,7 +144,7 @@ class Fleet:
                 layout=layout,
                 compatibility=COMPATIBILITY,
                 config=self.config,
-                connectors=(connector_of(self.kind, self.hub, pool),),
+                connectors=connectors_of(self.kind, self.hub, pool),
                 control=self.control,
                 may_read=self.may_read,
             )
