@@ -55,7 +55,7 @@ class Supervisor:
         self._others = others
         self._traffic = Traffic()
         self._scheduler: Any = None
-        self._client = RpcClient(config.cluster.secret)
+        self._client = RpcClient(config.cluster.security)
         self._replica_id = f"{role.value}-{serve.get_replica_context().replica_id.unique_id}"
         self._host = prepare_replica(config, self._replica_id)
         self._ranks: list[Any] = []
@@ -177,7 +177,7 @@ class Supervisor:
                 pool=pool,
                 transfer=self._config.transfer,
                 block_size=self._config.block_size,
-                secret=self._config.cluster.secret,
+                security=self._config.cluster.security,
                 generation=self._config.generation,
             )
             for rank in range(pool.tensor_parallel)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Role
+from core.security import UNGUARDED, Security
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RankSpec:
     pool: PoolConfig
     transfer: TransferConfig
     block_size: int
-    secret: str = ""
+    security: Security = UNGUARDED
     generation: str = ""
 
     @property
