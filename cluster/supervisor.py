@@ -17,6 +17,7 @@ import ray
 from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.local import LOOPBACK
 from cluster.node_drain import seconds_until_node_goes
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
@@ -163,7 +164,7 @@ class Supervisor:
                 ).remote(log if self._config.cluster.log_dir else "")
             )
         addresses = tuple(await asyncio.gather(*(rank.free_address.remote(host) for rank in self._ranks)))
-        store_address = await self._ranks[0].free_address.remote(host)
+        store_address = await self._ranks[0].free_address.remote(LOOPBACK)  # the ranks share a host
         incarnation = new_incarnation()
         specs = [
             RankSpec(

@@ -1,7 +1,6 @@
 #!/bin/sh
 # One host of a Ray cluster for Baton.
 #   node.sh keys           on the operator's machine, once: the secrets that the cluster files copy to every host
-#   node.sh certificates   likewise, when `cluster.tls` shall be used: an authority, and one certificate for all hosts
 #   node.sh setup          installs this project into BATON_VENV and puts it on the PATH
 #   node.sh head [ROLE]    starts Ray's head; its state is in RocksDB, or in Redis where RAY_REDIS_ADDRESS names one
 #   node.sh worker [ROLE]  joins the head at RAY_HEAD_IP
@@ -23,15 +22,6 @@ keys() {
     [ -s "$token" ] || openssl rand -hex 32 | tr -d '\n' > "$token"
     [ -s "$state/secrets" ] || printf 'BATON_CLUSTER_SECRET=%s\nBATON_API_KEY=%s\n' \
         "$(openssl rand -hex 32)" "$(openssl rand -hex 32)" > "$state/secrets"
-}
-certificates() {
-    umask 077
-    mkdir -p "$state/tls" && cd "$state/tls"
-    set -- -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650
-    [ -s ca.pem ] || openssl req -x509 "$@" -subj "/CN=Baton fleet" -keyout ca_key.pem -out ca.pem
-    [ -s certificate.pem ] || openssl req -x509 "$@" -CA ca.pem -CAkey ca_key.pem -subj /CN=baton \
-        -addext subjectAltName=DNS:baton -addext basicConstraints=critical,CA:FALSE \
-        -addext extendedKeyUsage=serverAuth,clientAuth -keyout key.pem -out certificate.pem
 }
 setup() {
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baton needs Python 3.11 or newer")'
@@ -82,8 +72,8 @@ stop() {
     [ ! -x "$venv/bin/ray" ] || "$venv/bin/ray" stop
 }
 case ${1:-} in
-    keys | certificates | setup | stop) "$1" ;;
+    keys | setup | stop) "$1" ;;
     head) environment && start_head $(resources "${2:-}") ;;
     worker) environment && start_worker $(resources "${2:-}") ;;
-    *) sed -n '2,11s/^# //p' "$0" && exit 2 ;;
+    *) sed -n '2,10s/^# //p' "$0" && exit 2 ;;
 esac

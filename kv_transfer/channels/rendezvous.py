@@ -6,8 +6,8 @@ the set-up on another word: who lacks the token meets nobody here, and can but k
 
 It holds no further. The set-up itself is the backend's: Gloo and NCCL tell each other through the store where they
 listen, NCCL also the number by which it knows its peers, and they ask nothing else of whoever connects. A stranger who
-reads or rewrites that in the moment of a set-up may take a peer's place, and so read KV or put in its own. Where
-strangers share the ranks' network, take channel `tcp`: its ends prove to each other that they know the token.
+reads or rewrites that in the moment of a set-up may take a peer's place, and so read KV or put in its own. So these
+ports belong on a network without strangers; on CPU, channel `tcp` has ends that prove to know the token throughout.
 """
 
 import hmac

@@ -57,16 +57,6 @@ def test_keys_are_made_once_and_for_their_owner_alone(host):
     assert (token.read_text(), secrets.read_text()) == made
 
 
-def test_certificates_are_made_once_and_for_their_owner_alone(host):
-    host.run("certificates")
-    files = sorted((host.home / ".baton" / "tls").iterdir())
-    made = [file.read_text() for file in files]
-    assert [file.name for file in files] == ["ca.pem", "ca_key.pem", "certificate.pem", "key.pem"]
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
-    host.run("certificates")
-    assert [file.read_text() for file in files] == made
-
-
 def test_setup_may_be_repeated_and_later_shells_find_ray(host):
     host.install(host.home / "python", RECORDER)
     host.install(host.venv / "bin" / "pip", RECORDER)

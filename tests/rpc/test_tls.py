@@ -1,6 +1,7 @@
 """Mutual TLS over a real port: the fleet's own are served, all others refused and told why as far as it shows."""
 
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -66,6 +67,15 @@ async def call(address: str, security: Security) -> Acknowledged:
         return await client.call(address, CANCEL, Cancel("r", 1), 10)
     finally:
         await client.close()
+
+
+def test_certificates_are_made_once_and_for_their_owner_alone(tmp_path):
+    folder = Path(make_certificates(tmp_path).key_file).parent
+    made = {file.name: file.read_text() for file in folder.iterdir()}
+    assert made.keys() == {"ca.pem", "ca_key.pem", "certificate.pem", "key.pem"}
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+    make_certificates(tmp_path)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == made
 
 
 async def test_calls_and_streams_pass_between_two_of_the_fleet(ours):
