@@ -55,6 +55,7 @@ class RankProcess:
         self._environment |= environment or {}
         self._file = folder / f"{spec.replica_id}-{spec.rank}.json"
         self._log = folder / f"{spec.replica_id}-{spec.rank}.log"
+        self._file.touch(mode=0o600)  # it may hold the fleet's secret
         self._file.write_bytes(TypeAdapter(RankSpec).dump_json(spec))
 
     async def start(self, timeout_s: float = START_TIMEOUT_S) -> ReplicaInfo:

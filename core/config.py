@@ -1,7 +1,8 @@
 """The configuration tree: one frozen pydantic model, one YAML, from a laptop to a fleet.
 
 A component receives only its own section. Environment variables are read nowhere but here, in `config_with_secrets`:
-`BATON_API_KEY` and `BATON_CLUSTER_SECRET` fill their fields when the file leaves them empty.
+`BATON_API_KEY` and `BATON_CLUSTER_SECRET` fill their fields when the file leaves them empty. The fleet's secret is
+`cluster.secret`, else what `cluster.secret_file` holds, else `BATON_CLUSTER_SECRET`.
 """
 
 import os
@@ -14,6 +15,7 @@ from core.autoscaling_config import AutoscalingConfig
 from core.channel_kinds import ChannelKind, Device
 from core.errors import ConfigurationError
 from core.section import Section
+from core.security import Security, TlsConfig, read_private
 from core.serve_file import application_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -115,7 +117,7 @@ class IngressConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
-    api_key: str = ""
+    api_key: str = Field(default="", repr=False)
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)  # plans that may fail for one request before its next token
     max_buffered_tokens: int = Field(default=4096, ge=16)  # per stream, for slow clients
@@ -130,9 +132,16 @@ class ClusterConfig(Section):
     address: str = "local"
     object_store_mib: int = Field(default=200, ge=80)
     num_cpus: int | None = Field(default=None, ge=1)  # logical CPUs of a local cluster; None counts what pools ask for
-    secret: str = ""  # shared by all processes of the fleet; control calls without it are refused
+    secret: str = Field(default="", repr=False)  # shared by all processes; control calls without it are refused
+    secret_file: str = ""  # holds the secret when `secret` is empty; for its owner alone
+    tls: TlsConfig = TlsConfig()
     log_dir: str = ""
     zone_label: str = "ray.io/availability-zone"  # key of the Ray node label that names a node's rack or zone
+
+    @property
+    def security(self) -> Security:
+        """What protects the control plane."""
+        return Security(self.secret, self.tls)
 
 
 class BatonConfig(Section):
@@ -199,10 +208,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_with_secrets(tree: dict[str, Any]) -> BatonConfig:
-    """Validates a parsed YAML tree after filling in the secrets of the environment. Raises ConfigurationError."""
+    """Validates a parsed YAML tree after filling in the secrets of files and environment. Raises ConfigurationError."""
     tree = _filled(tree, "ingress", "api_key", os.environ.get("BATON_API_KEY"))
+    config = parse_config(tree)
+    if config.cluster.secret_file and not config.cluster.secret:
+        tree = _filled(tree, "cluster", "secret", _secret_in(config.cluster.secret_file))
     tree = _filled(tree, "cluster", "secret", os.environ.get("BATON_CLUSTER_SECRET"))
     return parse_config(tree)
+
+
+def _secret_in(path: str) -> str:
+    """Raises ConfigurationError for a file that cannot be read, that others may read, or that holds no secret."""
+    name = "cluster.secret_file"
+    try:
+        secret = read_private(path, name).decode("ascii").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{name} {path} holds bytes that are not ASCII", field=name) from error
+    if not secret.isprintable() or not secret:
+        raise ConfigurationError(f"{name} {path} holds no secret: one line of printable ASCII is asked", field=name)
+    return secret
 
 
 def _filled(tree: dict[str, Any], section: str, field: str, value: str | None) -> dict[str, Any]:

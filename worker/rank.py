@@ -60,8 +60,8 @@ class Rank:
         self._spec = spec
         self._make_role = make_role
         self._connect = connect
-        self._server = RpcServer(spec.host, spec.secret)
-        self._client = RpcClient(spec.secret)
+        self._server = RpcServer(spec.host, spec.security)
+        self._client = RpcClient(spec.security)
         self._serving: _Serving | None = None
         self._following: asyncio.Task[None] | None = None
         self._failure = ""

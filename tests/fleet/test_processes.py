@@ -10,6 +10,7 @@ from bench.rank_processes import RankProcess, free_address, rank_processes
 from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Empty, Role
 from core.sampling import SamplingParams
+from core.security import UNGUARDED
 from rpc.client import RpcClient
 from rpc.methods import HEALTH
 from tests.checkpoints import make_checkpoint
@@ -97,7 +98,7 @@ async def test_a_killed_follower_rank_ends_its_replica_and_streams_go_on_elsewhe
             fleet.register(info)
         await fleet.until_ready(3)
         await asyncio.sleep(1.1)
-        client = RpcClient("")
+        client = RpcClient(UNGUARDED)
         follower = await client.call(infos["d0"].rank_addresses[1], HEALTH, Empty(), 2)
         await client.close()
         assert follower.busy_s < 1, "an idle follower does not count as one that hangs"

@@ -13,6 +13,7 @@ from core.errors import Incompatible, InvalidParameter, Overloaded
 from core.kv_layout import Compatibility
 from core.messages.fleet import Acknowledged, Empty
 from core.messages.to_decode import Cancel, TokenFrame, TokensFrom
+from core.security import UNGUARDED
 from core.version import OLDEST_PROTOCOL, PROTOCOL
 from rpc.client import RpcClient
 from rpc.codec import decode, decode_error, encode, encode_error
@@ -45,7 +46,7 @@ class Peer:
 
 @asynccontextmanager
 async def serving(protocols: Protocols):
-    peer, server = Peer(), RpcServer("127.0.0.1", "", protocols)
+    peer, server = Peer(), RpcServer("127.0.0.1", UNGUARDED, protocols)
     server.unary(CANCEL, peer.cancel)
     server.stream(TOKENS, peer.tokens)
     address = f"127.0.0.1:{server.listen()}"
@@ -86,7 +87,7 @@ async def serving_protocol_1():
 
 @asynccontextmanager
 async def calling(protocols: Protocols):
-    client = RpcClient("", protocols)
+    client = RpcClient(UNGUARDED, protocols)
     try:
         yield client
     finally:
