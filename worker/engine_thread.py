@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.batch import StepBatch, StepResult
@@ -12,7 +13,27 @@ from engine.runner import ModelRunner
 
 Result = TypeVar("Result")
 
-OnLayers = Callable[[int, int], None]
+
+@dataclass(frozen=True)
+class LayersComputed:
+    """A group of layers of one step. Moments are of the monotonic clock, taken on the engine's thread."""
+
+    first_layer: int
+    num_layers: int
+    begun_at: float
+    ended_at: float
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A step's result; after its layers it drew tokens from `drawn_from` on."""
+
+    result: StepResult
+    drawn_from: float
+    ended_at: float
+
+
+OnLayers = Callable[[LayersComputed], None]
 
 
 class EngineThread:
@@ -30,22 +51,24 @@ class EngineThread:
         """Seconds since the call in progress began; 0 when idle, or waiting for the first rank."""
         return time.monotonic() - self._busy_since if self._busy_since else 0.0
 
-    async def execute(self, batch: StepBatch, on_layers: OnLayers | None = None) -> StepResult:
+    async def execute(self, batch: StepBatch, on_layers: OnLayers) -> Executed:
         """Launches and collects one step. `on_layers` is called on the event loop."""
         loop, runner = asyncio.get_running_loop(), self.runner
         assert runner is not None
 
-        def layers_done(first_layer: int, num_layers: int) -> None:
-            if on_layers is not None:
-                loop.call_soon_threadsafe(on_layers, first_layer, num_layers)
+        def step() -> Executed:
+            moments = [time.monotonic()]
 
-        def step() -> StepResult:
-            notify = layers_done if on_layers is not None else None
-            return runner.collect(runner.launch(batch, notify, self._layers_per_group))
+            def layers_done(first_layer: int, num_layers: int) -> None:
+                moments.append(time.monotonic())
+                loop.call_soon_threadsafe(on_layers, LayersComputed(first_layer, num_layers, *moments[-2:]))
 
-        result = await self.run(step)
+            result = runner.collect(runner.launch(batch, layers_done, self._layers_per_group))
+            return Executed(result, moments[-1], time.monotonic())
+
+        executed = await self.run(step)
         self.num_steps += 1
-        return result
+        return executed
 
     async def keep_alive(self) -> None:
         """Tells idle follower ranks that the replica lives."""
