@@ -55,7 +55,8 @@ def test_a_step_shows_its_output_and_keeps_its_json(capsys):
 
 def test_what_runs_on_a_gpu_machine_imports_without_ray():
     modules = (
-        "bench.gpu, bench.engine, bench.handoff, bench.kv_transfer, prefill_worker.__main__, decode_worker.__main__"
+        "bench.gpu, bench.engine, bench.handoff, bench.overlap, bench.slow_rank, bench.kv_transfer, "
+        "prefill_worker.__main__, decode_worker.__main__"
     )
     with hidden_ray() as environment:
 
