@@ -43,6 +43,7 @@ from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_decode import Phases
 from core.sampling import SamplingParams
 from engine.checkpoint import ModelSpec, load_model_spec
+from engine.layer_groups import layer_groups
 
 PLACEMENTS = ("pair", "local")
 REQUEST_TIMEOUT_S = 600.0
@@ -67,7 +68,7 @@ def measure_copy(num_bytes: int, devices: Sequence[torch.device], repeats: int) 
 def last_piece_bytes(layout: KVLayout, num_tokens: int, pool: PoolConfig, transfer: TransferConfig) -> int:
     """Bytes of the last layer group of a prompt's last chunk: nothing is left to compute beside their transfer."""
     chunk = num_tokens % pool.max_num_batched_tokens or pool.max_num_batched_tokens
-    num_layers = layout.num_layers % transfer.layers_per_group or transfer.layers_per_group
+    num_layers = layer_groups(layout.num_layers, transfer.layers_per_group, transfer.last_layers_per_group)[-1]
     return layout.num_blocks_for(chunk) * layout.block_bytes_per_rank // layout.num_layers * num_layers
 
 

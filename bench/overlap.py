@@ -47,6 +47,7 @@ class Mode:
     name: str
     chunk: int  # tokens
     layers_per_group: int
+    last_layers_per_group: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,11 @@ async def running_fleet(args: argparse.Namespace, mode: Mode, folder: Path) -> A
     link = folder / "speed"
     write_speed(link, UNLIMITED)
     transfer = TransferConfig(
-        channel=args.channel, layers_per_group=mode.layers_per_group, data_timeout_s=TIMEOUT_S, digest_share=0.0
+        channel=args.channel,
+        layers_per_group=mode.layers_per_group,
+        last_layers_per_group=mode.last_layers_per_group,
+        data_timeout_s=TIMEOUT_S,
+        digest_share=0.0,
     )
     num_blocks = 2 * (max(args.prompt) // BLOCK_SIZE + 2)
     pool = PoolConfig(num_blocks=num_blocks, max_num_batched_tokens=mode.chunk)
@@ -150,8 +155,9 @@ async def run(args: argparse.Namespace, modes: Sequence[Mode]) -> tuple[list[Row
 
 def modes_of(args: argparse.Namespace) -> list[Mode]:
     """As configured, and with nothing to announce before all is computed."""
-    overlapped = Mode("overlap", args.chunk, args.layers_per_group)
-    return [overlapped, Mode("none", max(args.prompt), SHAPES[args.shape].num_layers)]
+    num_layers = SHAPES[args.shape].num_layers
+    overlapped = Mode("overlap", args.chunk, args.layers_per_group, args.last_layers_per_group)
+    return [overlapped, Mode("none", max(args.prompt), num_layers, num_layers)]
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -204,6 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=0.0002, help="seconds that the wire adds to each slab")
     parser.add_argument("--chunk", type=int, default=defaults[1].max_num_batched_tokens, help="tokens of a step")
     parser.add_argument("--layers-per-group", type=int, default=defaults[0].layers_per_group)
+    parser.add_argument("--last-layers-per-group", type=int, default=defaults[0].last_layers_per_group)
     parser.add_argument("--repeats", type=int, default=3, help="requests of each kind")
     parser.add_argument("--timeline", type=Path, help="PNG of the last handoffs of the longest prompt")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from core.config import TransferConfig
 from engine.batch import StepBatch, StepResult
+from engine.layer_groups import layer_groups
 from engine.runner import ModelRunner
 
 Result = TypeVar("Result")
@@ -39,10 +41,11 @@ OnLayers = Callable[[LayersComputed], None]
 class EngineThread:
     """One step at a time; counters tell how many, and how long the present one has taken."""
 
-    def __init__(self, layers_per_group: int) -> None:
+    def __init__(self, transfer: TransferConfig | None) -> None:
+        """`transfer` tells which layers are announced together; None: nothing leaves this rank layer by layer."""
         self.runner: ModelRunner | None = None  # made on this thread, by `run`
         self.num_steps = 0
-        self._layers_per_group = layers_per_group
+        self._transfer = transfer
         self._busy_since = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
@@ -55,6 +58,7 @@ class EngineThread:
         """Launches and collects one step. `on_layers` is called on the event loop."""
         loop, runner = asyncio.get_running_loop(), self.runner
         assert runner is not None
+        groups = self._layer_groups(batch, runner.layout.num_layers)
 
         def step() -> Executed:
             moments = [time.monotonic()]
@@ -63,7 +67,7 @@ class EngineThread:
                 moments.append(time.monotonic())
                 loop.call_soon_threadsafe(on_layers, LayersComputed(first_layer, num_layers, *moments[-2:]))
 
-            result = runner.collect(runner.launch(batch, layers_done, self._layers_per_group))
+            result = runner.collect(runner.launch(batch, layers_done, groups))
             return Executed(result, moments[-1], time.monotonic())
 
         executed = await self.run(step)
@@ -101,6 +105,15 @@ class EngineThread:
         """Waits for the step in flight, does one last thing and ends the thread."""
         self._thread.submit(last)
         self._thread.shutdown(wait=True)
+
+    def _layer_groups(self, batch: StepBatch, num_layers: int) -> tuple[int, ...]:
+        """Small ones at the end of a step that ends a prompt, since nothing is computed beside their transfer."""
+        transfer = self._transfer
+        if transfer is None:
+            return (num_layers,)
+        ends_prompt = any(sequence.draw is not None for sequence in batch.sequences)
+        last = transfer.last_layers_per_group if ends_prompt else None
+        return layer_groups(num_layers, transfer.layers_per_group, last)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ from tests.fleet.test_fleet import reference
 NUM_TOKENS = 300
 NUM_BYTES = 19 * 3 * 2 * 2 * 16 * 16 * 4  # blocks, layers, K and V, heads, head size, tokens of a block, bytes
 FINE = TransferConfig(layers_per_group=1, slab_mib=0.01, digest_share=0)
-COARSE = TransferConfig(layers_per_group=3, digest_share=0)
+COARSE = TransferConfig(layers_per_group=3, last_layers_per_group=3, digest_share=0)
+HALVED = TransferConfig(layers_per_group=3, last_layers_per_group=1, digest_share=0)
 PROMPT = [random.Random(5).randrange(256) for _ in range(NUM_TOKENS)]
 
 
@@ -117,6 +118,16 @@ async def test_with_one_chunk_and_one_group_nothing_travels_before_all_is_comput
         ["decode", "handoff"],
     ]
     assert "hidden" in told.splitlines()[-1]
+
+
+async def test_only_the_last_chunk_comes_in_smaller_and_smaller_groups(tiny_llama, monkeypatch):
+    path, _ = tiny_llama
+    pool = PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=128)
+    async with running_fleet(path, 1, 1, pool=pool, transfer=HALVED, connect=Wires(monkeypatch).connect) as fleet:
+        timeline = await hand_off(fleet, "halved")
+    assert len([event for event in timeline.prefill if event.phase == "compute"]) == 1 + 1 + 2
+    layer_bytes = NUM_BYTES // 19 // 3
+    assert [wire.num_bytes // layer_bytes for _, wire, _ in slabs(timeline)] == [3 * 8, 3 * 8, 2 * 3, 1 * 3]
 
 
 async def test_many_handoffs_at_a_time_keep_their_events_apart(tiny_llama, monkeypatch):
