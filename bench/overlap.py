@@ -1,13 +1,13 @@
 """How much of a handoff's time on the wire is hidden behind prefill's compute, with overlap and without.
 
-Bound: the wire itself. Prefill's last piece (a layer group of the last chunk) can only leave when it is computed, so
-with N equal pieces and a wire that is no slower than compute, 1 - 1 / N of its time can be hidden, less when the last
-pieces are computed faster than they travel. Exposed is what lies between prefill's first token and the moment when
-decode may go on, control messages included; without overlap that is the whole wire.
+Bound: the wire itself. A layer group can only leave when it is computed, and the wire takes one slab after another.
+What that exposes at least is worked out for each handoff from the moments when its groups were computed and the time
+that its slabs were on the wire. Exposed is what lies between prefill's first token and the moment when decode may go
+on, control messages included; without overlap that is the whole wire.
 
 Both ranks are processes on this host. A wire that sleeps (bench.slow_link) lies before shared memory, with a speed for
-each prompt length that makes its time a given share of the compute time measured before, so it stands for a network
-without taking a core from the engine. Without overlap: one chunk, one layer group.
+each prompt length that makes its time a given share of the least compute time measured before, so it stands for a
+network without taking a core from the engine. Without overlap: one chunk, one layer group.
 
     python -m bench.overlap --prompt 128 2048 --timeline FILE.png
 """
@@ -56,11 +56,13 @@ class Row:
 
     mode: str
     num_prompt_tokens: int
-    wire_to_compute: float  # as wanted; the wire's latency comes on top
+    share: float  # the wire's in compute time, as wanted
     compute_s: float
     wire_s: float
     exposed_s: float
+    least_exposed_s: float
     hidden_share: float
+    most_hidden_share: float
     num_slabs: int
     num_bytes: int
 
@@ -116,8 +118,8 @@ async def measure(args: argparse.Namespace, mode: Mode, fleet: Fleet) -> tuple[l
             return await fleet.hand_off(f"{mode.name}-{length}-{name}", prompt, speed)
 
         free = [await hand_off(f"free-{i}", UNLIMITED) for i in range(args.repeats + (length == args.prompt[0]))]
-        compute_s = statistics.median(timeline.compute_s for timeline in free)
-        for share in args.share if length <= args.all_shares_up_to else args.share[-1:]:
+        compute_s = min(timeline.compute_s for timeline in free)
+        for share in args.share:
             speed = Speed(free[0].num_bytes / compute_s / share, args.latency)
             seen = [await hand_off(f"{share:g}-{i}", speed) for i in range(args.repeats)]
             rows.append(summarise(mode, length, share, seen))
@@ -133,7 +135,9 @@ def summarise(mode: Mode, length: int, share: float, seen: Sequence[HandoffTimel
         statistics.median(timeline.compute_s for timeline in seen),
         statistics.median(timeline.wire_s for timeline in seen),
         statistics.median(timeline.exposed_s for timeline in seen),
+        statistics.median(timeline.least_exposed_s for timeline in seen),
         statistics.median(timeline.hidden_share for timeline in seen),
+        statistics.median(1 - timeline.least_exposed_s / timeline.wire_s for timeline in seen),
         sum(event.phase == "wire" for event in seen[0].decode),
         seen[0].num_bytes,
     )
@@ -162,19 +166,20 @@ def modes_of(args: argparse.Namespace) -> list[Mode]:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Milliseconds and MiB."""
-    head = ("overlap", "prompt", "wire / compute", "compute ms", "wire ms", "exposed ms", "hidden", "slabs", "MiB")
+    head = ("overlap", "prompt", "share", "compute ms", "wire ms", "exposed ms", "least", "hidden", "most", "MiB")
     print_table(
         head,
         [
             (
                 row.mode,
                 str(row.num_prompt_tokens),
-                f"{row.wire_to_compute:g}",
+                f"{row.share:g}",
                 milliseconds(row.compute_s),
                 milliseconds(row.wire_s),
                 milliseconds(row.exposed_s),
+                milliseconds(row.least_exposed_s),
                 f"{row.hidden_share:.1%}",
-                str(row.num_slabs),
+                f"{row.most_hidden_share:.1%}",
                 f"{row.num_bytes / 2**20:.1f}",
             )
             for row in rows
@@ -206,7 +211,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--share", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="of the wire's in compute time"
     )
-    parser.add_argument("--all-shares-up-to", type=int, default=8192, help="tokens; longer prompts see the last share")
     parser.add_argument("--latency", type=float, default=0.0002, help="seconds that the wire adds to each slab")
     parser.add_argument("--chunk", type=int, default=defaults[1].max_num_batched_tokens, help="tokens of a step")
     parser.add_argument("--layers-per-group", type=int, default=defaults[0].layers_per_group)
