@@ -15,6 +15,7 @@ BENCHMARKS = {
     "engine": ("--threads", "2"),
     "kv_transfer": ("--rounds", "3"),
     "handoff": ("--repeats", "5"),
+    "overlap": (),
     "startup": (),
     "http": ("--rounds", "2"),
     "autoscaling": (),

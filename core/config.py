@@ -79,6 +79,7 @@ class TransferConfig(Section):
     wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
+    last_layers_per_group: int = Field(default=1, ge=1)  # a prompt's last group is halved to this: nothing hides it
     pair_window_mib: float = Field(default=32.0, gt=0)  # asked for ahead by a rank from one peer
     rank_window_mib: float = Field(default=128.0, gt=0)  # from all its peers together
     pairs_mib: float = Field(default=2048.0, gt=0)  # of one rank's memory for channels; idle ones make room

@@ -22,7 +22,7 @@ from core.messages.to_decode import (
     TokenEvent,
 )
 from core.messages.to_prefill import Release
-from core.messages.to_rank import SlabHeader
+from core.messages.to_rank import SlabHeader, TimelineEvent
 from core.messages.to_scheduler import ReplicaStatus
 from core.telemetry import request_id_var
 from decode_worker.handoffs import Fetch, Handoff, Handoffs
@@ -61,7 +61,7 @@ class DecodeService:
         self._borrower = Borrower(context, self._fetcher)
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
         self._outbox = Outbox(self._config.lease_ttl_s, self.drainer.changed)
-        self._loop = StepLoop(context.engine, self)
+        self._loop = StepLoop(context.engine, self, context.agent.timeline)
         self._tasks: set[asyncio.Task[None]] = set()
         self._links = Links()
         self._step_s = MovingAverage()
@@ -281,6 +281,8 @@ class DecodeService:
         for handoff in self._handoffs.take_joined():
             joined = TokenEvent(handoff.request_id, handoff.message.attempt, handoff.sequence.num_outputs, ())
             self._outbox.put(handoff.message.ingress_id, joined, self._now())
+            if handoff.source is not None:
+                self._context.agent.timeline.add(_whole(handoff, handoff.source))
         self._loop.wake()
         self.drainer.changed()
 
@@ -331,6 +333,20 @@ def _order(fetch: Fetch) -> BlockOrder:
         announce.source_blocks,
         fetch.destination_blocks,
         fetch.due_s,
+    )
+
+
+def _whole(handoff: Handoff, source: ReplicaInfo) -> TimelineEvent:
+    """From Open to the moment that decode may go on."""
+    times = handoff.times
+    return TimelineEvent(
+        handoff.request_id,
+        handoff.message.attempt,
+        "handoff",
+        source.address,
+        times.opened_at,
+        times.completed_at,
+        handoff.transfer_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a rank did for which request and when, the latest of it: compute, wait, gather, wire, scatter. Pure.
+"""What a rank did for which request and when, the latest of it; TimelineEvent names the phases. Pure.
 
 Moments are of the machine's monotonic clock, so timelines of processes of one host can be laid side by side.
 """

@@ -53,7 +53,7 @@ class PrefillService:
         )
         shares = ShareBook(context.spec.block_size, 3 * self._config.data_timeout_s)
         self._deliveries = Deliveries(context.info, context.block_pool, self._scheduler, shares)
-        self._loop = StepLoop(context.engine, self)
+        self._loop = StepLoop(context.engine, self, context.agent.timeline)
         self._fetcher = Fetcher(context)
         self._borrower = Borrower(context, self._fetcher)
         self._answers: dict[tuple[str, int], asyncio.Future[FirstToken]] = {}

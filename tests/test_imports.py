@@ -73,6 +73,7 @@ PURE = [
     "engine.batch",
     "engine.batch_codec",
     "engine.block_pool",
+    "engine.layer_groups",
     "engine.sequence",
     "kv_transfer.flow_control",
     "kv_transfer.lease_book",

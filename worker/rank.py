@@ -18,7 +18,7 @@ from core.block_hash import HASH_SCHEME
 from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility
-from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
+from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
 from core.messages.to_lender import Borrow, GiveBack, Lent
 from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TimelineEvents
 from core.version import PROTOCOL, VERSION
@@ -71,7 +71,7 @@ class Rank:
         spec = self._spec
         address = f"{spec.host}:{self._server.listen(spec.port)}"
         logger.info("rank %d of %s loads %s", spec.rank, spec.replica_id, spec.model.path)
-        engine = EngineThread(spec.transfer.layers_per_group)
+        engine = EngineThread(spec.transfer if spec.role is Role.PREFILL else None)
         loaded = await engine.run(lambda: load_engine(spec))
         engine.runner = loaded.runner
         info = _replica_info(spec, loaded, address)

@@ -123,7 +123,16 @@ class ReadTimeline:
 
 @dataclass(frozen=True)
 class TimelineEvent:
-    """`phase`: compute, wait, gather, wire, scatter or digest; moments of the rank's own monotonic clock."""
+    """Something that a rank did for a request. Moments are of the rank's own monotonic clock.
+
+    compute   layers of a chunk of its prompt, then draw: the first token, when the chunk is the last; first ranks only
+    wait      a slab, from the order to its turn on the wire
+    gather    a slab, at the sender of a channel that needs it in one piece
+    wire      a slab, at both ends where both take part
+    scatter   a slab, from where the wire left it to its blocks
+    digest    comparing what came with what was sent
+    handoff   all of it on decode, from Open until decode may go on; first ranks only
+    """
 
     request_id: str
     attempt: int
