@@ -151,9 +151,11 @@ class Inbound:
             self._pump()
 
     async def _tell_ready(self, link: Link, headers: tuple[SlabHeader, ...]) -> tuple[int, ...]:
-        """Numbers of the slabs that the sender refuses."""
+        """Numbers of the slabs that the sender refuses. Raises StaleMessage also when the link ended meanwhile."""
         ready = Ready(self._identity.address, self._identity.incarnation, link.generation, headers)
         granted = await within(self._config.control_timeout_s, link.peer, self._control.ready(link.peer, ready))
+        if self._links.get(link.peer) is not link:
+            raise StaleMessage(f"the channel from {link.peer} ended while slabs were granted", field="generation")
         return granted.refused
 
     def _ask_again(self, wanted: "list[tuple[_Fetch, Slab]]", error: StaleMessage) -> None:

@@ -100,7 +100,7 @@ class Outbound:
         Raises StaleMessage, field "generation", when the channel is not this one.
         """
         link = self._links.get(message.receiver)
-        if link is None or link.end is None or not link.end.is_open:
+        if link is None or link.end is None or not link.end.is_open or link.channel not in self._pairs:
             raise StaleMessage(f"no open channel to {message.receiver}", field="generation")
         granted = link.session.ready(message)
         link.refused.update(header.sequence for header in granted if not self.is_readable(header))

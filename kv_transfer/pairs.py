@@ -19,6 +19,10 @@ class Pairs:
         self._closes: dict[Hashable, Close] = {}
         self._changed = asyncio.Event()
 
+    def __contains__(self, key: Hashable) -> bool:
+        """False from the moment on that a channel is chosen to make room."""
+        return key in self.book
+
     async def open(self, key: Hashable, num_bytes: int, close: Close, timeout_s: float) -> None:
         """Returns when there is room, after closing what had to go; `close` will end this one in its turn.
 

@@ -138,6 +138,24 @@ async def test_an_unanswered_grant_ends_the_channel_and_the_next_fetch_builds_an
     assert fleet.agent("d/0").inbound._links["p/0"].generation == 2
 
 
+async def test_a_channel_that_ends_while_a_grant_is_answered_is_replaced_within_the_same_fetch(fleet):
+    fleet.start("p", layout_of(1), seed=1)
+    fleet.start("d", layout_of(1), seed=2)
+    deliver, inbound = fleet.control.ready, fleet.agent("d/0").inbound
+
+    async def ready(address, message):
+        fleet.control.ready = deliver
+        granted = await deliver(address, message)
+        await inbound._drop(inbound._links["p/0"], "failed")
+        return granted
+
+    fleet.control.ready = ready
+    await fetch_all(fleet, "p", "d")
+    assert fleet.full("d", DESTINATIONS).equal(fleet.full("p", SOURCES))
+    assert inbound._links["p/0"].generation == 2
+    assert inbound._flow.in_flight == {}
+
+
 async def test_a_dead_peer_is_lost(fleet):
     fleet.start("p", layout_of(2), seed=1)
     fleet.start("d", layout_of(1), seed=2)
