@@ -31,6 +31,7 @@ def plot_timeline(points: Sequence[Point], load_label: str, path: Path) -> None:
         sizes.step(at, ready, where="post", color=colour, label=f"{name} ready")
         sizes.step(at, target, where="post", color=colour, linestyle=":", label=f"{name} target")
     sizes.set_ylabel("replicas")
+    sizes.yaxis.get_major_locator().set_params(integer=True)
     sizes.legend()
     loads.plot(at, [point.load for point in points], color="tab:red")
     loads.set_ylabel(load_label)
