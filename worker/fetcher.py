@@ -37,6 +37,7 @@ class Fetcher:
     def __init__(self, context: RankContext) -> None:
         self._context = context
         self._handing_on: set[tuple[str, int]] = set()
+        self._prepared: dict[str, int] = {}  # incarnations by replica id
 
     async def fetch(self, order: BlockOrder) -> Fetched:
         """Bytes of all ranks, seconds of the slowest. Raises a BatonError only when no rank writes any more."""
@@ -79,7 +80,13 @@ class Fetcher:
         )
 
     async def prepare(self, source: ReplicaInfo) -> None:
-        """Connects all ranks to those that they will fetch from, ahead of the first fetch. Raises PeerLost."""
+        """Connects all ranks to those that they will fetch from, ahead of the first fetch. Raises PeerLost.
+
+        Once per incarnation of a source: channels that made room since are made again by their next fetch.
+        """
+        if self._prepared.get(source.replica_id) == source.incarnation:
+            return
+        self._prepared[source.replica_id] = source.incarnation
         context, layout = self._context, self._context.info.layout
         timeout_s = context.spec.transfer.control_timeout_s
         for rank in range(layout.tensor_parallel):

@@ -95,3 +95,25 @@ async def test_nothing_is_handed_on_when_a_share_did_not_come():
     with pytest.raises(PeerLost):
         await fetch_of(ranks, LATENT)
     assert len(ranks.orders) == 2
+
+
+async def test_channels_are_made_ahead_once_for_each_incarnation_of_a_source():
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    class Ahead(Ranks):
+        def prepare(self, addresses):
+            asked.append(("d:0", addresses))
+
+        async def call(self, address, method, message, timeout_s):
+            asked.append((address, message.addresses))
+
+    ranks = Ahead()
+    context = SimpleNamespace(
+        spec=SimpleNamespace(transfer=CONFIG, rank=0), info=replica("d", HEADS), agent=ranks, client=ranks
+    )
+    fetcher, source = Fetcher(context), replica("p", replace(HEADS, tensor_parallel=4))
+    for _ in range(3):
+        await fetcher.prepare(source)
+    assert asked == [("d:0", ("p:0", "p:1")), ("d:1", ("p:2", "p:3"))]
+    await fetcher.prepare(replace(source, incarnation=2))
+    assert len(asked) == 4
