@@ -134,10 +134,10 @@ class Inbound:
         try:
             refused = await self._tell_ready(link, headers) if headers else ()
         except StaleMessage as error:
-            await self._drop(link, "unknown to the sender")
+            self._drop(link, "unknown to the sender")
             self._ask_again(wanted, error)
         except BatonError as error:  # nobody knows what was granted
-            await self._drop(link, "a grant went unanswered")
+            self._drop(link, "a grant went unanswered")
             for fetch, slab in wanted:
                 self._flow.give_back(fetch.flow, slab)
                 fetch.fail(error)
@@ -223,14 +223,16 @@ class Inbound:
     async def _evict(self, link: Link) -> None:
         await self._drop(link, "its memory is wanted")
 
-    async def _drop(self, link: Link, reason: str) -> None:
+    def _drop(self, link: Link, reason: str) -> "asyncio.Task[None]":
+        """Nothing more is granted over it; done when nothing is written through it."""
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
-        await self._linker.end(link, reason)
+        return self._spawn(self._linker.end(link, reason))
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """A task that lives on when whoever wanted it is gone; `close` waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(drop_result)
+        return task
