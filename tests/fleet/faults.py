@@ -45,6 +45,34 @@ def meddle_with_all_calls(monkeypatch, meddle: Meddle) -> None:
         monkeypatch.setattr(f"{module}.RpcClient", lambda secret: MeddledClient(secret, meddle))
 
 
+class Gate:
+    """Holds one kind of call, before it is delivered or after, until it is opened."""
+
+    def __init__(self, method: str, *, delivered: bool = False, after: str = "") -> None:
+        """With `after`, the gate counts as reached only when a call of that kind has been answered too."""
+        self.opened, self._held, self._answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._method, self._delivered, self._after = method, delivered, after
+
+    async def __call__(self, name: str, deliver: Deliver) -> object:
+        """A Meddle."""
+        if name != self._method or self.opened.is_set():
+            answer = await deliver()
+            if name == self._after:
+                self._answered.set()
+            return answer
+        answer = await deliver() if self._delivered else None
+        self._held.set()
+        await self.opened.wait()
+        return answer if self._delivered else await deliver()
+
+    async def until_reached(self) -> None:
+        """A call waits here."""
+        async with asyncio.timeout(20):
+            await self._held.wait()
+            if self._after:
+                await self._answered.wait()
+
+
 class RandomFaults:
     """A share of all messages of a handoff, and of all slabs, meets with one."""
 
