@@ -51,7 +51,7 @@ class PrefillService:
             pool.max_num_batched_tokens,
             pool.queue_limit,
         )
-        shares = ShareBook(context.spec.block_size, 3 * self._config.data_timeout_s)
+        shares = ShareBook(context.spec.block_size, self._config.rest_timeout_s)
         self._deliveries = Deliveries(context.info, context.block_pool, self._scheduler, shares)
         self._loop = StepLoop(context.engine, self, context.agent.timeline)
         self._fetcher = Fetcher(context)

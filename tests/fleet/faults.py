@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from core.errors import PeerLost
+from core.security import Security
 from kv_transfer.channels.in_process import Hub, InProcessConnector
 from kv_transfer.channels.two_sided import Wire
 from rpc import methods
@@ -31,8 +32,8 @@ HANDOFF_METHODS = frozenset(
 class MeddledClient(RpcClient):
     """Every call passes through someone who may drop, hold or repeat it."""
 
-    def __init__(self, secret: str, meddle: Meddle) -> None:
-        super().__init__(secret)
+    def __init__(self, security: Security, meddle: Meddle) -> None:
+        super().__init__(security)
         self._meddle = meddle
 
     async def call(self, address, method, request, timeout_s):
@@ -42,7 +43,35 @@ class MeddledClient(RpcClient):
 def meddle_with_all_calls(monkeypatch, meddle: Meddle) -> None:
     """Ranks and ingresses that start from now on."""
     for module in ("worker.rank", "bench.control_plane"):
-        monkeypatch.setattr(f"{module}.RpcClient", lambda secret: MeddledClient(secret, meddle))
+        monkeypatch.setattr(f"{module}.RpcClient", lambda security: MeddledClient(security, meddle))
+
+
+class Gate:
+    """Holds one kind of call, before it is delivered or after, until it is opened."""
+
+    def __init__(self, method: str, *, delivered: bool = False, after: str = "") -> None:
+        """With `after`, the gate counts as reached only when a call of that kind has been answered too."""
+        self.opened, self._held, self._answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._method, self._delivered, self._after = method, delivered, after
+
+    async def __call__(self, name: str, deliver: Deliver) -> object:
+        """A Meddle."""
+        if name != self._method or self.opened.is_set():
+            answer = await deliver()
+            if name == self._after:
+                self._answered.set()
+            return answer
+        answer = await deliver() if self._delivered else None
+        self._held.set()
+        await self.opened.wait()
+        return answer if self._delivered else await deliver()
+
+    async def until_reached(self) -> None:
+        """A call waits here."""
+        async with asyncio.timeout(20):
+            await self._held.wait()
+            if self._after:
+                await self._answered.wait()
 
 
 class RandomFaults:
