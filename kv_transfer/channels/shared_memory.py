@@ -114,8 +114,9 @@ class SharedMemoryConnector:
 
     @property
     def reach(self) -> str:
-        """This boot of this host's kernel."""
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        """This boot of this host's kernel, and the namespace inside which a process is known by the same number."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} pid:{Path('/proc/self/ns/pid').stat().st_ino}"
 
     @property
     def rendezvous(self) -> str:

@@ -1,6 +1,7 @@
 """Which transports a rank offers, and which one two ranks take."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def test_auto_prefers_shared_memory_to_what_crosses_hosts(tmp_path):
     connectors = make_connectors(TransferConfig(), HOST, mapped, path)
     assert [connector.reach == "" for connector in connectors] == [False, True]
     assert kinds_of(connectors) == ["shared_memory", "tcp"]
+
+
+def test_memory_is_not_shared_with_containers_whose_processes_have_other_numbers(tmp_path):
+    mapped = shared(random_pools(layout_of(), 4, 0)[0], tmp_path)
+    (connector,) = make_connectors(TransferConfig(channel="shared_memory"), HOST, mapped, next(tmp_path.iterdir()))
+    assert connector.reach.endswith(f"pid:{Path('/proc/self/ns/pid').stat().st_ino}")
 
 
 def test_measured_leaves_out_what_does_not_work_here(caplog):
