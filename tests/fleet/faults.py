@@ -33,9 +33,12 @@ class MeddledClient(RpcClient):
 
     def __init__(self, secret: str, meddle: Meddle) -> None:
         super().__init__(secret)
+        self.is_mute = False  # who is killed does not say goodbye
         self._meddle = meddle
 
     async def call(self, address, method, request, timeout_s):
+        if self.is_mute:
+            raise PeerLost("nobody calls any more")
         return await self._meddle(method.name, partial(super().call, address, method, request, timeout_s))
 
 
@@ -142,7 +145,7 @@ class _FaultyWire:
     def start_send(self, slab):
         self._faults.num_slabs += 1
         if self._befallen(("abort", "slow", "corrupt")) == "corrupt":
-            slab[slab.numel() // 2] ^= 0xFF
+            slab.bitwise_not_()
         return self._wire.start_send(slab)
 
     def start_receive(self, slab):
