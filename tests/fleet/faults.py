@@ -34,9 +34,12 @@ class MeddledClient(RpcClient):
 
     def __init__(self, security: Security, meddle: Meddle) -> None:
         super().__init__(security)
+        self.is_mute = False  # who is killed does not say goodbye
         self._meddle = meddle
 
     async def call(self, address, method, request, timeout_s):
+        if self.is_mute:
+            raise PeerLost("nobody calls any more")
         return await self._meddle(method.name, partial(super().call, address, method, request, timeout_s))
 
 
@@ -143,7 +146,7 @@ class _FaultyWire:
     def start_send(self, slab):
         self._faults.num_slabs += 1
         if self._befallen(("abort", "slow", "corrupt")) == "corrupt":
-            slab[slab.numel() // 2] ^= 0xFF
+            slab.bitwise_not_()
         return self._wire.start_send(slab)
 
     def start_receive(self, slab):

@@ -41,6 +41,7 @@ async def test_a_replica_ends_while_a_handoff_is(tiny_llama, monkeypatch, phase,
         names = [name for name, replica in fleet.replicas.items() if replica.info.role is role]
         held = fleet.held()
         victim = max(names, key=lambda name: held.get(f"{name} books", 0))
+        fleet.replicas[victim].rank._client.is_mute = True
         await fleet.stop(victim)
         await fleet.add(victim, role)
         gate.opened.set()

@@ -37,6 +37,7 @@ TRANSFER = TransferConfig(
 QUIET_WITHIN_S = TRANSFER.rest_timeout_s + TRANSFER.lease_ttl_s  # beside what reports and a busy machine take
 SLACK_S = 10.0
 NUM_REQUESTS = 6
+IDLE_WORKERS = 6  # of asyncio's and gRPC's pools, which start when first needed
 NUM_TOKENS = 40
 MOMENTS = ("opening", "prefilling", "transferring", "decoding")
 
@@ -177,6 +178,9 @@ async def run_rounds(tiny_llama, tmp_path, num_rounds: int, seed: int) -> Proces
             print(f"{num_rounds} rounds in {time.monotonic() - started:.1f} s, {dict(processes.outcomes)}")
             print(f"longest time to quiet {processes.longest_quiet_s:.1f} s")
             print(f"{before=}\n{after=}")
+            for name in roles:
+                assert after[name].num_fds <= before[name].num_fds + 2, name
+                assert after[name].num_threads <= before[name].num_threads + IDLE_WORKERS, name
         finally:
             for rank in processes.ranks.values():
                 rank.kill()

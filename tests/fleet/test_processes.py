@@ -95,7 +95,7 @@ async def test_receives_within_a_small_window_run_beside_all_reduces(tiny_llama,
     rng = random.Random(5)
     early, late = ([[rng.randrange(256) for _ in range(n)] for n in lengths] for lengths in ((40,) * 2, (200,) * 4))
     window = TransferConfig(
-        channel="gloo", layers_per_group=1, slab_mib=0.004, pair_window_mib=0.008, rank_window_mib=0.008
+        channel="gloo", layers_per_group=1, slab_mib=0.004, pair_window_mib=0.004, rank_window_mib=0.004
     )
     specs = specs_of("p0", Role.PREFILL, 1, path) + specs_of("d0", Role.DECODE, 2, path)
     ranks = [RankProcess(replace(spec, transfer=window), tmp_path) for spec in specs]
