@@ -13,8 +13,9 @@ from bench.steps import run_step, summary
 
 BENCHMARKS = {
     "engine": ("--threads", "2"),
-    "transfer": (),
+    "kv_transfer": ("--rounds", "3"),
     "handoff": ("--repeats", "5"),
+    "overlap": (),
     "startup": (),
     "http": ("--rounds", "2"),
     "autoscaling": (),

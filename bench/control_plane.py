@@ -15,6 +15,7 @@ from core.config import SchedulerConfig, TransferConfig
 from core.errors import BatonError
 from core.messages.fleet import Empty, ReplicaInfo
 from core.messages.to_scheduler import Register
+from core.security import UNGUARDED, Security
 from rpc.client import RpcClient
 from rpc.methods import REGISTER
 
@@ -57,13 +58,13 @@ class ControlPlane:
 
 @asynccontextmanager
 async def control_plane(
-    scheduler: SchedulerConfig, transfer: TransferConfig, block_size: int
+    scheduler: SchedulerConfig, transfer: TransferConfig, block_size: int, security: Security = UNGUARDED
 ) -> AsyncIterator[ControlPlane]:
     """Starts all parts, and ends all of them, failure or not."""
     async with AsyncExitStack() as stack:
-        client = RpcClient("")
+        client = RpcClient(security)
         stack.push_async_callback(client.close)
-        service = SchedulerService(Admission(scheduler), "s", LOOPBACK, "")
+        service = SchedulerService(Admission(scheduler), "s", LOOPBACK, security)
         address = await service.start()
         stack.push_async_callback(service.close)
 

@@ -30,21 +30,23 @@ import torch
 
 from bench.control_plane import ControlPlane, control_plane
 from bench.handoff_report import Line, Seen, compare, print_lines, summarise
+from bench.handoff_timeline import plot_timelines, print_timeline, read_handoff
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
-from bench.rank_processes import LOOPBACK, RankProcess, rank_devices, rank_processes, visible_devices
+from bench.rank_processes import RankProcess, lone_rank, rank_devices, rank_processes, visible_devices
 from bench.report import print_json
 from cluster.ingress.generation import Generation
 from cluster.settings import demo_model_path
-from core.config import ChannelKind, Device, ModelConfig, PoolConfig, RankResources, SchedulerConfig, TransferConfig
+from core.channel_kinds import ChannelKind, Device
+from core.config import ModelConfig, PoolConfig, RankResources, SchedulerConfig, TransferConfig
 from core.kv_layout import KVLayout
-from core.messages.fleet import Role
+from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_decode import Phases
 from core.sampling import SamplingParams
 from engine.checkpoint import ModelSpec, load_model_spec
-from worker.spec import RankSpec, new_incarnation
+from engine.layer_groups import layer_groups
 
 PLACEMENTS = ("pair", "local")
-REQUEST_TIMEOUT_S = 120.0
+REQUEST_TIMEOUT_S = 600.0
 NUM_BLOCKS = 384
 
 
@@ -66,7 +68,7 @@ def measure_copy(num_bytes: int, devices: Sequence[torch.device], repeats: int) 
 def last_piece_bytes(layout: KVLayout, num_tokens: int, pool: PoolConfig, transfer: TransferConfig) -> int:
     """Bytes of the last layer group of a prompt's last chunk: nothing is left to compute beside their transfer."""
     chunk = num_tokens % pool.max_num_batched_tokens or pool.max_num_batched_tokens
-    num_layers = layout.num_layers % transfer.layers_per_group or transfer.layers_per_group
+    num_layers = layer_groups(layout.num_layers, transfer.layers_per_group, transfer.last_layers_per_group)[-1]
     return layout.num_blocks_for(chunk) * layout.block_bytes_per_rank // layout.num_layers * num_layers
 
 
@@ -105,7 +107,11 @@ class HandoffBench:
     async def run(self, folder: Path) -> list[Line]:
         """All prompt lengths, on one fleet."""
         ranks = [
-            RankProcess(self._rank_spec(role), folder, visible_devices(device))
+            RankProcess(
+                lone_rank(role, self._model, self._pool, self._transfer, self._args.block_size),
+                folder,
+                visible_devices(device),
+            )
             for role, device in zip(Role, self._devices, strict=True)
         ]
         scheduler = SchedulerConfig(local_prefill_max_tokens=0)
@@ -119,6 +125,8 @@ class HandoffBench:
             lines = []
             for length in self._args.prompt:
                 lines += await self._measure(plane, length)
+            if self._args.timeline is not None:
+                await self._show_timeline(plane, {info.role: info for info in infos.values()})
             return lines
 
     async def _measure(self, plane: ControlPlane, length: int) -> list[Line]:
@@ -136,19 +144,15 @@ class HandoffBench:
         bound_s = local.second_token_s + measure_copy(piece, self._devices, 5)
         return [summarise(length, "pair", seen["pair"], bound_s), local]
 
-    def _rank_spec(self, role: Role) -> RankSpec:
-        return RankSpec(
-            role,
-            f"{role.value}0",
-            new_incarnation(),
-            0,
-            (f"{LOOPBACK}:0",),
-            "",
-            self._model,
-            self._pool,
-            self._transfer,
-            self._args.block_size,
-        )
+    async def _show_timeline(self, plane: ControlPlane, infos: dict[Role, ReplicaInfo]) -> None:
+        """One handoff more, of the longest prompt."""
+        length = max(self._args.prompt)
+        rng = random.Random(self._args.seed)
+        prompt = [rng.randrange(self._spec.vocab_size) for _ in range(length)]
+        await run_request(plane, "timeline", prompt, self._args.output, "pair")
+        timeline = await read_handoff(plane.client, infos, "timeline")
+        print_timeline(timeline)
+        await asyncio.to_thread(plot_timelines, [(f"{length} tokens", timeline)], self._args.timeline)
 
 
 def default_channel(device: Device) -> ChannelKind:
@@ -173,6 +177,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--repeats", type=int, default=9, help="requests of each length and placement")
     parser.add_argument("--start-timeout", type=float, default=600.0, help="seconds for a rank to load")
+    parser.add_argument("--timeline", type=Path, help="PNG of one handoff more, of the longest prompt")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from core.config import Device
+from core.channel_kinds import Device
+from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.errors import PeerLost
 from core.messages.fleet import ReplicaInfo, Role
-from worker.spec import RankSpec
+from worker.spec import RankSpec, new_incarnation
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = "127.0.0.1"
@@ -45,16 +46,34 @@ def visible_devices(device: torch.device) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid}", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 
 
-class RankProcess:
-    """One rank; its spec and its log are files in `folder`. `environment` is added to this process's own."""
+def lone_rank(role: Role, model: ModelConfig, pool: PoolConfig, transfer: TransferConfig, block_size: int) -> RankSpec:
+    """The only rank of the only replica of its role."""
+    address = f"{LOOPBACK}:0"
+    return RankSpec(role, f"{role.value}0", new_incarnation(), 0, (address,), "", model, pool, transfer, block_size)
 
-    def __init__(self, spec: RankSpec, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+
+class RankProcess:
+    """One rank; its spec and its log are files in `folder`. `environment` is added to this process's own.
+
+    With `slow_link`, a file of bench.slow_link, what it receives comes over wires of that speed.
+    """
+
+    def __init__(
+        self,
+        spec: RankSpec,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        slow_link: Path | None = None,
+    ) -> None:
         self.spec = spec
+        self._main = f"{spec.role.value}_worker" if slow_link is None else "bench.slow_rank"
+        self._arguments = [str(slow_link)] if slow_link is not None else []
         self.process: Process | None = None
         self._environment = os.environ | {"OMP_NUM_THREADS": str(spec.pool.resources_per_rank.num_threads)}
         self._environment |= environment or {}
         self._file = folder / f"{spec.replica_id}-{spec.rank}.json"
         self._log = folder / f"{spec.replica_id}-{spec.rank}.log"
+        self._file.touch(mode=0o600)  # it may hold the fleet's secret
         self._file.write_bytes(TypeAdapter(RankSpec).dump_json(spec))
 
     async def start(self, timeout_s: float = START_TIMEOUT_S) -> ReplicaInfo:
@@ -63,8 +82,9 @@ class RankProcess:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                f"{self.spec.role.value}_worker",
+                self._main,
                 str(self._file),
+                *self._arguments,
                 stdout=PIPE,
                 stderr=log,
                 cwd=ROOT,

@@ -29,7 +29,7 @@ class Ingress:
             load_served_model, Path(config.model.path), config.model.name, config.model.max_model_len
         )
         ingress_id = f"ingress-{secrets.token_hex(6)}"
-        client = RpcClient(config.cluster.secret)
+        client = RpcClient(config.cluster.security)
         self._scheduler_client = SchedulerClient(client, lambda: address_of(scheduler))
         self._streams = TokenStreams(ingress_id, client, config.transfer, config.ingress.max_buffered_tokens)
         fleet = Fleet(ingress_id, config.block_size, config.tenant_salt, config.ingress.max_attempts)

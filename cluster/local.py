@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -54,11 +55,14 @@ def local_fleet(
 
     `stop` set while starting gives up early.
     """
+    config.cluster.security.check(LOOPBACK)
     require_free_port(config.ingress.host, config.ingress.port)
     ray_dir = Path(tempfile.mkdtemp(prefix="btn", dir="/tmp"))  # short: Ray puts sockets below it
     log_dir = Path(config.cluster.log_dir or tempfile.mkdtemp(prefix="baton-logs-"))
     log_dir.mkdir(parents=True, exist_ok=True)
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"log_dir": str(log_dir)})})
+    secret = config.cluster.secret or secrets.token_hex(32)  # other users of this machine reach loopback too
+    changes = {"log_dir": str(log_dir), "secret": secret}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
     _prepare_environment(ray_dir)
 
     import ray

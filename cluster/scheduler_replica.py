@@ -18,7 +18,7 @@ class GlobalScheduler:
         host = prepare_replica(config, "scheduler")
         scheduler_id = f"scheduler-{secrets.token_hex(4)}"
         admission = Admission(config.scheduler, config.autoscaling.rate_window_s, config.generation)
-        self._service = SchedulerService(admission, scheduler_id, host, config.cluster.secret)
+        self._service = SchedulerService(admission, scheduler_id, host, config.cluster.security)
         self._address = await self._service.start()
 
     async def address(self) -> str:

@@ -28,6 +28,7 @@ from core.messages.to_scheduler import (
     Traffic,
     Watch,
 )
+from core.security import Security
 from rpc import methods
 from rpc.client import RpcClient
 from rpc.server import RpcServer
@@ -41,12 +42,12 @@ MISSED_TICKS = 5  # of an autoscaler, after which nobody waits for what it has a
 class SchedulerService:
     """Thin shell: plans are handed to the calls that wait for them."""
 
-    def __init__(self, admission: Admission, scheduler_id: str, host: str, secret: str) -> None:
+    def __init__(self, admission: Admission, scheduler_id: str, host: str, security: Security) -> None:
         self._id = scheduler_id
         self._host = host
         self._admission = admission
-        self._client = RpcClient(secret)
-        self._server = RpcServer(host, secret)
+        self._client = RpcClient(security)
+        self._server = RpcServer(host, security)
         self._plans: dict[str, asyncio.Future[Plan]] = {}
         self._watches: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._housekeeping: asyncio.Task[None] | None = None

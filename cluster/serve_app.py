@@ -26,7 +26,11 @@ def pools(args: dict[str, Any]) -> Application:
 
 
 def on_cluster(config: BatonConfig) -> BatonConfig:
-    """The configuration as replicas of an existing cluster use it: reached at their nodes' addresses, not loopback."""
+    """The configuration as replicas of an existing cluster use it: reached at their nodes' addresses, not loopback.
+
+    Raises ConfigurationError, without a secret too.
+    """
+    config.cluster.security.check("every node's address")
     address = "auto" if config.cluster.address == "local" else config.cluster.address
     config = with_model(config, config.model.path)
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": address})})

@@ -117,7 +117,7 @@ def _state(replica: dict[str, Any]) -> str:
 
 
 def _links(replicas: list[dict[str, Any]]) -> Table:
-    table = _table("links", "from", "to", "MB moved", "transfers", "MB/s")
+    table = _table("links", "from", "to", "MB moved", "transfers", "MB/s", "corrupt")
     for replica in replicas:
         for link in replica["status"]["links"]:
             table.add_row(
@@ -126,6 +126,7 @@ def _links(replicas: list[dict[str, Any]]) -> Table:
                 f"{link['num_bytes'] / 1e6:.1f}",
                 str(link["num_transfers"]),
                 f"{link['bytes_per_s'] / 1e6:.0f}",
+                str(link["num_corrupt"]),
             )
     return table
 

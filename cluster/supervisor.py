@@ -17,6 +17,7 @@ import ray
 from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.local import LOOPBACK
 from cluster.node_drain import seconds_until_node_goes
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
@@ -55,7 +56,7 @@ class Supervisor:
         self._others = others
         self._traffic = Traffic()
         self._scheduler: Any = None
-        self._client = RpcClient(config.cluster.secret)
+        self._client = RpcClient(config.cluster.security)
         self._replica_id = f"{role.value}-{serve.get_replica_context().replica_id.unique_id}"
         self._host = prepare_replica(config, self._replica_id)
         self._ranks: list[Any] = []
@@ -163,7 +164,7 @@ class Supervisor:
                 ).remote(log if self._config.cluster.log_dir else "")
             )
         addresses = tuple(await asyncio.gather(*(rank.free_address.remote(host) for rank in self._ranks)))
-        store_address = await self._ranks[0].free_address.remote(host)
+        store_address = await self._ranks[0].free_address.remote(LOOPBACK)  # the ranks share a host
         incarnation = new_incarnation()
         specs = [
             RankSpec(
@@ -177,7 +178,7 @@ class Supervisor:
                 pool=pool,
                 transfer=self._config.transfer,
                 block_size=self._config.block_size,
-                secret=self._config.cluster.secret,
+                security=self._config.cluster.security,
                 generation=self._config.generation,
             )
             for rank in range(pool.tensor_parallel)

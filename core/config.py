@@ -1,7 +1,8 @@
 """The configuration tree: one frozen pydantic model, one YAML, from a laptop to a fleet.
 
 A component receives only its own section. Environment variables are read nowhere but here, in `config_with_secrets`:
-`BATON_API_KEY` and `BATON_CLUSTER_SECRET` fill their fields when the file leaves them empty.
+`BATON_API_KEY` and `BATON_CLUSTER_SECRET` fill their fields when the file leaves them empty. The fleet's secret is
+`cluster.secret`, else what `cluster.secret_file` holds, else `BATON_CLUSTER_SECRET`.
 """
 
 import os
@@ -11,14 +12,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from core.autoscaling_config import AutoscalingConfig
+from core.channel_kinds import ChannelKind, Device
 from core.errors import ConfigurationError
 from core.section import Section
+from core.security import Security, TlsConfig, read_private
 from core.serve_file import application_args
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Literal["cpu", "cuda"]
 ZoneAffinity = Literal["ignore", "prefer", "require"]
-ChannelKind = Literal["gloo", "nccl", "shared_memory"]
 
 
 class ModelConfig(Section):
@@ -73,11 +74,18 @@ class PoolConfig(Section):
 class TransferConfig(Section):
     """How KV blocks travel."""
 
-    channel: ChannelKind = "gloo"
+    channel: ChannelKind = "auto"  # the best by rule for each pair of ranks; "measured": the fastest in a trial
+    trial_mib: float = Field(default=64.0, gt=0)  # of real slabs that "measured" moves over each transport to a host
+    wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
-    window_slabs: int = Field(default=4, ge=1)  # slabs a receiver may have asked for ahead, per channel
-    max_slabs_in_flight: int = Field(default=8, ge=1)  # received by one rank at a time, over all its channels
+    last_layers_per_group: int = Field(default=1, ge=1)  # a prompt's last group is halved to this: nothing hides it
+    pair_window_mib: float = Field(default=32.0, gt=0)  # asked for ahead by a rank from one peer
+    rank_window_mib: float = Field(default=128.0, gt=0)  # from all its peers together
+    pairs_mib: float = Field(default=2048.0, gt=0)  # of one rank's memory for channels; idle ones make room
+    pair_idle_timeout_s: float = Field(default=300.0, gt=0)  # longer idle, a channel is closed when another is made
+    ttft_slo_s: float = Field(default=2.0, gt=0)  # requests are due this long after they came; the first due go first
+    digest_share: float = Field(default=0.02, ge=0, le=1)  # of the fetches whose bytes are compared with the sender's
     connect_timeout_s: float = Field(default=10.0, gt=0)
     data_timeout_s: float = Field(default=10.0, gt=0)
     control_timeout_s: float = Field(default=2.0, gt=0)
@@ -96,6 +104,7 @@ class SchedulerConfig(Section):
     queue_limit: int = Field(default=1024, ge=1)
     queue_timeout_s: float = Field(default=30.0, gt=0)
     reservation_ttl_s: float = Field(default=30.0, gt=0)
+    pull_min_tokens: int = Field(default=128, ge=1)  # prefixes cached elsewhere are fetched when they save this much
     local_prefill_max_tokens: int = Field(default=64, ge=0)  # uncached suffixes up to this may prefill on decode
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
     replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time
@@ -109,7 +118,7 @@ class IngressConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
-    api_key: str = ""
+    api_key: str = Field(default="", repr=False)
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)  # plans that may fail for one request before its next token
     max_buffered_tokens: int = Field(default=4096, ge=16)  # per stream, for slow clients
@@ -124,9 +133,16 @@ class ClusterConfig(Section):
     address: str = "local"
     object_store_mib: int = Field(default=200, ge=80)
     num_cpus: int | None = Field(default=None, ge=1)  # logical CPUs of a local cluster; None counts what pools ask for
-    secret: str = ""  # shared by all processes of the fleet; control calls without it are refused
+    secret: str = Field(default="", repr=False)  # shared by all processes; control calls without it are refused
+    secret_file: str = ""  # holds the secret when `secret` is empty; for its owner alone
+    tls: TlsConfig = TlsConfig()
     log_dir: str = ""
     zone_label: str = "ray.io/availability-zone"  # key of the Ray node label that names a node's rack or zone
+
+    @property
+    def security(self) -> Security:
+        """What protects the control plane."""
+        return Security(self.secret, self.tls)
 
 
 class BatonConfig(Section):
@@ -193,10 +209,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_with_secrets(tree: dict[str, Any]) -> BatonConfig:
-    """Validates a parsed YAML tree after filling in the secrets of the environment. Raises ConfigurationError."""
+    """Validates a parsed YAML tree after filling in the secrets of files and environment. Raises ConfigurationError."""
     tree = _filled(tree, "ingress", "api_key", os.environ.get("BATON_API_KEY"))
+    config = parse_config(tree)
+    if config.cluster.secret_file and not config.cluster.secret:
+        tree = _filled(tree, "cluster", "secret", _secret_in(config.cluster.secret_file))
     tree = _filled(tree, "cluster", "secret", os.environ.get("BATON_CLUSTER_SECRET"))
     return parse_config(tree)
+
+
+def _secret_in(path: str) -> str:
+    """Raises ConfigurationError for a file that cannot be read, that others may read, or that holds no secret."""
+    name = "cluster.secret_file"
+    try:
+        secret = read_private(path, name).decode("ascii").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{name} {path} holds bytes that are not ASCII", field=name) from error
+    if not secret.isprintable() or not secret:
+        raise ConfigurationError(f"{name} {path} holds no secret: one line of printable ASCII is asked", field=name)
+    return secret
 
 
 def _filled(tree: dict[str, Any], section: str, field: str, value: str | None) -> dict[str, Any]:

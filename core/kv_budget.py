@@ -4,6 +4,13 @@ from core.errors import ConfigurationError
 from core.kv_layout import KVLayout
 
 ACTIVATION_MARGIN_BYTES = 1 << 30  # of a GPU: workspaces, activations
+NCCL_PAIR_BYTES = 52 * 10**6  # of a GPU: one communicator of two ranks at 8 thread blocks
+_NUM_SLABS = {"gloo": 2, "nccl": 2, "in_process": 2, "cuda_ipc": 1, "nixl": 1}  # beside the pool, at one end
+
+
+def channel_bytes(kind: str, slab_bytes: int) -> int:
+    """Memory that one end of one channel of a transport takes beside the KV pool."""
+    return _NUM_SLABS.get(kind, 0) * slab_bytes + (NCCL_PAIR_BYTES if kind == "nccl" else 0)
 
 
 def gpu_kv_bytes(memory_bytes: int, memory_fraction: float, weight_bytes: int) -> int:

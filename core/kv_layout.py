@@ -1,28 +1,34 @@
 """The shape of a replica's KV cache, and what two replicas must have in common to exchange it.
 
-Per layer a pool is a tensor [num_blocks, 2, num_kv_heads_of_rank, block_size, head_dim] (index 1: 0 = K, 1 = V):
-head-major, so that a range of heads of one block is one contiguous run for K and one for V.
+Per layer a pool is a tensor [num_blocks, planes, num_kv_heads_of_rank, block_size, head_dim]. Keys and values are two
+planes (0 = K, 1 = V); head-major, so that a range of heads of one block is one contiguous run for K and one for V.
+Latents of multi-head latent attention (DeepSeek-V2) are one plane of one head, whole on every rank.
 """
 
 from dataclasses import dataclass, fields
 
 from core.errors import Incompatible
 
-TRANSFER_PROTOCOL = 1  # how KV moves between two ranks; the control plane has its own version in core/version.py
+TRANSFER_PROTOCOL = 2  # how KV moves between two ranks; the control plane has its own version in core/version.py
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MODEL_DTYPES = ("float32", "bfloat16", "float16")  # what models are loaded and computed in
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # what KV may be stored in
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """KV geometry of one replica; `num_kv_heads` counts the whole model, not one rank."""
+    """KV geometry of one replica; `num_kv_heads` counts the whole model, not one rank.
+
+    Of latents, `num_kv_heads` is 1 and `head_dim` the size of one token's latent, its rotary part included.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    block_size: int  # tokens per block
+    block_size: int  # tokens per block of the device's pool
     dtype: str
     tensor_parallel: int
+    latent: bool = False
 
     def __post_init__(self) -> None:
         wider, narrower = (
@@ -30,6 +36,11 @@ class KVLayout:
             min(self.tensor_parallel, self.num_kv_heads),
         )
         assert wider % narrower == 0, "tensor_parallel must divide num_kv_heads or be a multiple of it"
+
+    @property
+    def num_planes(self) -> int:
+        """Keys and values, or latents alone."""
+        return 1 if self.latent else 2
 
     @property
     def heads_per_rank(self) -> int:
@@ -44,7 +55,7 @@ class KVLayout:
     @property
     def block_bytes_per_rank(self) -> int:
         """Bytes of one block over all layers in one rank's pool."""
-        per_token = 2 * self.heads_per_rank * self.head_dim * DTYPE_BYTES[self.dtype]
+        per_token = self.num_planes * self.heads_per_rank * self.head_dim * DTYPE_BYTES[self.dtype]
         return self.num_layers * self.block_size * per_token
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -54,12 +65,12 @@ class KVLayout:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What must be equal on both sides of a transfer. Layouts may differ in tensor parallel degree."""
+    """What must be equal on both sides of a transfer. Layouts may differ in tensor parallel degree and block size."""
 
     model: str
     weights_revision: str
     kv_dtype: str
-    block_size: int
+    block_size: int  # tokens that one block hash covers, in the whole fleet
     hash_scheme: str
     protocol_version: int = TRANSFER_PROTOCOL  # on the wire under its first name
 

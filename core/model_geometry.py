@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigurationError
-from core.kv_layout import DTYPE_BYTES, KVLayout
+from core.kv_layout import DTYPE_BYTES, MODEL_DTYPES, KVLayout
 
 _REQUIRED = (
     "num_hidden_layers",
@@ -73,8 +73,8 @@ def read_geometry(folder: Path, dtype: str | None = None) -> ModelGeometry:
         raise ConfigurationError(f"{file} names no {', '.join(missing)}")
     heads = config["num_attention_heads"]
     chosen = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if chosen not in DTYPE_BYTES:
-        raise ConfigurationError(f"dtype {chosen!r} is not supported; supported are {', '.join(DTYPE_BYTES)}")
+    if chosen not in MODEL_DTYPES:
+        raise ConfigurationError(f"dtype {chosen!r} is not supported; supported are {', '.join(MODEL_DTYPES)}")
     default_head_dim = _HEAD_DIM_OF_TYPE.get(str(config.get("model_type")), config["hidden_size"] // heads)
     return ModelGeometry(
         num_layers=config["num_hidden_layers"],

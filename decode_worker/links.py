@@ -10,6 +10,8 @@ class _Link:
         self.bytes_per_s = MovingAverage()
         self.num_bytes = 0
         self.num_transfers = 0
+        self.num_digests = 0
+        self.num_corrupt = 0
 
 
 class Links:
@@ -23,17 +25,33 @@ class Links:
         """Takes one finished transfer in."""
         if not fetched.num_bytes or fetched.seconds <= 0:
             return
-        link = self._links.pop(source_id, None) or _Link()
+        link = self._used(source_id)
         link.bytes_per_s.add(fetched.num_bytes / fetched.seconds)
         link.num_bytes += fetched.num_bytes
         link.num_transfers += 1
-        self._links[source_id] = link
-        if len(self._links) > self._limit:
-            del self._links[next(iter(self._links))]
+        link.num_digests += fetched.num_digests
+
+    def corrupt(self, source_id: str) -> None:
+        """A transfer brought other bytes than were sent."""
+        self._used(source_id).num_corrupt += 1
 
     def status(self) -> tuple[LinkStatus, ...]:
         """By source id."""
         return tuple(
-            LinkStatus(source_id, link.bytes_per_s.value, link.num_bytes, link.num_transfers)
+            LinkStatus(
+                source_id,
+                link.bytes_per_s.value,
+                link.num_bytes,
+                link.num_transfers,
+                link.num_digests,
+                link.num_corrupt,
+            )
             for source_id, link in sorted(self._links.items())
         )
+
+    def _used(self, source_id: str) -> _Link:
+        link = self._links.pop(source_id, None) or _Link()
+        self._links[source_id] = link
+        if len(self._links) > self._limit:
+            del self._links[next(iter(self._links))]
+        return link

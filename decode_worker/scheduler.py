@@ -39,6 +39,11 @@ class DecodeStep:
     batch: StepBatch
     advances: tuple[Advance, ...]
 
+    @property
+    def prompts(self) -> tuple[tuple[str, int], ...]:
+        """(request id, attempt) of those that advance by more than a token: prompts prefilled here."""
+        return tuple((a.job.request_id, a.job.attempt) for a in self.advances if a.num_tokens > 1)
+
 
 @dataclass(frozen=True)
 class Outcome:

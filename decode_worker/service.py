@@ -4,10 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
-from core.errors import BatonError, NoReplica
-from core.messages.fleet import Acknowledged
+from core.errors import BatonError, NoReplica, TransferFailed
+from core.messages.fleet import Acknowledged, ReplicaInfo
 from core.messages.to_decode import (
     Abandon,
     Announce,
@@ -21,10 +22,9 @@ from core.messages.to_decode import (
     TokenEvent,
 )
 from core.messages.to_prefill import Release
-from core.messages.to_rank import SlabHeader
+from core.messages.to_rank import SlabHeader, TimelineEvent
 from core.messages.to_scheduler import ReplicaStatus
 from core.telemetry import request_id_var
-from decode_worker.fetcher import Fetcher
 from decode_worker.handoffs import Fetch, Handoff, Handoffs
 from decode_worker.links import Links
 from decode_worker.outbox import Outbox
@@ -33,8 +33,10 @@ from engine.batch import StepResult
 from kv_transfer.lease_book import LeaseBook
 from rpc import methods
 from rpc.server import RpcServer
+from worker.borrower import Borrower
 from worker.drain import Held
 from worker.drainer import Drainer
+from worker.fetcher import BlockOrder, Fetcher
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
 from worker.step_loop import StepLoop
@@ -56,9 +58,10 @@ class DecodeService:
         limit = pool.max_num_seqs + pool.queue_limit
         self._handoffs = Handoffs(context.block_pool, context.spec.block_size, book, self._scheduler, limit)
         self._fetcher = Fetcher(context)
+        self._borrower = Borrower(context, self._fetcher)
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
         self._outbox = Outbox(self._config.lease_ttl_s, self.drainer.changed)
-        self._loop = StepLoop(context.engine, self)
+        self._loop = StepLoop(context.engine, self, context.agent.timeline)
         self._tasks: set[asyncio.Task[None]] = set()
         self._links = Links()
         self._step_s = MovingAverage()
@@ -80,9 +83,9 @@ class DecodeService:
             group.create_task(self._housekeep())
             group.create_task(self._loop.run())
 
-    def may_read(self, header: SlabHeader) -> bool:  # noqa: ARG002 - nothing is shared yet from decode
-        """Decode announces nothing, so nobody may fetch from it."""
-        return False
+    def may_read(self, header: SlabHeader) -> bool:
+        """Whether a peer may fetch these blocks."""
+        return any(books.may_read(header) for books in (self._fetcher, self._context.lender))
 
     def status(self) -> ReplicaStatus:
         """Load at this moment."""
@@ -107,8 +110,15 @@ class DecodeService:
         request_id_var.set(message.request_id)
         if self.drainer.is_draining and self._handoffs.find(message.request_id, message.attempt) is None:
             raise NoReplica("this decode replica is draining")
+        if message.pull_from is not None and self._handoffs.find(message.request_id, message.attempt) is None:
+            name = f"{message.request_id}.{message.attempt}"
+            fetched = await self._borrower.borrow(name, message.sequence, message.pull_from, message.due_s)
+            if fetched is not None:
+                self._links.add(message.pull_from.replica_id, fetched)
         handoff = self._handoffs.open(message, self._now())
         self._settle()
+        if handoff.source is not None:
+            self._spawn(self._prepare(handoff.source))
         lease = handoff.lease
         logger.info(
             "opened attempt %d: %d blocks, %d cached", lease.attempt, lease.num_blocks, lease.first_missing_block
@@ -182,8 +192,9 @@ class DecodeService:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _held(self) -> Held:
-        """Leases; fetches, releases and token events on their way, the step in flight."""
-        return Held(len(self._handoffs), len(self._tasks) + self._outbox.num_undelivered + self._loop.in_flight)
+        """Leases; fetches, loans, releases and token events on their way, the step in flight."""
+        moving = len(self._context.lender) + len(self._borrower) + len(self._tasks)
+        return Held(len(self._handoffs), moving + self._outbox.num_undelivered + self._loop.in_flight)
 
     def _hand_over(self) -> None:
         """Every ingress plans the rest of its requests anew, with the tokens shown so far."""
@@ -222,15 +233,38 @@ class DecodeService:
         request_id_var.set(fetch.handoff.request_id)
         handoff, number = fetch.handoff, fetch.announce.number
         try:
-            fetched = await self._fetcher.fetch(fetch)
+            fetched = await self._fetcher.fetch(_order(fetch))
         except BatonError as error:
             logger.warning("fetch %d of %s failed: %s", number, handoff.request_id, error)
+            if isinstance(error, TransferFailed) and error.field == "digest":
+                self._links.corrupt(fetch.announce.source.replica_id)
             if self._handoffs.fetch_failed(handoff, number, self._now()):
                 self._tell_to_resume(handoff)
         else:
             self._handoffs.fetched(handoff, number, fetched, self._now())
             self._links.add(fetch.announce.source.replica_id, fetched)
         self._settle()
+
+    async def _borrow_owed(self, handoff: Handoff) -> None:
+        """Blocks that were to come with another request's transfer, which ended before."""
+        assert handoff.source is not None
+        sequence, (*_, (_, last)) = handoff.message.sequence, handoff.owed
+        wanted = replace(sequence, block_hashes=sequence.block_hashes[: sequence.block_hashes.index(last) + 1])
+        name = f"{handoff.request_id}.{handoff.message.attempt}.owed"
+        fetched = await self._borrower.borrow(name, wanted, handoff.source, handoff.message.due_s)
+        if fetched is not None:
+            self._links.add(handoff.source.replica_id, fetched)
+        if not self._handoffs.claim(handoff, self._now()) and self._handoffs.find(*handoff.key) is handoff:
+            self._tell_to_resume(handoff)
+            self._handoffs.end(*handoff.key, self._now())
+        self._settle()
+
+    async def _prepare(self, source: ReplicaInfo) -> None:
+        """Channels are made while prefill computes; those that stand already cost nothing."""
+        try:
+            await self._fetcher.prepare(source)
+        except BatonError as error:
+            logger.info("channels from %s are not ready yet: %s", source.replica_id, error)
 
     def _tell_to_resume(self, handoff: Handoff) -> None:
         event = TokenEvent(
@@ -240,11 +274,15 @@ class DecodeService:
 
     def _settle(self) -> None:
         """After any change: releases what prefill may free, tells ingresses what joined, wakes loop and drain."""
+        for handoff in self._handoffs.take_owed():
+            self._spawn(self._borrow_owed(handoff))
         for handoff in self._handoffs.take_releasable():
             self._spawn(self._release(handoff))
         for handoff in self._handoffs.take_joined():
             joined = TokenEvent(handoff.request_id, handoff.message.attempt, handoff.sequence.num_outputs, ())
             self._outbox.put(handoff.message.ingress_id, joined, self._now())
+            if handoff.source is not None:
+                self._context.agent.timeline.add(_whole(handoff, handoff.source))
         self._loop.wake()
         self.drainer.changed()
 
@@ -263,6 +301,8 @@ class DecodeService:
             await asyncio.sleep(HOUSEKEEPING_S)
             for handoff in self._handoffs.end_expired(self._now()):
                 logger.warning("lease of %s expired: nobody renewed it", handoff.request_id)
+            self._context.lender.give_back_expired(self._now())
+            self._handoffs.stop_waiting(self._now(), self._config.control_timeout_s)
             self._outbox.forget_absent(self._now())
             self._settle()
 
@@ -278,6 +318,36 @@ class DecodeService:
     @staticmethod
     def _now() -> float:
         return time.monotonic()
+
+
+def _order(fetch: Fetch) -> BlockOrder:
+    announce = fetch.announce
+    return BlockOrder(
+        announce.request_id,
+        announce.attempt,
+        announce.lease_id,
+        announce.source,
+        announce.first_layer,
+        announce.num_layers,
+        announce.first_block,
+        announce.source_blocks,
+        fetch.destination_blocks,
+        fetch.due_s,
+    )
+
+
+def _whole(handoff: Handoff, source: ReplicaInfo) -> TimelineEvent:
+    """From Open to the moment that decode may go on."""
+    times = handoff.times
+    return TimelineEvent(
+        handoff.request_id,
+        handoff.message.attempt,
+        "handoff",
+        source.address,
+        times.opened_at,
+        times.completed_at,
+        handoff.transfer_bytes,
+    )
 
 
 def _phases(handoff: Handoff) -> Phases:

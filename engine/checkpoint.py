@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigurationError
-from core.kv_layout import DTYPE_BYTES, KVLayout
+from core.kv_layout import MODEL_DTYPES, KVLayout
 from core.model_geometry import ModelGeometry
 from engine.models.family import BlockFeatures
 from engine.models.registry import FAMILIES
@@ -160,8 +160,8 @@ def _rope(parameters: dict[str, Any]) -> Rope:
 
 
 def _dtype(name: str) -> str:
-    if name not in DTYPE_BYTES:
-        raise ConfigurationError(f"dtype {name!r} is not supported; supported are {', '.join(DTYPE_BYTES)}")
+    if name not in MODEL_DTYPES:
+        raise ConfigurationError(f"dtype {name!r} is not supported; supported are {', '.join(MODEL_DTYPES)}")
     return name
 
 

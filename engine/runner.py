@@ -3,9 +3,10 @@
 The first rank leads: its `launch` tells the others, which iterate over `launches()`, what to compute.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -75,15 +76,18 @@ class ModelRunner:
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 
-    def launch(self, batch: StepBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4) -> InFlightStep:
+    def launch(
+        self, batch: StepBatch, on_layers: OnLayers | None = None, layer_groups: Sequence[int] = ()
+    ) -> InFlightStep:
         """Starts a step; on CPU it is then already computed. Raises PeerLost.
 
         `on_layers(first_layer, num_layers)` is called in this thread as soon as KV of these layers is written for the
-        whole batch on all ranks: within `launch` on CPU, within `collect` on CUDA. The last group may be shorter.
+        whole batch on all ranks: within `launch` on CPU, within `collect` on CUDA. `layer_groups`: the sizes of groups
+        that are told of, in order; layers beyond them are not.
         """
         if self._group.size > 1:
             self._group.broadcast([_STEP, *encode_batch(batch)])
-        return self._execute(batch, on_layers, layers_per_group)
+        return self._execute(batch, on_layers, layer_groups)
 
     def collect(self, step: InFlightStep) -> StepResult:
         """Waits for a step and returns what it drew."""
@@ -130,7 +134,7 @@ class ModelRunner:
 
     def execute_launched(self, batch: StepBatch) -> None:
         """This rank's part of a step that the first rank launched."""
-        self._execute(batch, None, self.layout.num_layers)
+        self._execute(batch, None, ())
 
     # ---- all ranks ----------------------------------------------------------------------------------------------
 
@@ -152,18 +156,21 @@ class ModelRunner:
                 )
 
     @torch.inference_mode()
-    def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layers_per_group: int) -> InFlightStep:
+    def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layer_groups: Sequence[int]) -> InFlightStep:
         inputs = lay_out(batch, self._device)
         step = InFlightStep(len(batch.sequences), inputs.draws, on_layers)
 
+        group_sizes = dict(zip(accumulate(layer_groups), layer_groups, strict=True))  # by the layer after the group
+
         def layer_done(layer: int) -> None:
-            first = layer - layer % layers_per_group
-            if on_layers is None or not (layer + 1 - first == layers_per_group or layer + 1 == self.spec.num_layers):
+            num_layers = group_sizes.get(layer + 1)
+            if on_layers is None or num_layers is None:
                 return
+            first = layer + 1 - num_layers
             if self._device.type == "cpu":
-                on_layers(first, layer + 1 - first)
+                on_layers(first, num_layers)
             else:
-                step.written.append((_recorded_event(), first, layer + 1 - first))
+                step.written.append((_recorded_event(), first, num_layers))
 
         logits = self._decoder.forward(inputs, self._attention.plan(inputs), layer_done)
         if logits is not None:

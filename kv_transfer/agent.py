@@ -4,23 +4,44 @@ Whatever the outcome of a fetch, when it returns or raises no byte of its destin
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from core.config import TransferConfig
-from core.errors import TransferFailed
+from core.errors import StaleMessage, TransferFailed
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import Acknowledged
-from core.messages.to_rank import CloseChannel, Connect, Connected, Copy, FetchBlocks, Fetched, Ready
+from core.messages.to_rank import (
+    BlockDigests,
+    CloseChannel,
+    Connect,
+    Connected,
+    Copy,
+    DigestBlocks,
+    FetchBlocks,
+    Fetched,
+    Granted,
+    Ready,
+    SlabHeader,
+    TimelineEvent,
+)
 from kv_transfer.channels.protocol import Connector
-from kv_transfer.inbound import Identity, Inbound
+from kv_transfer.digest import digest
+from kv_transfer.flow_control import Slab
+from kv_transfer.inbound import Inbound
+from kv_transfer.link import Identity, Linker, within
 from kv_transfer.outbound import MayRead, Outbound
+from kv_transfer.pairs import Pairs
 from kv_transfer.peer_control import PeerControl
 from kv_transfer.plan import require_exchangeable, split_into_slabs
-from kv_transfer.spans import copy_span, require_inside, require_same_shape
+from kv_transfer.spans import copy_span, require_inside, require_same_shape, span_bytes
+from kv_transfer.timeline import Timeline
 from kv_transfer.transfer import Transfer, finish
+
+SlabsBySource = dict[str, list[Slab]]  # by the address that they come from
 
 
 class TransferAgent:
@@ -35,25 +56,29 @@ class TransferAgent:
         layout: KVLayout,
         compatibility: Compatibility,
         config: TransferConfig,
-        connector: Connector,
+        connectors: Sequence[Connector],
         control: PeerControl,
         may_read: MayRead,
     ) -> None:
-        """`address` is the rank's RPC address and its name to peers; `pool` is [layers, blocks, 2, heads, size, dim].
+        """`address` is the rank's RPC address and its name to peers.
 
-        The agent owns `connector` and closes it.
+        `pool` is [layers, blocks, planes, heads, size, dim]. The agent owns `connectors`, in order of preference, and
+        closes them.
         """
-        assert pool.is_contiguous() and pool.shape[2] == 2
-        assert (pool.shape[0], pool.shape[3]) == (layout.num_layers, layout.heads_per_rank)
+        assert pool.is_contiguous()
+        assert (pool.shape[0], *pool.shape[2:4]) == (layout.num_layers, layout.num_planes, layout.heads_per_rank)
         assert tuple(pool.shape[4:]) == (layout.block_size, layout.head_dim)
+        self.timeline = Timeline()
         self._identity = Identity(address, incarnation, compatibility, layout)
         self._pool = pool
         self._config = config
-        self._connector = connector
+        self._connectors = connectors
         self._control = control
-        self._inbound: dict[str, Inbound] = {}
-        self._in_flight = asyncio.Semaphore(config.max_slabs_in_flight)
-        self._outbound = Outbound(self._identity, config, connector, pool, may_read)
+        pairs = Pairs(int(config.pairs_mib * 2**20), config.pair_idle_timeout_s, config.control_timeout_s)
+        linker = Linker(self._identity, config, control, connectors, pairs)
+        self.inbound = Inbound(self._identity, config, control, linker, self.timeline)
+        self.outbound = Outbound(self._identity, config, connectors, pairs, pool, may_read, self.timeline)
+        self._sampling = random.Random()
         self._running: set[asyncio.Task[object]] = set()
         self._is_closed = False
 
@@ -62,22 +87,24 @@ class TransferAgent:
     async def fetch(self, order: FetchBlocks) -> Fetched:
         """Carries out a planned order: from all its source ranks at a time, slab by slab.
 
-        Raises TransferFailed (also at `timeout_s`), PeerLost or Incompatible. Safe to cancel: slabs that were granted
-        complete and are discarded, and the channels go on serving others.
+        Raises TransferFailed (also at `timeout_s`; field "digest" when what came is not what was sent), PeerLost or
+        Incompatible. Safe to cancel: slabs that were granted complete and are discarded, and the channels go on serving
+        others.
         """
         started = time.monotonic()
         if self._is_closed:
             raise TransferFailed("the transfer agent is closed")
         require_exchangeable(self._identity.layout, order.source_layout)
-        transfer = Transfer(order.request_id, order.attempt)
-        parts = [
-            asyncio.create_task(self._fetch_from(address, transfer, slabs))
-            for address, slabs in self._slabs_by_source(order).items()
-        ]
+        transfer = Transfer(order.request_id, order.attempt, order.lease_id, started + order.due_s)
+        slabs = self._slabs_by_source(order)
+        parts = [asyncio.create_task(self._fetch_from(address, transfer, slabs[address])) for address in slabs]
         self._running.update(parts)
+        num_digests = 0
         try:
             async with asyncio.timeout(order.timeout_s):
                 sizes = await asyncio.gather(*parts)
+                if self._sampling.random() < self._config.digest_share:
+                    num_digests = await self._compare_digests(transfer, slabs)
         except TimeoutError as error:
             raise TransferFailed(f"{order.request_id}: not all blocks came within {order.timeout_s} s") from error
         finally:
@@ -86,56 +113,73 @@ class TransferAgent:
                 part.cancel()
             await finish(asyncio.gather(*parts, return_exceptions=True))
             self._running.difference_update(parts)
-        return Fetched(sum(sizes), time.monotonic() - started)
+        return Fetched(sum(sizes), time.monotonic() - started, num_digests)
+
+    def prepare(self, addresses: Sequence[str]) -> None:
+        """Connects to peers ahead of the first fetch from them."""
+        for address in addresses:
+            if address != self._identity.address:
+                self.inbound.prepare(address)
 
     async def close(self) -> None:
         """Fails running fetches and ends all channels; no thread or file descriptor stays."""
         self._is_closed = True
-        await asyncio.gather(*(inbound.close("closing") for inbound in self._inbound.values()))
+        await self.inbound.close()
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self._outbound.close()
-        await asyncio.to_thread(self._connector.close)
+        await self.outbound.close()
+        for connector in self._connectors:
+            await asyncio.to_thread(connector.close)
 
     # ---- sending ------------------------------------------------------------------------------------------------
 
     async def on_connect(self, message: Connect) -> Connected:
         """See Outbound.on_connect."""
-        return await self._outbound.on_connect(message)
+        return await self.outbound.on_connect(message)
 
-    async def on_ready(self, message: Ready) -> Acknowledged:
+    async def on_ready(self, message: Ready) -> Granted:
         """See Outbound.on_ready."""
-        return await self._outbound.on_ready(message)
+        return await self.outbound.on_ready(message)
 
     async def on_close(self, message: CloseChannel) -> Acknowledged:
         """See Outbound.on_close."""
-        return await self._outbound.on_close(message)
+        return await self.outbound.on_close(message)
+
+    async def on_digest(self, message: DigestBlocks) -> BlockDigests:
+        """What slabs hold here. Raises StaleMessage for those that may not be read."""
+        for header in message.slabs:
+            if not self.outbound.is_readable(header):
+                raise StaleMessage(f"request {header.request_id} may not be read", field="request_id")
+        spans = [header.source for header in message.slabs]
+        return BlockDigests(await asyncio.to_thread(lambda: tuple(digest(self._pool, span) for span in spans)))
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _slabs_by_source(self, order: FetchBlocks) -> dict[str, list[Copy]]:
-        """Slabs of an order by the address that they come from."""
+    def _slabs_by_source(self, order: FetchBlocks) -> SlabsBySource:
         slab_bytes = int(self._config.slab_mib * 2**20)
-        slabs: dict[str, list[Copy]] = {}
+        logical = {block: order.first_block + i for i, block in enumerate(order.source_blocks)}
+        slabs: SlabsBySource = {}
         for copy in order.copies:
             require_inside(self._pool, copy.destination)
             require_same_shape(copy)
-            address = order.source_addresses[copy.source_rank]
-            slabs.setdefault(address, []).extend(split_into_slabs(copy, self._identity.layout, slab_bytes))
+            for part in split_into_slabs(copy, self._identity.layout, slab_bytes):
+                address = order.source_addresses[part.source_rank]
+                slab = Slab(
+                    part,
+                    _logical_blocks(part, logical, order.source_layout.block_size),
+                    span_bytes(self._pool, part.destination),
+                )
+                slabs.setdefault(address, []).append(slab)
         return slabs
 
-    async def _fetch_from(self, address: str, transfer: Transfer, slabs: Sequence[Copy]) -> int:
+    async def _fetch_from(self, address: str, transfer: Transfer, slabs: Sequence[Slab]) -> int:
         if address == self._identity.address:
             return await self._copy_locally(transfer, slabs)
-        inbound = self._inbound.get(address)
-        if inbound is None:
-            inbound = Inbound(address, self._identity, self._config, self._control, self._connector, self._in_flight)
-            self._inbound[address] = inbound
-        return await inbound.fetch(transfer, slabs)
+        return await self.inbound.fetch(address, transfer, slabs)
 
-    async def _copy_locally(self, transfer: Transfer, slabs: Sequence[Copy]) -> int:
+    async def _copy_locally(self, transfer: Transfer, slabs: Sequence[Slab]) -> int:
         for slab in slabs:
-            require_inside(self._pool, slab.source)
-        return sum([await asyncio.to_thread(self._copy, transfer, slab) for slab in slabs])
+            require_inside(self._pool, slab.copy.source)
+        return sum([await asyncio.to_thread(self._copy, transfer, slab.copy) for slab in slabs])
 
     def _copy(self, transfer: Transfer, slab: Copy) -> int:
         if not transfer.landing.begin_write():
@@ -144,3 +188,38 @@ class TransferAgent:
             return copy_span(self._pool, slab.source, self._pool, slab.destination)
         finally:
             transfer.landing.end_write()
+
+    async def _compare_digests(self, transfer: Transfer, slabs: SlabsBySource) -> int:
+        """Number of slabs compared. Raises TransferFailed, field "digest"."""
+        if self._config.wire_dtype:
+            return 0  # what comes is not what is stored
+        begun_at, num_bytes = time.monotonic(), 0
+        for address, of_peer in slabs.items():
+            if address == self._identity.address:
+                continue
+            headers = tuple(
+                SlabHeader(0, transfer.request_id, transfer.attempt, s.copy.source, transfer.lease_id, s.logical_blocks)
+                for s in of_peer
+            )
+            asked = within(
+                self._config.control_timeout_s, address, self._control.digest(address, DigestBlocks(headers))
+            )
+            theirs, ours = await asyncio.gather(asked, asyncio.to_thread(self._digests, of_peer))
+            if theirs.digests != ours:
+                raise TransferFailed(
+                    f"{transfer.request_id}: blocks from {address} are not what was sent", field="digest"
+                )
+            num_bytes += sum(slab.num_bytes for slab in of_peer)
+        event = TimelineEvent(
+            transfer.request_id, transfer.attempt, "digest", "", begun_at, time.monotonic(), num_bytes
+        )
+        self.timeline.add(event)
+        return sum(map(len, slabs.values()))
+
+    def _digests(self, slabs: Sequence[Slab]) -> tuple[int, ...]:
+        return tuple(digest(self._pool, slab.copy.destination) for slab in slabs)
+
+
+def _logical_blocks(copy: Copy, logical: dict[int, int], block_size: int) -> tuple[int, ...]:
+    """Empty when the order does not say which blocks of the request its source blocks are."""
+    return tuple(logical[block] for block in copy.source.physical_blocks(block_size)) if logical else ()

@@ -1,202 +1,236 @@
-"""What one rank receives from one peer: the channel of the current generation, its grants and its credits."""
+"""What one rank receives, from all its peers: links, grants within the limits of flow control, slabs that land."""
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 from core.config import TransferConfig
-from core.errors import BatonError, PeerLost, StaleMessage, TransferFailed
-from core.kv_layout import Compatibility, KVLayout
-from core.messages.to_rank import CloseChannel, Connect, Copy, Ready, SlabHeader
-from kv_transfer.channels.protocol import ChannelId, Connector, ReceiverEnd
+from core.errors import BatonError, StaleMessage, TransferFailed
+from core.messages.to_rank import Ready, SlabHeader, TimelineEvent
+from kv_transfer.channels.protocol import Passage
+from kv_transfer.flow_control import Flow, FlowControl, Grants, Slab
+from kv_transfer.link import Identity, Link, Linker, within
 from kv_transfer.peer_control import PeerControl
-from kv_transfer.transfer import Transfer, drop_result, finish, release_from_thread
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who this rank is to its peers."""
-
-    address: str
-    incarnation: int
-    compatibility: Compatibility
-    layout: KVLayout
+from kv_transfer.timeline import Timeline
+from kv_transfer.transfer import Transfer, drop_result
 
 
-class _Link:
-    """One generation of the channel, as its receiver sees it."""
+@dataclass(eq=False)
+class _Fetch:
+    """A flow's progress, for whoever waits for its end."""
 
-    def __init__(self, generation: int, end: ReceiverEnd, window_slabs: int) -> None:
-        self.generation = generation
-        self.end = end
-        self.next_sequence = 0
-        self.window = asyncio.Semaphore(window_slabs)
-        self.grants = asyncio.Lock()  # the order of grants is the order of fetches
+    transfer: Transfer
+    flow: Flow
+    num_slabs: int
+    asked_at: float
+    done: "asyncio.Future[int]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    num_bytes: int = 0
+    may_relink: bool = True
+
+    def landed(self, passage: Passage) -> None:
+        """One slab more; the last one ends the fetch."""
+        self.num_bytes += passage.num_bytes
+        self.num_slabs -= 1
+        if not self.num_slabs and not self.done.done():
+            self.done.set_result(self.num_bytes)
+
+    def fail(self, error: Exception) -> None:
+        """The first failure ends the fetch."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
 
 class Inbound:
-    """Fetches from one peer, for any number of transfers at a time. Belongs to one event loop."""
+    """Any number of fetches at a time. Belongs to one event loop."""
 
     def __init__(
-        self,
-        peer: str,
-        identity: Identity,
-        config: TransferConfig,
-        control: PeerControl,
-        connector: Connector,
-        in_flight: asyncio.Semaphore,
+        self, identity: Identity, config: TransferConfig, control: PeerControl, linker: Linker, timeline: Timeline
     ) -> None:
-        """`in_flight` is shared by all peers and caps the slabs that the rank receives at a time."""
-        self._peer = peer
         self._identity = identity
         self._config = config
         self._control = control
-        self._connector = connector
-        self._in_flight = in_flight
-        self._generation = 0
-        self._link: _Link | None = None
-        self._linking = asyncio.Lock()
+        self._linker = linker
+        self._timeline = timeline
+        self._flow = FlowControl(int(config.pair_window_mib * 2**20), int(config.rank_window_mib * 2**20))
+        self._fetches: dict[Flow, _Fetch] = {}
+        self._links: dict[str, Link] = {}
+        self._linking: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
 
-    async def fetch(self, transfer: Transfer, slabs: Sequence[Copy]) -> int:
-        """Receives slabs in order; returns the bytes written. Raises TransferFailed, PeerLost or Incompatible.
+    async def fetch(self, peer: str, transfer: Transfer, slabs: Sequence[Slab]) -> int:
+        """Receives slabs from one peer; returns the bytes written. Raises TransferFailed, PeerLost or Incompatible.
 
-        A peer that does not know the channel (it restarted) is connected to anew, once.
+        A peer that does not know the channel (it restarted, or closed it to make room) is connected to anew, once.
         """
-        waiting = deque(slabs)
-        coming: list[Future[int]] = []
-        may_relink = True
-        while waiting:
-            link = await self._linked()
-            batch = await self._take_credits(link, waiting)
-            try:
-                coming += await asyncio.shield(self._spawn(self._grant(link, transfer, batch)))
-            except StaleMessage as error:
-                if error.field != "generation" or not may_relink:
-                    raise TransferFailed(f"{self._peer} refused: {error}") from error
-                may_relink = False
-                waiting.extendleft(reversed(batch))
-            for future in coming:
-                if future.done():
-                    future.result()
-        return sum([await asyncio.wrap_future(future) for future in coming])
+        fetch = _Fetch(transfer, Flow(peer, transfer.due, deque(slabs)), len(slabs), time.monotonic())
+        self._fetches[fetch.flow] = fetch
+        self._flow.add(fetch.flow)
+        self._pump()
+        try:
+            return await fetch.done
+        finally:
+            self._flow.drop(fetch.flow)
+            del self._fetches[fetch.flow]
+            self._pump()
 
-    async def close(self, reason: str) -> None:
-        """Ends the channel and everything that waits on it."""
-        if self._link is not None:
-            await finish(self._drop(self._link, reason))
+    def prepare(self, peer: str) -> None:
+        """Connects to a peer ahead of use. Whether that fails shows when it is used."""
+        self._spawn(self._open_link(peer))
+
+    @property
+    def num_links(self) -> int:
+        """Peers that a channel is open from."""
+        return len(self._links)
+
+    async def close(self) -> None:
+        """Ends all channels and everything that waits on them."""
+        self._is_closed = True
+        for fetch in self._fetches.values():
+            fetch.fail(TransferFailed("the transfer agent is closing"))
+        await asyncio.gather(*(self._drop(link, "closing") for link in list(self._links.values())))
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    # ---- connecting ---------------------------------------------------------------------------------------------
-
-    async def _linked(self) -> _Link:
-        """The open link; builds the next generation when there is none."""
-        async with self._linking:
-            if self._link is not None and not self._link.end.is_open:
-                await self._drop(self._link, "failed")
-            if self._link is None:
-                self._link = await self._connect()
-            return self._link
-
-    async def _connect(self) -> _Link:
-        self._generation += 1
-        me = self._identity
-        message = Connect(me.address, me.incarnation, self._generation, me.compatibility, me.layout)
-        timeout_s = self._config.connect_timeout_s
-        connected = await self._within(timeout_s, self._control.connect(self._peer, message))
-        channel = ChannelId(self._peer, me.address, me.incarnation, self._generation)
-        end = self._connector.receiver_end(channel, connected.rendezvous)
-        return _Link(self._generation, end, self._config.window_slabs)
-
-    async def _drop(self, link: _Link, reason: str) -> None:
-        """Ends a link here and, as far as it can be told, at the peer."""
-        if self._link is link:
-            self._link = None
-        self._spawn(self._tell_closed(link.generation))
-        await asyncio.to_thread(link.end.abort, reason)
-
-    async def _tell_closed(self, generation: int) -> None:
-        message = CloseChannel(self._identity.address, self._identity.incarnation, generation)
-        await self._within(self._config.control_timeout_s, self._control.close(self._peer, message))
 
     # ---- granting -----------------------------------------------------------------------------------------------
 
-    async def _take_credits(self, link: _Link, waiting: deque[Copy]) -> list[Copy]:
-        """Waits for one slab's credits, then takes along what more the window and the rank allow now."""
-        await link.window.acquire()
-        try:
-            await self._in_flight.acquire()
-        except asyncio.CancelledError:
-            link.window.release()
-            raise
-        batch = [waiting.popleft()]
-        while waiting and not link.window.locked() and not self._in_flight.locked():
-            await link.window.acquire()
-            await self._in_flight.acquire()
-            batch.append(waiting.popleft())
-        return batch
+    def _pump(self) -> None:
+        """Asks for what there is room for; connects where something is wanted and no channel is open."""
+        if self._is_closed:
+            return
+        able = {peer for peer, link in self._links.items() if self._linker.is_usable(link) and not link.is_granting}
+        for peer, grants in self._flow.take(able).items():
+            link = self._links[peer]
+            link.is_granting = True
+            self._linker.use(link)
+            self._spawn(self._grant(link, grants))
+        for peer in self._flow.waiting_peers():
+            present = self._links.get(peer)
+            is_idle = peer not in self._linking and peer not in self._flow.in_flight
+            if is_idle and (present is None or not (self._linker.is_usable(present) or present.is_granting)):
+                self._spawn(self._open_link(peer))
 
-    async def _grant(self, link: _Link, transfer: Transfer, batch: list[Copy]) -> list["Future[int]"]:
-        """Tells the sender, then posts the fetches in the same order. Runs to its end even if its caller is gone.
-
-        Credits come back when their slab is off the wire, or at once when nothing was granted.
-        """
-        posted: list[Future[int]] = []
-        try:
-            async with link.grants:
-                headers = self._headers(link, transfer, batch)
-                await self._tell_ready(link, headers)
-                link.next_sequence += len(headers)
-                for header, copy in zip(headers, batch, strict=True):
-                    posted.append(self._post(link, transfer, header, copy))
-        finally:
-            for _ in range(len(batch) - len(posted)):
-                link.window.release()
-                self._in_flight.release()
-        return posted
-
-    def _headers(self, link: _Link, transfer: Transfer, batch: list[Copy]) -> tuple[SlabHeader, ...]:
-        return tuple(
-            SlabHeader(link.next_sequence + index, transfer.request_id, transfer.attempt, copy.source)
-            for index, copy in enumerate(batch)
+    async def _grant(self, link: Link, grants: Grants) -> None:
+        """Tells the sender, then posts the fetches in the same order. Runs to its end even if all callers are gone."""
+        wanted = [(self._fetches[flow], slab) for flow, slab in grants if flow in self._fetches]
+        for flow, slab in grants:
+            if flow not in self._fetches:
+                self._flow.give_back(flow, slab)
+        headers = tuple(
+            SlabHeader(
+                link.next_sequence + index,
+                fetch.transfer.request_id,
+                fetch.transfer.attempt,
+                slab.copy.source,
+                fetch.transfer.lease_id,
+                slab.logical_blocks,
+            )
+            for index, (fetch, slab) in enumerate(wanted)
         )
-
-    async def _tell_ready(self, link: _Link, headers: tuple[SlabHeader, ...]) -> None:
-        """Raises StaleMessage when nothing was granted; after any other failure nobody knows, so the link ends."""
-        if not link.end.is_open:
-            raise StaleMessage("the channel has failed", field="generation")
-        ready = Ready(self._identity.address, self._identity.incarnation, link.generation, headers)
         try:
-            await self._within(self._config.control_timeout_s, self._control.ready(self._peer, ready))
+            refused = await self._tell_ready(link, headers) if headers else ()
         except StaleMessage as error:
-            if error.field == "generation":
-                await self._drop(link, "unknown to the sender")
-            raise
-        except (BatonError, asyncio.CancelledError):
-            await finish(self._drop(link, "a grant went unanswered"))
-            raise
+            self._drop(link, "unknown to the sender")
+            self._ask_again(wanted, error)
+        except BatonError as error:  # nobody knows what was granted
+            self._drop(link, "a grant went unanswered")
+            for fetch, slab in wanted:
+                self._flow.give_back(fetch.flow, slab)
+                fetch.fail(error)
+        else:
+            link.next_sequence += len(headers)
+            for header, (fetch, slab) in zip(headers, wanted, strict=True):
+                self._post(link, header, fetch, slab, is_refused=header.sequence in refused)
+        finally:
+            link.is_granting = False
+            self._linker.rest(link)
+            self._pump()
 
-    def _post(self, link: _Link, transfer: Transfer, header: SlabHeader, copy: Copy) -> "Future[int]":
-        future = link.end.fetch(header, copy.destination, transfer.landing, self._config.data_timeout_s)
-        release_from_thread(asyncio.get_running_loop(), future, link.window, self._in_flight)
-        return future
+    async def _tell_ready(self, link: Link, headers: tuple[SlabHeader, ...]) -> tuple[int, ...]:
+        """Numbers of the slabs that the sender refuses. Raises StaleMessage also when the link ended meanwhile."""
+        ready = Ready(self._identity.address, self._identity.incarnation, link.generation, headers)
+        granted = await within(self._config.control_timeout_s, link.peer, self._control.ready(link.peer, ready))
+        if self._links.get(link.peer) is not link:
+            raise StaleMessage(f"the channel from {link.peer} ended while slabs were granted", field="generation")
+        return granted.refused
 
-    # ---- small helpers ------------------------------------------------------------------------------------------
+    def _ask_again(self, wanted: "list[tuple[_Fetch, Slab]]", error: StaleMessage) -> None:
+        """Over the next generation, once; whoever was refused twice fails."""
+        self._flow.put_back([(fetch.flow, slab) for fetch, slab in wanted])
+        for fetch in {fetch for fetch, _ in wanted}:
+            if not fetch.may_relink:
+                fetch.fail(TransferFailed(f"{fetch.flow.peer} refused: {error}"))
+            fetch.may_relink = False
 
-    async def _within(self, timeout_s: float, call: Awaitable[T]) -> T:
-        """Raises PeerLost when the peer does not answer in time."""
+    def _post(self, link: Link, header: SlabHeader, fetch: _Fetch, slab: Slab, *, is_refused: bool) -> None:
+        if is_refused:
+            self._flow.give_back(fetch.flow, slab)
+            fetch.fail(TransferFailed(f"{link.peer} refused a slab of request {header.request_id}"))
+            return
+        loop = asyncio.get_running_loop()
+        self._linker.use(link)
+        future = link.end.fetch(header, slab.copy.destination, fetch.transfer.landing, self._config.data_timeout_s)
+        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._landed, link, fetch, slab, done))
+
+    def _landed(self, link: Link, fetch: _Fetch, slab: Slab, future: "Future[Passage]") -> None:
+        self._linker.rest(link)
+        self._flow.give_back(fetch.flow, slab)
+        error = future.exception()
+        if error is None:
+            self._linker.moved(link, future.result())
+            self._note(fetch, future.result())
+            fetch.landed(future.result())
+        else:
+            fetch.fail(error if isinstance(error, BatonError) else TransferFailed(str(error)))
+        self._pump()
+
+    def _note(self, fetch: _Fetch, passage: Passage) -> None:
+        transfer, peer = fetch.transfer, fetch.flow.peer
+        moments = (fetch.asked_at, passage.begun_at, passage.turned_at, passage.done_at)
+        for phase, (begun_at, ended_at) in zip(("wait", "wire", "scatter"), pairwise(moments), strict=True):
+            if ended_at > begun_at:
+                self._timeline.add(
+                    TimelineEvent(
+                        transfer.request_id, transfer.attempt, phase, peer, begun_at, ended_at, passage.num_bytes
+                    )
+                )
+
+    # ---- links --------------------------------------------------------------------------------------------------
+
+    async def _open_link(self, peer: str) -> None:
+        """One at a time per peer; a failure fails all that wait for the peer."""
+        if peer in self._linking:
+            return
+        self._linking.add(peer)
         try:
-            return await asyncio.wait_for(call, timeout_s)
-        except TimeoutError as error:
-            raise PeerLost(f"{self._peer} did not answer within {timeout_s} s") from error
+            old = self._links.get(peer)
+            if old is not None:
+                if self._linker.is_usable(old):
+                    return
+                await self._drop(old, "failed, or another transport is due")
+            self._links[peer] = await self._linker.connect(peer, self._evict)
+        except BatonError as error:
+            for fetch in [fetch for flow, fetch in self._fetches.items() if flow.peer == peer]:
+                fetch.fail(error)
+        finally:
+            self._linking.discard(peer)
+            self._pump()
 
-    def _spawn(self, work: Coroutine[None, None, T]) -> "asyncio.Task[T]":
-        """A task that lives on when its creator is cancelled; `close` waits for it."""
+    async def _evict(self, link: Link) -> None:
+        await self._drop(link, "its memory is wanted")
+
+    def _drop(self, link: Link, reason: str) -> "asyncio.Task[None]":
+        """Nothing more is granted over it; done when nothing is written through it."""
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+        return self._spawn(self._linker.end(link, reason))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
+        """A task that lives on when whoever wanted it is gone; `close` waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

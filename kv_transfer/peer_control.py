@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from core.messages.fleet import Acknowledged
-from core.messages.to_rank import CloseChannel, Connect, Connected, Ready
+from core.messages.to_rank import BlockDigests, CloseChannel, Connect, Connected, DigestBlocks, Granted, Ready
 
 
 class PeerControl(Protocol):
@@ -13,8 +13,12 @@ class PeerControl(Protocol):
         """Answered by TransferAgent.on_connect."""
         ...
 
-    async def ready(self, address: str, message: Ready) -> Acknowledged:
+    async def ready(self, address: str, message: Ready) -> Granted:
         """Answered by TransferAgent.on_ready."""
+        ...
+
+    async def digest(self, address: str, message: DigestBlocks) -> BlockDigests:
+        """Answered by TransferAgent.on_digest."""
         ...
 
     async def close(self, address: str, message: CloseChannel) -> Acknowledged:

@@ -8,21 +8,43 @@ Heads are model-wide numbers until the last moment. With 4 KV heads, a source of
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from core.errors import Incompatible
 from core.kv_layout import DTYPE_BYTES, KVLayout
 from core.messages.to_rank import Copy, Span
+from kv_transfer.pieces import match_pieces
 
-_MUST_MATCH = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype")
+_MUST_MATCH = ("num_layers", "num_kv_heads", "head_dim", "latent", "dtype")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What one destination rank fetches: its part from the source replica, then, once every rank has its own, the rest.
+
+    `source_rank` of the second stage is a rank of the destination replica.
+    """
+
+    from_source: tuple[Copy, ...]
+    from_siblings: tuple[Copy, ...] = ()
 
 
 def require_exchangeable(ours: KVLayout, theirs: KVLayout) -> None:
-    """Raises Incompatible naming the first field, tensor parallel degree aside, in which two layouts differ."""
+    """Raises Incompatible naming the first field that keeps two layouts from exchanging KV.
+
+    Tensor parallel degrees may differ, and block sizes of which one divides the other.
+    """
     for name in _MUST_MATCH:
         here, there = getattr(ours, name), getattr(theirs, name)
         if here != there:
             raise Incompatible(f"KV layout: {name} differs: {here!r} here, {there!r} there", field=name)
+    if ours.latent and ours.num_kv_heads != 1:
+        raise Incompatible(f"KV layout: latents of num_kv_heads {ours.num_kv_heads}, not 1", field="num_kv_heads")
+    here, there = ours.block_size, theirs.block_size
+    if max(here, there) % min(here, there):
+        raise Incompatible(
+            f"KV layout: block_size {here} here, {there} there: neither divides the other", field="block_size"
+        )
 
 
 def plan_copies(
@@ -33,31 +55,74 @@ def plan_copies(
     num_layers: int,
     source_blocks: tuple[int, ...],
     destination_blocks: tuple[int, ...],
+    tokens: range | None = None,
 ) -> tuple[Copy, ...]:
     """Copies that fill `destination_blocks` of one rank with the content of `source_blocks`, in order of heads.
 
-    Every head is read from exactly one source rank, and a source rank occurs at most once. Block ids are physical,
-    equal in number, and the same in all ranks of a replica. Raises Incompatible.
+    Every head is read from exactly one source rank, and a source rank occurs at most once. Block ids are physical and
+    the same in all ranks of a replica; for `tokens`, see `match_pieces`. Raises Incompatible.
     """
     require_exchangeable(source, destination)
-    assert len(source_blocks) == len(destination_blocks), "each source block has one destination block"
     assert first_layer >= 0 and first_layer + num_layers <= source.num_layers
+    pieces = match_pieces(source.block_size, destination.block_size, source_blocks, destination_blocks, tokens)
     copies = []
     wanted = destination.heads_of_rank(destination_rank)
     for source_rank, heads in _runs_of_heads(source, wanted, destination_rank):
         held = source.heads_of_rank(source_rank)
-        taken = Span(first_layer, num_layers, source_blocks, heads.start - held.start, len(heads))
-        filled = Span(first_layer, num_layers, destination_blocks, heads.start - wanted.start, len(heads))
+        taken = Span(first_layer, num_layers, pieces.source, heads.start - held.start, len(heads), pieces.num_tokens)
+        first_head = heads.start - wanted.start
+        filled = Span(first_layer, num_layers, pieces.destination, first_head, len(heads), pieces.num_tokens)
         copies.append(Copy(source_rank, taken, filled))
     return tuple(copies)
 
 
-def split_into_slabs(copy: Copy, layout: KVLayout, slab_bytes: int) -> tuple[Copy, ...]:
-    """Cuts a copy into pieces of at most `slab_bytes`, by blocks, or by layers too when one block is larger.
+def plan_stages(
+    source: KVLayout,
+    destination: KVLayout,
+    destination_rank: int,
+    first_layer: int,
+    num_layers: int,
+    source_blocks: tuple[int, ...],
+    destination_blocks: tuple[int, ...],
+    tokens: range | None = None,
+) -> Stages:
+    """As `plan_copies`, with what all ranks need alike taken from the source replica once. Raises Incompatible.
 
-    One layer of one block is never cut, however large. `layout` may be that of either side.
+    Heads differ from rank to rank and have no second stage. Latents do not: piece q of the sequence goes from source
+    rank q % TP there to destination rank q % TP here, and from there to its siblings. So each rank sends, receives and
+    hands on the same share, however a sequence is announced.
     """
-    cell_bytes = 2 * copy.source.num_heads * layout.block_size * layout.head_dim * DTYPE_BYTES[layout.dtype]
+    where = (first_layer, num_layers, source_blocks, destination_blocks, tokens)
+    whole = plan_copies(source, destination, destination_rank, *where)
+    if not destination.latent:
+        return Stages(whole)
+    pieces = match_pieces(source.block_size, destination.block_size, source_blocks, destination_blocks, tokens)
+    (copy,) = whole
+    num_siblings = destination.tensor_parallel
+    ours = pieces.share(destination_rank, num_siblings)
+    siblings = [(destination_rank + turn) % num_siblings for turn in range(1, num_siblings)]
+    return Stages(
+        tuple(
+            _latents(copy, rank, share.source, share.destination)
+            for rank in range(source.tensor_parallel)
+            if (share := ours.share(rank, source.tensor_parallel)).source
+        ),
+        tuple(
+            _latents(copy, rank, share.destination, share.destination)
+            for rank in siblings
+            if (share := pieces.share(rank, num_siblings)).source
+        ),
+    )
+
+
+def split_into_slabs(copy: Copy, layout: KVLayout, slab_bytes: int) -> tuple[Copy, ...]:
+    """Cuts a copy into parts of at most `slab_bytes`, by pieces, or by layers too when one piece is larger.
+
+    One layer of one piece is never cut, however large. `layout` may be that of either side.
+    """
+    num_tokens = copy.source.block_tokens or layout.block_size
+    row_bytes = num_tokens * layout.head_dim * DTYPE_BYTES[layout.dtype]
+    cell_bytes = layout.num_planes * copy.source.num_heads * row_bytes
     num_layers, num_blocks = copy.source.num_layers, len(copy.source.blocks)
     layers_at_once = min(num_layers, max(1, slab_bytes // cell_bytes))
     blocks_at_once = max(1, slab_bytes // (cell_bytes * num_layers))
@@ -88,6 +153,11 @@ def _source_rank(source: KVLayout, head: int, destination_rank: int) -> int:
     if num_replicas == 1:
         return head // source.heads_per_rank
     return head * num_replicas + destination_rank % num_replicas
+
+
+def _latents(copy: Copy, source_rank: int, taken: tuple[int, ...], filled: tuple[int, ...]) -> Copy:
+    """The same layers of other pieces from another rank."""
+    return Copy(source_rank, replace(copy.source, blocks=taken), replace(copy.destination, blocks=filled))
 
 
 def _part(span: Span, layer: int, num_layers: int, block: int, num_blocks: int) -> Span:

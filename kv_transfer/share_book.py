@@ -10,6 +10,7 @@ later than any deadline that decode has for its fetches.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from core.messages.to_rank import SlabHeader
 from kv_transfer.tombstones import Tombstones
 
 
@@ -29,14 +30,23 @@ _LEGAL = {
 
 
 @dataclass
+class Shared:
+    """One logical block that decode may read: where it lies, and the layers that are final."""
+
+    physical: int
+    layers: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Share:
-    """The blocks of one attempt that decode may read, in order of announcement."""
+    """The blocks of one attempt that decode may read, by logical number, in order of announcement."""
 
     request_id: str
     attempt: int
+    lease_id: int
     expires_at: float
     state: ShareState = ShareState.SHARING
-    readable: dict[int, None] = field(default_factory=dict)  # physical blocks, as an ordered set
+    readable: dict[int, Shared] = field(default_factory=dict)
     num_announcements: int = 0
 
     def to(self, state: ShareState) -> None:
@@ -48,7 +58,8 @@ class Share:
 class ShareBook:
     """All live shares of a prefill replica."""
 
-    def __init__(self, ttl_s: float) -> None:
+    def __init__(self, block_size: int, ttl_s: float) -> None:
+        self._block_size = block_size
         self._ttl_s = ttl_s
         self._shares: dict[tuple[str, int], Share] = {}
         self._tombstones = Tombstones()
@@ -56,11 +67,11 @@ class ShareBook:
     def __len__(self) -> int:
         return len(self._shares)
 
-    def open(self, request_id: str, attempt: int, now: float) -> Share:
+    def open(self, request_id: str, attempt: int, lease_id: int, now: float) -> Share:
         """Raises StaleMessage when the attempt was cancelled or released before it began."""
         self._tombstones.refuse(request_id, attempt)
         assert (request_id, attempt) not in self._shares
-        share = self._shares[(request_id, attempt)] = Share(request_id, attempt, now + self._ttl_s)
+        share = self._shares[(request_id, attempt)] = Share(request_id, attempt, lease_id, now + self._ttl_s)
         return share
 
     def refuse_stale(self, request_id: str, attempt: int) -> None:
@@ -71,14 +82,25 @@ class ShareBook:
         """A cancel came; a Prefill of this or a lower attempt that comes later is refused."""
         self._tombstones.bury(request_id, attempt, now)
 
-    def announce(self, share: Share, blocks: list[int], now: float) -> tuple[int, list[int]]:
-        """Blocks become readable; returns the announcement's number and the blocks that gain a reader."""
+    def announce(
+        self, share: Share, first_block: int, physical: list[int], layers: range, now: float
+    ) -> tuple[int, list[int]]:
+        """Layers of logical blocks become readable; returns the announcement's number and what gains a reader.
+
+        Both are physical: `physical` lie where the logical blocks from `first_block` on do.
+        """
         assert share.state is ShareState.SHARING
         number = share.num_announcements
         share.num_announcements += 1
         share.expires_at = now + self._ttl_s
-        fresh = [block for block in blocks if block not in share.readable]
-        share.readable.update(dict.fromkeys(fresh))
+        fresh = []
+        for logical, block in enumerate(physical, first_block):
+            shared = share.readable.get(logical)
+            if shared is None:
+                shared = share.readable[logical] = Shared(block)
+                fresh.append(block)
+            assert shared.physical == block, "a shared block does not move"
+            shared.layers.update(layers)
         return number, fresh
 
     def commit(self, share: Share, now: float) -> None:
@@ -93,12 +115,25 @@ class ShareBook:
         if share is None:
             return []
         share.to(ShareState.ENDED)
-        return list(share.readable)
+        return [shared.physical for shared in share.readable.values()]
 
-    def may_read(self, request_id: str, attempt: int, blocks: tuple[int, ...]) -> bool:
-        """Whether every block is announced under this very attempt and not yet released."""
-        share = self._shares.get((request_id, attempt))
-        return share is not None and all(block in share.readable for block in blocks)
+    def may_read(self, header: SlabHeader) -> bool:
+        """Whether a slab is what its lease was promised.
+
+        That is: these layers of these logical blocks were announced under this very attempt, they are not yet released,
+        and they lie where the slab says.
+        """
+        share = self._shares.get((header.request_id, header.attempt))
+        if share is None or share.lease_id != header.lease_id:
+            return False
+        span = header.source
+        layers = set(range(span.first_layer, span.first_layer + span.num_layers))
+        blocks = span.physical_blocks(self._block_size)
+        found = [share.readable.get(logical) for logical in header.logical_blocks]
+        return len(found) == len(blocks) and all(
+            shared is not None and shared.physical == block and layers <= shared.layers
+            for shared, block in zip(found, blocks, strict=True)
+        )
 
     def expired(self, now: float) -> list[Share]:
         """Shares that decode never released; the caller ends them."""

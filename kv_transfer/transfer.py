@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kv_transfer.channels.protocol import Landing
 
@@ -17,6 +17,8 @@ class Transfer:
 
     request_id: str
     attempt: int
+    lease_id: int = 0
+    due: float = 0.0  # on the event loop's monotonic clock
     landing: Landing = field(default_factory=Landing)
 
     async def come_to_rest(self) -> None:
@@ -44,10 +46,10 @@ def drop_result(done: "asyncio.Future[T]") -> None:
         done.exception()
 
 
-def release_from_thread(loop: asyncio.AbstractEventLoop, future: "Future[int]", *permits: asyncio.Semaphore) -> None:
+def release_from_thread(loop: asyncio.AbstractEventLoop, future: "Future[Any]", *permits: asyncio.Semaphore) -> None:
     """Gives permits back, in the loop, when a channel's future is done."""
 
-    def release(_: "Future[int]") -> None:
+    def release(_: "Future[Any]") -> None:
         for permit in permits:
             loop.call_soon_threadsafe(permit.release)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_decode import Abandon, Announce, Commit
 from core.messages.to_prefill import Prefill
+from core.messages.to_rank import SlabHeader
 from engine.batch import StepResult
 from engine.block_pool import BlockPool
 from kv_transfer.share_book import Share, ShareBook
@@ -41,7 +42,7 @@ class Deliveries:
         key = (message.request_id, message.attempt)
         self._shares.refuse_stale(*key)
         job = self._scheduler.add(message, now)
-        self._open[key] = self._shares.open(*key, now)
+        self._open[key] = self._shares.open(*key, message.ticket.lease_id, now)
         return job
 
     def next_step(self, now: float) -> tuple[PrefillStep | None, list[Outgoing]]:
@@ -89,9 +90,9 @@ class Deliveries:
             self.release(share.request_id, share.attempt, now)
         return expired
 
-    def may_read(self, request_id: str, attempt: int, blocks: tuple[int, ...]) -> bool:
-        """Whether a peer may fetch these physical blocks for this attempt."""
-        return self._shares.may_read(request_id, attempt, blocks)
+    def may_read(self, header: SlabHeader) -> bool:
+        """Whether a peer may fetch a slab."""
+        return self._shares.may_read(header)
 
     def validate(self) -> None:
         """Raises AssertionError when the books contradict each other."""
@@ -100,7 +101,8 @@ class Deliveries:
 
     def _announce(self, job: PrefillJob, blocks: range, first_layer: int, num_layers: int, now: float) -> Outgoing:
         physical = job.sequence.blocks[blocks.start : blocks.stop]
-        number, fresh = self._shares.announce(self._open[job.key], physical, now)
+        layers = range(first_layer, first_layer + num_layers)
+        number, fresh = self._shares.announce(self._open[job.key], blocks.start, physical, layers, now)
         self._pool.begin_read(fresh)
         announce = Announce(
             *job.key,

@@ -60,6 +60,11 @@ class PrefillStep:
     batch: StepBatch
     chunks: tuple[Chunk, ...]
 
+    @property
+    def prompts(self) -> tuple[tuple[str, int], ...]:
+        """(request id, attempt) of every chunk."""
+        return tuple(chunk.job.key for chunk in self.chunks)
+
 
 @dataclass(frozen=True)
 class Prefilled:

@@ -18,8 +18,10 @@ from prefill_worker.deliveries import Deliveries, Outgoing
 from prefill_worker.scheduler import Prefilled, PrefillScheduler, PrefillStep
 from rpc import methods
 from rpc.server import RpcServer
+from worker.borrower import Borrower
 from worker.drain import Held
 from worker.drainer import Drainer
+from worker.fetcher import Fetcher
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
 from worker.step_loop import StepLoop
@@ -49,9 +51,11 @@ class PrefillService:
             pool.max_num_batched_tokens,
             pool.queue_limit,
         )
-        shares = ShareBook(ttl_s=3 * self._config.data_timeout_s)
+        shares = ShareBook(context.spec.block_size, self._config.rest_timeout_s)
         self._deliveries = Deliveries(context.info, context.block_pool, self._scheduler, shares)
-        self._loop = StepLoop(context.engine, self)
+        self._loop = StepLoop(context.engine, self, context.agent.timeline)
+        self._fetcher = Fetcher(context)
+        self._borrower = Borrower(context, self._fetcher)
         self._answers: dict[tuple[str, int], asyncio.Future[FirstToken]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tokens_per_s = MovingAverage()
@@ -70,8 +74,8 @@ class PrefillService:
             group.create_task(self._loop.run())
 
     def may_read(self, header: SlabHeader) -> bool:
-        """Whether a peer may still fetch these blocks."""
-        return self._deliveries.may_read(header.request_id, header.attempt, header.source.blocks)
+        """Whether a peer may fetch these blocks, or a sibling rank may."""
+        return any(books.may_read(header) for books in (self._deliveries, self._context.lender, self._fetcher))
 
     def status(self) -> ReplicaStatus:
         """Load at this moment."""
@@ -99,12 +103,14 @@ class PrefillService:
             return await asyncio.shield(known)
         if self.drainer.is_draining:
             raise NoReplica("this prefill replica is draining")
-        self._deliveries.accept(message, self._now())
         answer: asyncio.Future[FirstToken] = asyncio.get_running_loop().create_future()
         self._answers[key] = answer
-        self._loop.wake()
         try:
             async with asyncio.timeout(message.timeout_s):
+                if message.pull_from is not None:
+                    await self._borrower.borrow(f"{key[0]}.{key[1]}", message.sequence, message.pull_from, 0.0)
+                self._deliveries.accept(message, self._now())
+                self._loop.wake()
                 return await answer
         except TimeoutError as error:
             raise RequestTimeout(f"prefill took longer than {message.timeout_s:.1f} s") from error
@@ -154,8 +160,9 @@ class PrefillService:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _held(self) -> Held:
-        """Prompts without an answer; blocks that decode still reads, messages to it, the step in flight."""
-        return Held(len(self._answers), len(self._deliveries) + len(self._tasks) + self._loop.in_flight)
+        """Prompts without an answer; blocks that others still read, messages to decode, the step in flight."""
+        moving = len(self._deliveries) + len(self._context.lender) + len(self._borrower) + len(self._tasks)
+        return Held(len(self._answers), moving + self._loop.in_flight)
 
     def _hand_over(self) -> None:
         """The ingress plans these prompts anew, and decode lets their attempts go."""
@@ -218,6 +225,8 @@ class PrefillService:
             await asyncio.sleep(HOUSEKEEPING_S)
             for share in self._deliveries.release_expired(self._now()):
                 logger.warning("decode never released attempt %d of %s", share.attempt, share.request_id)
+                self.drainer.changed()
+            if self._context.lender.give_back_expired(self._now()):
                 self.drainer.changed()
 
     @staticmethod

@@ -9,10 +9,12 @@ import grpc
 import grpc.aio
 
 from core.errors import BatonError, Incompatible, PeerLost
+from core.security import Security
 from rpc.codec import decode, decode_error, encode
 from rpc.methods import ServerStream, Unary
 from rpc.protocol import OURS, PROTOCOL_KEY, Protocols, parse_protocols
 from rpc.server import ERROR_KEY, SECRET_KEY, SERVICE
+from rpc.tls import channel_credentials, name_option, why_refused
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,12 @@ CLIENT_OPTIONS = [
 class RpcClient:
     """Calls any address; connections are made on first use and kept. Belongs to one event loop."""
 
-    def __init__(self, secret: str, protocols: Protocols = OURS) -> None:
+    def __init__(self, security: Security, protocols: Protocols = OURS) -> None:
+        """Raises ConfigurationError naming a file of `cluster.tls` that cannot be used."""
+        self._tls = security.tls
+        self._credentials = channel_credentials(security.tls) if security.tls.is_on else None
         self._protocols = protocols
+        secret = security.secret
         self._metadata = ((PROTOCOL_KEY, protocols.header), *(((SECRET_KEY, secret),) if secret else ()))
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -110,8 +116,13 @@ class RpcClient:
                     closing = asyncio.create_task(self.forget(other))
                     self._closing.add(closing)
                     closing.add_done_callback(self._closing.discard)
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+            self._channels[address] = self._open(address)
         return self._channels[address]
+
+    def _open(self, address: str) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(address, self._credentials, options=[*CLIENT_OPTIONS, name_option(self._tls)])
 
     def _greet(self, address: str, metadata: Any) -> None:
         """Reads which protocols an answer's sender speaks; logs skew once. Raises Incompatible before it is decoded."""
@@ -133,7 +144,9 @@ class RpcClient:
             return decode_error(metadata[ERROR_KEY])
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
             return PeerLost(f"{address} did not answer {name} in time")
-        return PeerLost(f"{address} is lost during {name}: {error.code().name} {error.details()}")
+        details = error.details() or ""
+        why = why_refused(details, self._tls) or f"{error.code().name} {details}"
+        return PeerLost(f"{address} is lost during {name}: {why}")
 
 
 def _require_cancelled(address: str, name: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from core.messages import fleet, to_decode, to_prefill, to_rank, to_scheduler
+from core.messages import fleet, to_decode, to_lender, to_prefill, to_rank, to_scheduler
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -38,12 +38,18 @@ TOKENS = ServerStream("Tokens", to_decode.TokensFrom, to_decode.TokenFrame)
 PREFILL = Unary("Prefill", to_prefill.Prefill, to_prefill.FirstToken)
 RELEASE = Unary("Release", to_prefill.Release, fleet.Acknowledged)
 
+BORROW = Unary("Borrow", to_lender.Borrow, to_lender.Lent)
+GIVE_BACK = Unary("GiveBack", to_lender.GiveBack, fleet.Empty)
+
 WATCH = ServerStream("Watch", to_scheduler.Watch, to_scheduler.Report)
 DRAIN = Unary("Drain", fleet.Drain, fleet.Empty)
 
 CONNECT = Unary("Connect", to_rank.Connect, to_rank.Connected)
-READY = Unary("Ready", to_rank.Ready, fleet.Acknowledged)
+READY = Unary("Ready", to_rank.Ready, to_rank.Granted)
+DIGEST_BLOCKS = Unary("DigestBlocks", to_rank.DigestBlocks, to_rank.BlockDigests)
 CLOSE_CHANNEL = Unary("CloseChannel", to_rank.CloseChannel, fleet.Acknowledged)
+PREPARE_PAIRS = Unary("PreparePairs", to_rank.PreparePairs, fleet.Empty)
+READ_TIMELINE = Unary("ReadTimeline", to_rank.ReadTimeline, to_rank.TimelineEvents)
 FETCH_BLOCKS = Unary("FetchBlocks", to_rank.FetchBlocks, to_rank.Fetched)
 HEALTH = Unary("Health", fleet.Empty, fleet.RankHealth)
 

@@ -10,9 +10,11 @@ import grpc
 import grpc.aio
 
 from core.errors import BatonError, Incompatible, Unauthorized
+from core.security import Security
 from rpc.codec import decode, encode, encode_error
 from rpc.methods import ServerStream, Unary
 from rpc.protocol import OURS, PROTOCOL_KEY, Protocols, parse_protocols
+from rpc.tls import server_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +39,12 @@ SERVER_OPTIONS = [
 class RpcServer:
     """One listening port with its handlers. `listen`, register handlers, `start`."""
 
-    def __init__(self, host: str, secret: str, protocols: Protocols = OURS) -> None:
+    def __init__(self, host: str, security: Security, protocols: Protocols = OURS) -> None:
+        """Raises ConfigurationError when `host` asks for a secret, or naming a bad file of `cluster.tls`."""
+        security.check(host)
         self._host = host
-        self._secret = secret
+        self._secret = security.secret
+        self._credentials = server_credentials(security.tls) if security.tls.is_on else None
         self._protocols = protocols
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
@@ -85,7 +90,10 @@ class RpcServer:
     def listen(self, port: int = 0) -> int:
         """Takes the port, so that it can be told to others before serving; returns it. Raises OSError."""
         try:
-            return int(self._server.add_insecure_port(f"{self._host}:{port}"))
+            address = f"{self._host}:{port}"
+            if self._credentials is None:
+                return int(self._server.add_insecure_port(address))
+            return int(self._server.add_secure_port(address, self._credentials))
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._host}:{port}") from error
 

@@ -5,23 +5,47 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
+from core.config import TransferConfig
 from engine.batch import StepBatch, StepResult
+from engine.layer_groups import layer_groups
 from engine.runner import ModelRunner
 
 Result = TypeVar("Result")
 
-OnLayers = Callable[[int, int], None]
+
+@dataclass(frozen=True)
+class LayersComputed:
+    """A group of layers of one step. Moments are of the monotonic clock, taken on the engine's thread."""
+
+    first_layer: int
+    num_layers: int
+    begun_at: float
+    ended_at: float
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A step's result; after its layers it drew tokens from `drawn_from` on."""
+
+    result: StepResult
+    drawn_from: float
+    ended_at: float
+
+
+OnLayers = Callable[[LayersComputed], None]
 
 
 class EngineThread:
     """One step at a time; counters tell how many, and how long the present one has taken."""
 
-    def __init__(self, layers_per_group: int) -> None:
+    def __init__(self, transfer: TransferConfig | None) -> None:
+        """`transfer` tells which layers are announced together; None: nothing leaves this rank layer by layer."""
         self.runner: ModelRunner | None = None  # made on this thread, by `run`
         self.num_steps = 0
-        self._layers_per_group = layers_per_group
+        self._transfer = transfer
         self._busy_since = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
@@ -30,22 +54,25 @@ class EngineThread:
         """Seconds since the call in progress began; 0 when idle, or waiting for the first rank."""
         return time.monotonic() - self._busy_since if self._busy_since else 0.0
 
-    async def execute(self, batch: StepBatch, on_layers: OnLayers | None = None) -> StepResult:
+    async def execute(self, batch: StepBatch, on_layers: OnLayers) -> Executed:
         """Launches and collects one step. `on_layers` is called on the event loop."""
         loop, runner = asyncio.get_running_loop(), self.runner
         assert runner is not None
+        groups = self._layer_groups(batch, runner.layout.num_layers)
 
-        def layers_done(first_layer: int, num_layers: int) -> None:
-            if on_layers is not None:
-                loop.call_soon_threadsafe(on_layers, first_layer, num_layers)
+        def step() -> Executed:
+            moments = [time.monotonic()]
 
-        def step() -> StepResult:
-            notify = layers_done if on_layers is not None else None
-            return runner.collect(runner.launch(batch, notify, self._layers_per_group))
+            def layers_done(first_layer: int, num_layers: int) -> None:
+                moments.append(time.monotonic())
+                loop.call_soon_threadsafe(on_layers, LayersComputed(first_layer, num_layers, *moments[-2:]))
 
-        result = await self.run(step)
+            result = runner.collect(runner.launch(batch, layers_done, groups))
+            return Executed(result, moments[-1], time.monotonic())
+
+        executed = await self.run(step)
         self.num_steps += 1
-        return result
+        return executed
 
     async def keep_alive(self) -> None:
         """Tells idle follower ranks that the replica lives."""
@@ -78,6 +105,15 @@ class EngineThread:
         """Waits for the step in flight, does one last thing and ends the thread."""
         self._thread.submit(last)
         self._thread.shutdown(wait=True)
+
+    def _layer_groups(self, batch: StepBatch, num_layers: int) -> tuple[int, ...]:
+        """Small ones at the end of a step that ends a prompt, since nothing is computed beside their transfer."""
+        transfer = self._transfer
+        if transfer is None:
+            return (num_layers,)
+        ends_prompt = any(sequence.draw is not None for sequence in batch.sequences)
+        last = transfer.last_layers_per_group if ends_prompt else None
+        return layer_groups(num_layers, transfer.layers_per_group, last)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ def load_engine(spec: RankSpec) -> LoadedEngine:
     model = load_model_spec(checkpoint, pool.dtype or spec.model.dtype)
     layout = model.kv_layout(pool.tensor_parallel, spec.block_size)
     num_blocks = decide_num_blocks(model, layout, device, pool.num_blocks, pool.kv_cache_mib, pool.memory_fraction)
-    group = connect_ranks(spec.store_address, spec.rank, pool.tensor_parallel, device, spec.host)
+    group = connect_ranks(spec.store_address, spec.rank, pool.tensor_parallel, device, spec.group_host)
     num_threads = pool.resources_per_rank.num_threads
     runner = ModelRunner(model, checkpoint, layout, num_blocks, group, device, num_threads)
     if spec.rank == 0:

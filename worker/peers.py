@@ -2,9 +2,9 @@
 
 from core.config import TransferConfig
 from core.messages.fleet import Acknowledged
-from core.messages.to_rank import CloseChannel, Connect, Connected, Ready
+from core.messages.to_rank import BlockDigests, CloseChannel, Connect, Connected, DigestBlocks, Granted, Ready
 from rpc.client import RpcClient
-from rpc.methods import CLOSE_CHANNEL, CONNECT, READY
+from rpc.methods import CLOSE_CHANNEL, CONNECT, DIGEST_BLOCKS, READY
 
 
 class RpcPeerControl:
@@ -18,9 +18,13 @@ class RpcPeerControl:
         """Asks the sender to build its end of a channel."""
         return await self._client.call(address, CONNECT, message, self._config.connect_timeout_s)
 
-    async def ready(self, address: str, message: Ready) -> Acknowledged:
+    async def ready(self, address: str, message: Ready) -> Granted:
         """Grants slabs."""
         return await self._client.call(address, READY, message, self._config.control_timeout_s)
+
+    async def digest(self, address: str, message: DigestBlocks) -> BlockDigests:
+        """Asks what slabs hold at their source."""
+        return await self._client.call(address, DIGEST_BLOCKS, message, self._config.control_timeout_s)
 
     async def close(self, address: str, message: CloseChannel) -> Acknowledged:
         """Gives a channel's generation up."""

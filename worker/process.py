@@ -13,20 +13,25 @@ from pydantic import TypeAdapter
 
 from core.messages.fleet import ReplicaInfo
 from core.telemetry import configure_logging
-from worker.rank import MakeRole, Rank
+from kv_transfer.channels.select import make_connectors
+from worker.rank import Connect, MakeRole, Rank
 from worker.spec import RankSpec
 
 
-def main(make_role: MakeRole) -> None:
+def main(make_role: MakeRole, connect: Connect = make_connectors) -> None:
     """Runs until the rank fails (exit status 1) or SIGTERM, SIGINT or a Drain request has drained it (0)."""
     configure_logging(None)
-    spec = TypeAdapter(RankSpec).validate_json(Path(sys.argv[1]).read_bytes())
-    asyncio.run(run(spec, make_role))
+    asyncio.run(run(read_spec(), make_role, connect))
 
 
-async def run(spec: RankSpec, make_role: MakeRole) -> None:
-    """One rank's life in this event loop."""
-    rank = Rank(spec, make_role)
+def read_spec() -> RankSpec:
+    """The first argument's content."""
+    return TypeAdapter(RankSpec).validate_json(Path(sys.argv[1]).read_bytes())
+
+
+async def run(spec: RankSpec, make_role: MakeRole, connect: Connect = make_connectors) -> None:
+    """One rank's life in this event loop; `connect` as for Rank."""
+    rank = Rank(spec, make_role, connect)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

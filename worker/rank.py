@@ -5,7 +5,8 @@ listen -> load (engine thread) -> meet the other ranks -> transfer agent -> role
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
@@ -17,17 +18,19 @@ from core.block_hash import HASH_SCHEME
 from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility
-from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo
-from core.messages.to_rank import SlabHeader
+from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
+from core.messages.to_lender import Borrow, GiveBack, Lent
+from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TimelineEvents
 from core.version import PROTOCOL, VERSION
 from engine.block_pool import BlockPool
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.protocol import Connector
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from rpc import methods
 from rpc.client import RpcClient
 from rpc.server import RpcServer
 from worker.engine_thread import EngineThread
+from worker.lender import Lender
 from worker.load import LoadedEngine, load_engine
 from worker.peers import RpcPeerControl
 from worker.rank_context import RankContext, RoleService
@@ -37,7 +40,7 @@ from worker.spec import RankSpec
 logger = logging.getLogger(__name__)
 
 MakeRole = Callable[[RankContext], RoleService]
-Connect = Callable[[TransferConfig, str, Tensor, Path | None], Connector]
+Connect = Callable[[TransferConfig, str, Tensor, Path | None], Sequence[Connector]]
 
 
 @dataclass
@@ -52,13 +55,13 @@ class _Serving:
 class Rank:
     """`start`, then `run` until it raises or is cancelled, then `close`."""
 
-    def __init__(self, spec: RankSpec, make_role: MakeRole, connect: Connect = make_connector) -> None:
-        """`connect` makes the rank's channels; another one than the configuration names serves ranks of one process."""
+    def __init__(self, spec: RankSpec, make_role: MakeRole, connect: Connect = make_connectors) -> None:
+        """`connect` makes the rank's transports; others than the configuration names serve ranks of one process."""
         self._spec = spec
         self._make_role = make_role
         self._connect = connect
-        self._server = RpcServer(spec.host, spec.secret)
-        self._client = RpcClient(spec.secret)
+        self._server = RpcServer(spec.host, spec.security)
+        self._client = RpcClient(spec.security)
         self._serving: _Serving | None = None
         self._following: asyncio.Task[None] | None = None
         self._failure = ""
@@ -68,7 +71,7 @@ class Rank:
         spec = self._spec
         address = f"{spec.host}:{self._server.listen(spec.port)}"
         logger.info("rank %d of %s loads %s", spec.rank, spec.replica_id, spec.model.path)
-        engine = EngineThread(spec.transfer.layers_per_group)
+        engine = EngineThread(spec.transfer if spec.role is Role.PREFILL else None)
         loaded = await engine.run(lambda: load_engine(spec))
         engine.runner = loaded.runner
         info = _replica_info(spec, loaded, address)
@@ -80,7 +83,7 @@ class Rank:
             layout=info.layout,
             compatibility=info.compatibility,
             config=spec.transfer,
-            connector=self._connect(spec.transfer, spec.host, kv_cache.tensor, kv_cache.path),
+            connectors=self._connect(spec.transfer, spec.host, kv_cache.tensor, kv_cache.path),
             control=RpcPeerControl(self._client, spec.transfer),
             may_read=self._may_read,
         )
@@ -146,7 +149,8 @@ class Rank:
 
     def _start_role(self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo) -> RoleService:
         pool = BlockPool(info.num_blocks)
-        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, self._client))
+        lender = Lender(info, pool, 3 * self._spec.transfer.data_timeout_s)
+        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, lender, self._client))
         role.bind(self._server)
         self._server.stream(methods.WATCH, Reporter(info, pool, role.status).watch)
 
@@ -154,17 +158,37 @@ class Rank:
             await role.drainer.drain(message.timeout_s)
             return Empty()
 
+        async def borrow(message: Borrow) -> Lent:
+            return Lent(info, ()) if role.drainer.is_draining else lender.lend(message, time.monotonic())
+
+        async def give_back(message: GiveBack) -> Empty:
+            lender.give_back(message.loan_id, time.monotonic())
+            role.drainer.changed()
+            return Empty()
+
         self._server.unary(methods.DRAIN, drain)
+        self._server.unary(methods.BORROW, borrow)
+        self._server.unary(methods.GIVE_BACK, give_back)
         return role
 
     def _bind_transfer(self, agent: TransferAgent) -> None:
         async def health(_: Empty) -> RankHealth:
             return await self.health()
 
+        async def prepare(message: PreparePairs) -> Empty:
+            agent.prepare(message.addresses)
+            return Empty()
+
+        async def timeline(message: ReadTimeline) -> TimelineEvents:
+            return TimelineEvents(agent.timeline.of(message.request_id))
+
         self._server.unary(methods.HEALTH, health)
         self._server.unary(methods.CONNECT, agent.on_connect)
         self._server.unary(methods.READY, agent.on_ready)
+        self._server.unary(methods.DIGEST_BLOCKS, agent.on_digest)
         self._server.unary(methods.CLOSE_CHANNEL, agent.on_close)
+        self._server.unary(methods.PREPARE_PAIRS, prepare)
+        self._server.unary(methods.READ_TIMELINE, timeline)
         self._server.unary(methods.FETCH_BLOCKS, agent.fetch)
 
     def _may_read(self, header: SlabHeader) -> bool:

@@ -12,6 +12,7 @@ from rpc.client import RpcClient
 from rpc.server import RpcServer
 from worker.drainer import Drainer
 from worker.engine_thread import EngineThread
+from worker.lender import Lender
 from worker.spec import RankSpec
 
 
@@ -24,6 +25,7 @@ class RankContext:
     engine: EngineThread
     block_pool: BlockPool
     agent: TransferAgent
+    lender: Lender
     client: RpcClient
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Role
+from core.security import UNGUARDED, Security, is_loopback
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,19 @@ class RankSpec:
     pool: PoolConfig
     transfer: TransferConfig
     block_size: int
-    secret: str = ""
+    security: Security = UNGUARDED
     generation: str = ""
 
     @property
     def host(self) -> str:
         """The interface to bind and to advertise."""
         return self.rank_addresses[self.rank].rpartition(":")[0]
+
+    @property
+    def group_host(self) -> str:
+        """The interface towards the replica's other ranks: loopback when their store is there, so on one host."""
+        store_host = self.store_address.rpartition(":")[0]
+        return store_host if is_loopback(store_host) else self.host
 
     @property
     def port(self) -> int:

@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from core.messages.to_rank import TimelineEvent
 from engine.batch import StepBatch, StepResult
-from worker.engine_thread import EngineThread
+from kv_transfer.timeline import Timeline
+from worker.engine_thread import EngineThread, LayersComputed
 
 KEEP_ALIVE_S = 2.0
 
@@ -17,6 +18,11 @@ class Step(Protocol):
     @property
     def batch(self) -> StepBatch:
         """The tokens to compute."""
+        ...
+
+    @property
+    def prompts(self) -> tuple[tuple[str, int], ...]:
+        """(request id, attempt) of the requests whose prompts it computes a part of."""
         ...
 
 
@@ -44,11 +50,15 @@ class Steps(Protocol[StepType]):
 
 
 class StepLoop(Generic[StepType]):
-    """Drives one engine with one role's steps until cancelled."""
+    """Drives one engine with one role's steps until cancelled.
 
-    def __init__(self, engine: EngineThread, steps: Steps[StepType]) -> None:
+    The timeline is told when prompts are computed; single tokens of decoding would soon fill it.
+    """
+
+    def __init__(self, engine: EngineThread, steps: Steps[StepType], timeline: Timeline) -> None:
         self._engine = engine
         self._steps = steps
+        self._timeline = timeline
         self._wake = asyncio.Event()
         self.in_flight = False  # a step writes blocks until its result is there
 
@@ -68,16 +78,25 @@ class StepLoop(Generic[StepType]):
 
     async def _execute(self, step: StepType) -> None:
         started = time.monotonic()
-        on_layers: Callable[[int, int], None] = lambda first, count: self._steps.layers_done(step, first, count)  # noqa: E731
+
+        def layers_done(layers: LayersComputed) -> None:
+            self._note(step, "compute", layers.begun_at, layers.ended_at)
+            self._steps.layers_done(step, layers.first_layer, layers.num_layers)
+
         self.in_flight = True
         try:
-            result = await self._engine.execute(step.batch, on_layers)
+            executed = await self._engine.execute(step.batch, layers_done)
         except Exception:
             self._steps.step_failed(step)
             raise
         finally:
             self.in_flight = False
-        self._steps.step_done(step, result, time.monotonic() - started)
+        self._note(step, "draw", executed.drawn_from, executed.ended_at)
+        self._steps.step_done(step, executed.result, time.monotonic() - started)
+
+    def _note(self, step: StepType, phase: str, begun_at: float, ended_at: float) -> None:
+        for request_id, attempt in step.prompts:
+            self._timeline.add(TimelineEvent(request_id, attempt, phase, "", begun_at, ended_at, 0))
 
     async def _sleep(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from core.channel_kinds import offered_kinds
 from core.config import BatonConfig, PoolConfig
 from core.errors import ConfigurationError
 from core.model_geometry import ModelGeometry
@@ -21,7 +22,7 @@ def disagreements(config: BatonConfig, geometry: ModelGeometry) -> Iterator[Conf
     if prefill.device != decode.device:
         message = f"{decode.device}, but prefill is on {prefill.device}: no channel joins them"
         yield ConfigurationError(message, field="decode.device")
-    elif (prefill.device == "cuda") != (config.transfer.channel == "nccl"):
+    elif not offered_kinds(config.transfer.channel, prefill.device):
         message = f"{config.transfer.channel} cannot carry pools on {prefill.device}"
         yield ConfigurationError(message, field="transfer.channel")
     asked = config.model.max_model_len

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
+from core.channel_kinds import Device, offered_kinds
 from core.config import PoolConfig, TransferConfig
 from core.errors import ConfigurationError
-from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, gpu_kv_bytes
+from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, channel_bytes, gpu_kv_bytes
 from core.kv_layout import DTYPE_BYTES, KVLayout
 from core.model_geometry import ModelGeometry
 from kv_transfer.plan import plan_copies
 
 PROCESS_BYTES = 192 << 20  # of a host: a rank's process with torch, before it loads anything
-NCCL_PAIR_BYTES = 52 * 10**6  # of a GPU: one communicator of two ranks at 8 thread blocks
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,19 @@ def size_rank(
         num_blocks=num_blocks,
         kv_bytes=num_blocks * layout.block_bytes_per_rank,
         num_channels=num_channels,
-        channel_bytes=num_channels * channel_bytes(transfer, layout),
+        channel_bytes=min(
+            num_channels * largest_channel_bytes(transfer, layout, pool.device), int(transfer.pairs_mib * 2**20)
+        ),
         reserve_bytes=ACTIVATION_MARGIN_BYTES if pool.device == "cuda" else PROCESS_BYTES,
     )
 
 
-def channel_bytes(transfer: TransferConfig, layout: KVLayout) -> int:
-    """One end of one channel: a slab, never less than one layer of one block, and NCCL's own buffers."""
-    if transfer.channel == "shared_memory":
-        return 0  # the receiver reads the peer's pool itself
+def largest_channel_bytes(transfer: TransferConfig, layout: KVLayout, device: Device) -> int:
+    """One end of one channel; of a transport that is chosen per pair of ranks, the largest that may be."""
     cell_bytes = layout.block_bytes_per_rank // layout.num_layers
-    slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)
-    return slab_bytes + (NCCL_PAIR_BYTES if transfer.channel == "nccl" else 0)
+    slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)  # one layer of one block is never cut
+    kinds = offered_kinds(transfer.channel, device)
+    return max((channel_bytes(kind, slab_bytes) for kind in kinds), default=0)
 
 
 def count_channels(prefill: KVLayout, decode: KVLayout) -> tuple[int, int]:

@@ -33,6 +33,11 @@ class Progress:
     finished: bool = False
     fleet_generation: str = ""  # whose weights made the shown tokens
 
+    def due_s(self, slo_s: float) -> float:
+        """Until the client, who came `slo_s` before that, should have its first tokens; 0 when that has passed."""
+        arrived_at = self.deadline - self.generation.timeout_s
+        return max(0.0, arrived_at + slo_s - asyncio.get_running_loop().time())
+
     @property
     def remaining_s(self) -> float:
         """Until the deadline. Raises RequestTimeout when it has passed."""

@@ -29,6 +29,8 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
     link_rate = gauge(
         "link_bytes_per_second", "Recent speed of KV from one replica to another.", "source", "destination"
     )
+    link_digests = gauge("link_digests", "Slabs compared with the sender's, by digest.", "source", "destination")
+    link_corrupt = gauge("link_corrupt_transfers", "Transfers dropped: wrong bytes.", "source", "destination")
     link_bytes = gauge("link_bytes", "KV bytes moved since the receiver started.", "source", "destination")
     for replica in fleet.replicas:
         info, status = replica.info, replica.status
@@ -39,4 +41,6 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
         for link in status.links:
             link_rate.labels(link.source_id, info.replica_id).set(link.bytes_per_s)
             link_bytes.labels(link.source_id, info.replica_id).set(link.num_bytes)
+            link_digests.labels(link.source_id, info.replica_id).set(link.num_digests)
+            link_corrupt.labels(link.source_id, info.replica_id).set(link.num_corrupt)
     return generate_latest(registry)

@@ -116,7 +116,9 @@ class Orchestrator:
             self._lease(progress, plan, sequence, attempt, subscription) as ticket,
         ):
             progress.fleet_generation = plan.decode.generation
-            prompt = Prefill(request_id, attempt, sequence, ticket, progress.remaining_s) if plan.prefill else None
+            prompt = None
+            if plan.prefill is not None:
+                prompt = Prefill(request_id, attempt, sequence, ticket, progress.remaining_s, plan.pull_from)
             on_first_token = partial(self._scheduler.progress, request_id)
             under_way = Attempt(progress, plan, subscription, self._client, self._config, on_first_token)
             async with aclosing(under_way.events(prompt)) as events:
@@ -129,10 +131,22 @@ class Orchestrator:
     ) -> AsyncIterator[Ticket]:
         """Room on decode; leaving the block in any way ends the attempt there, and on prefill through it."""
         request_id = progress.generation.request_id
-        message = Open(request_id, attempt, self._fleet.ingress_id, sequence, plan.prefill, progress.remaining_s)
+        due_s = progress.due_s(self._config.ttft_slo_s)
+        pull_from = plan.pull_from if plan.prefill is None else None
+        message = Open(
+            request_id,
+            attempt,
+            self._fleet.ingress_id,
+            sequence,
+            plan.prefill,
+            progress.remaining_s,
+            due_s,
+            pull_from,
+        )
+        timeout_s = self._config.control_timeout_s + (self._config.data_timeout_s if pull_from is not None else 0.0)
         try:
             try:
-                ticket = await self._client.call(plan.decode.address, OPEN, message, self._config.control_timeout_s)
+                ticket = await self._client.call(plan.decode.address, OPEN, message, timeout_s)
             except (NoReplica, Overloaded) as error:
                 raise NoRoom(f"{plan.decode.replica_id} did not open: {error}") from error
             except BatonError as error:

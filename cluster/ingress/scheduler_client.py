@@ -163,12 +163,15 @@ class SchedulerClient:
                 await self._tell(RENEW, Renew(tuple(self._reserved)))
 
     async def _tell(self, method: Unary[Any, Acknowledged], message: object) -> None:
-        if not self._address:
-            return
-        try:
-            await self._client.call(self._address, method, message, CALL_TIMEOUT_S)
-        except BatonError as error:
-            logger.info("%s was not told to the scheduler: %s", method.name, error)
+        """Twice if need be: a Finish that is lost holds its reservation until that expires."""
+        for _ in range(2):
+            try:
+                address = self._address or await self._resolve_address()
+                await self._client.call(address, method, message, CALL_TIMEOUT_S)
+                return
+            except BatonError as error:
+                logger.info("%s was not told to the scheduler: %s", method.name, error)
+                self._address = ""
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -23,6 +23,7 @@ class Subscription:
         self.request_id = request_id
         self.attempt = attempt
         self.opened = False  # decode knows the request; from then on it must not forget it
+        self.was_unknown = False  # to decode at the last heartbeat: if it ended, its last event may still be on its way
         self.broken = asyncio.Event()  # decode gave the attempt up, or is lost: `next` will say so
         self._max_events = max_events
         self._events: asyncio.Queue[TokenEvent | BatonError] = asyncio.Queue()
@@ -150,5 +151,7 @@ class TokenStreams:
             logger.warning("leases on %s were not renewed: %s", stream.replica.replica_id, error)
             return
         for subscription in opened:
-            if subscription.request_id in answer.unknown:
+            is_unknown = subscription.request_id in answer.unknown
+            if is_unknown and subscription.was_unknown:
                 subscription.deliver(PeerLost("decode has forgotten the request", field="decode"))
+            subscription.was_unknown = is_unknown

@@ -264,6 +264,7 @@ class Admission:
             now - waiting.since,
             decision.predicted_ttft_s,
             decision.reason,
+            decision.lender.info if decision.lender else None,
         )
 
     def _replicas_of(self, reservation: Reservation) -> list[ReplicaView]:

@@ -3,6 +3,9 @@
 TTFT(P, D) = queue(P) + prefill(uncached on P) + transfer(bytes D lacks) not hidden by compute + wait(D)
 TTFT(D)    = queue(D) + prefill(uncached on D), at D's own rate; slows D's running batch, so it is allowed only
              when the suffix is short, D is idle, or prefill is saturated or lost
+
+Whoever prefills may first pull the prefix that another replica L has cached, if that is faster than computing it:
+uncached shrinks to that on L, and pull(bytes that L has more, over the link) is added.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,12 +34,23 @@ class Decision:
     transfer_s: float
     num_uncached_tokens: int
     num_decode_blocks: int  # that the request will claim on decode for its prompt
+    lender: ReplicaView | None = None  # whose cached prefix is pulled first
+    pull_s: float = 0.0
     crosses_zones: bool = False  # taken only when no candidate within one zone has room
 
     @property
     def predicted_ttft_s(self) -> float:
         """Sum of the terms."""
-        return self.queue_s + self.prefill_s + self.transfer_s
+        return self.queue_s + self.pull_s + self.prefill_s + self.transfer_s
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """What whoever prefills takes over from a lender, and what is left to compute."""
+
+    lender: ReplicaView | None
+    seconds: float
+    num_uncached_tokens: int
 
 
 class DecisionMaker:
@@ -57,6 +71,7 @@ class DecisionMaker:
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
         """
+        everyone = [replica for replica in (*prefills, *decodes) if replica.info.replica_id not in request.avoid]
         prefills = _without(prefills, request.avoid)
         decodes = _without(decodes, request.avoid)
         with_room = [decode for decode in decodes if self._has_room(request, decode)]
@@ -65,10 +80,10 @@ class DecisionMaker:
         for decode in with_room:
             partners = [prefill for prefill in prefills if self._may_pair(request, prefill, decode)]
             ready = [prefill for prefill in partners if prefill in ready_prefills]
-            candidates += [self._pair(request, prefill, decode, cached) for prefill in ready]
+            candidates += [self._pair(request, prefill, decode, everyone, cached) for prefill in ready]
             reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
             if reason:
-                candidates.append(self._local(request, decode, cached, reason))
+                candidates.append(self._local(request, decode, everyone, cached, reason))
         return min(candidates, key=_rank, default=None)
 
     def _has_room(self, request: Reserve, decode: ReplicaView) -> bool:
@@ -79,8 +94,15 @@ class DecisionMaker:
         fits = decode.num_free_blocks - needed >= (0 if is_empty else reserve)
         return fits and decode.num_decode_requests < decode.info.max_num_seqs
 
-    def _pair(self, request: Reserve, prefill: ReplicaView, decode: ReplicaView, cached: dict[str, int]) -> Decision:
-        uncached = _uncached_tokens(request, prefill, cached)
+    def _pair(
+        self,
+        request: Reserve,
+        prefill: ReplicaView,
+        decode: ReplicaView,
+        everyone: Sequence[ReplicaView],
+        cached: dict[str, int],
+    ) -> Decision:
+        pull = self._pull(request, prefill, everyone, cached)
         blocks = self._decode_blocks(request, decode, cached)
         layout = decode.info.layout
         num_bytes = blocks * layout.block_bytes_per_rank * layout.tensor_parallel
@@ -90,10 +112,12 @@ class DecisionMaker:
             decode,
             "pair",
             queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
-            prefill_s=uncached / prefill.prefill_tokens_per_s,
+            prefill_s=pull.num_uncached_tokens / prefill.prefill_tokens_per_s,
             transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / bytes_per_s,
-            num_uncached_tokens=uncached,
+            num_uncached_tokens=pull.num_uncached_tokens,
             num_decode_blocks=blocks,
+            lender=pull.lender,
+            pull_s=pull.seconds,
             crosses_zones=self._config.zone_affinity != "ignore" and prefill.info.zone != decode.info.zone,
         )
 
@@ -102,18 +126,45 @@ class DecisionMaker:
         near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
         return near and request.num_tokens <= prefill.info.max_model_len and can_pair(prefill.info, decode.info)
 
-    def _local(self, request: Reserve, decode: ReplicaView, cached: dict[str, int], reason: str) -> Decision:
-        uncached = _uncached_tokens(request, decode, cached)
+    def _local(
+        self,
+        request: Reserve,
+        decode: ReplicaView,
+        everyone: Sequence[ReplicaView],
+        cached: dict[str, int],
+        reason: str,
+    ) -> Decision:
+        pull = self._pull(request, decode, everyone, cached)
         return Decision(
             None,
             decode,
             reason,
             queue_s=decode.outstanding_prefill_tokens / decode.prefill_tokens_per_s,
-            prefill_s=uncached / decode.prefill_tokens_per_s,
+            prefill_s=pull.num_uncached_tokens / decode.prefill_tokens_per_s,
             transfer_s=0.0,
-            num_uncached_tokens=uncached,
+            num_uncached_tokens=pull.num_uncached_tokens,
             num_decode_blocks=self._decode_blocks(request, decode, cached),
+            lender=pull.lender,
+            pull_s=pull.seconds,
         )
+
+    def _pull(
+        self, request: Reserve, taker: ReplicaView, everyone: Sequence[ReplicaView], cached: dict[str, int]
+    ) -> _Pull:
+        """The lender with the deepest prefix, when fetching what it has more is faster than computing that."""
+        held = cached.get(taker.info.replica_id, 0)
+        alone = _Pull(None, 0.0, _uncached_tokens(request, held, taker))
+        lenders = [lender for lender in everyone if can_pair(lender.info, taker.info)]
+        lender = max(lenders, key=lambda one: cached.get(one.info.replica_id, 0), default=taker)
+        depth, layout = cached.get(lender.info.replica_id, 0), taker.info.layout
+        num_uncached = _uncached_tokens(request, depth, taker)
+        num_saved = alone.num_uncached_tokens - num_uncached
+        if num_saved < self._config.pull_min_tokens:
+            return alone
+        num_bytes = (depth - held) * layout.block_bytes_per_rank * layout.tensor_parallel
+        bytes_per_s = taker.bytes_per_s_from(lender.info.replica_id) or LINK_BYTES_PER_S
+        pull_s = 2 * LINK_LATENCY_S + num_bytes / bytes_per_s
+        return _Pull(lender, pull_s, num_uncached) if pull_s < num_saved / taker.prefill_tokens_per_s else alone
 
     def _why_local(
         self, request: Reserve, decode: ReplicaView, cached: dict[str, int], *, have_prefill: bool, saturated: bool
@@ -124,7 +175,7 @@ class DecisionMaker:
             return "local_no_prefill"
         if request.placement == "pair":
             return ""
-        uncached = _uncached_tokens(request, decode, cached)
+        uncached = _uncached_tokens(request, cached.get(decode.info.replica_id, 0), decode)
         if uncached <= self._config.local_prefill_max_tokens:
             return "local_short"
         if saturated and decode.num_decode_requests == 0:
@@ -152,9 +203,8 @@ def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:
     return is_below_watermark and decode.num_decode_requests < decode.info.max_num_seqs
 
 
-def _uncached_tokens(request: Reserve, replica: ReplicaView, cached: dict[str, int]) -> int:
-    num_cached = cached.get(replica.info.replica_id, 0) * replica.info.layout.block_size
-    return max(1, request.num_tokens - num_cached)
+def _uncached_tokens(request: Reserve, num_blocks: int, replica: ReplicaView) -> int:
+    return max(1, request.num_tokens - num_blocks * replica.info.layout.block_size)
 
 
 def _without(replicas: Sequence[ReplicaView], avoid: Iterable[str]) -> list[ReplicaView]:

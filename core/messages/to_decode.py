@@ -41,6 +41,8 @@ class Open:
     sequence: Sequence
     prefill: ReplicaInfo | None
     timeout_s: float
+    due_s: float = 0.0  # until the client should have its first tokens; what is due first travels first
+    pull_from: ReplicaInfo | None = None  # has a longer prefix cached; only with `prefill` None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ decode  -> Release (announced blocks are no longer read)
 
 from dataclasses import dataclass
 
+from core.messages.fleet import ReplicaInfo
 from core.messages.to_decode import Sequence, Ticket
 from core.sampling import TokenLogprobs
 
@@ -19,6 +20,7 @@ class Prefill:
     sequence: Sequence
     ticket: Ticket
     timeout_s: float
+    pull_from: ReplicaInfo | None = None  # has a longer prefix cached than this replica
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Plan:
     queue_s: float
     predicted_ttft_s: float
     reason: str  # one word for metrics: pair, local_short, local_idle, local_no_prefill, local_asked, fallback
+    pull_from: ReplicaInfo | None = None  # whose cached prefix whoever prefills shall fetch first
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class LinkStatus:
     bytes_per_s: float  # recent
     num_bytes: int  # since the receiver started
     num_transfers: int
+    num_digests: int = 0  # slabs whose content was compared with the sender's
+    num_corrupt: int = 0  # transfers dropped because it differed
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
-from core.errors import TransferFailed
 from kv_transfer.channels.rendezvous import GroupConnector
+from kv_transfer.channels.two_sided import Posted
 
 _ABORT_TAG = 0  # no slab is empty
 _MOMENT = timedelta(milliseconds=1)
+
+
+class _GlooOperation:
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, deadline: float) -> None:
+        self._work.wait(max(_MOMENT, timedelta(seconds=deadline - time.monotonic())))
 
 
 class GlooWire:
@@ -36,13 +44,13 @@ class GlooWire:
         self._lock = threading.Lock()
         self._is_aborted = False
 
-    def send(self, slab: Tensor, deadline: float) -> None:
+    def start_send(self, slab: Tensor) -> Posted:
         """See Wire."""
-        self._group.send([slab], self._peer, slab.numel()).wait(_remaining(deadline))
+        return _GlooOperation(self._group.send([slab], self._peer, slab.numel()))
 
-    def receive(self, slab: Tensor, deadline: float) -> None:
+    def start_receive(self, slab: Tensor) -> Posted:
         """See Wire."""
-        self._group.recv([slab], self._peer, slab.numel()).wait(_remaining(deadline))
+        return _GlooOperation(self._group.recv([slab], self._peer, slab.numel()))
 
     def stream(self) -> AbstractContextManager[None]:
         """The CPU works in order."""
@@ -65,11 +73,4 @@ def gloo_connector(host: str, pool: Tensor, connect_timeout_s: float) -> GroupCo
     def make_wire(store: Store, rank: int) -> GlooWire:
         return GlooWire(store, rank, device, connect_timeout_s)
 
-    return GroupConnector(host, pool, make_wire, connect_timeout_s)
-
-
-def _remaining(deadline: float) -> timedelta:
-    seconds = deadline - time.monotonic()
-    if seconds < 0.001:
-        raise TransferFailed("the deadline passed before the slab's turn came")
-    return timedelta(seconds=seconds)
+    return GroupConnector("gloo", host, pool, make_wire, connect_timeout_s)

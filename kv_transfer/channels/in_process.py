@@ -9,13 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from core.errors import TransferFailed
-from kv_transfer.channels.protocol import ChannelId
-from kv_transfer.channels.two_sided import TwoSidedReceiver, TwoSidedSender, Wire
+from kv_transfer.channels.protocol import ChannelId, Terms
+from kv_transfer.channels.two_sided import Posted, TwoSidedReceiver, TwoSidedSender, Wire
 
 
 class LineLike(Protocol):
@@ -40,20 +41,18 @@ class Line:
         return _LineWire(self)
 
 
-class _LineWire:
-    def __init__(self, line: Line) -> None:
-        self._line = line
+class _Sent:
+    def wait(self, deadline: float) -> None:
+        """The line has a copy."""
 
-    def send(self, slab: Tensor, deadline: float) -> None:
-        del deadline  # the line is as long as the receiver's grants
-        with self._line.changed:
-            if self._line.is_aborted:
-                raise TransferFailed("aborted")
-            self._line.slabs.append(slab.clone())
-            self._line.changed.notify_all()
 
-    def receive(self, slab: Tensor, deadline: float) -> None:
-        line = self._line
+@dataclass(frozen=True)
+class _Awaited:
+    line: Line
+    slab: Tensor
+
+    def wait(self, deadline: float) -> None:
+        line = self.line
         with line.changed:
             came = line.changed.wait_for(lambda: line.slabs or line.is_aborted, deadline - time.monotonic())
             if line.is_aborted:
@@ -61,9 +60,25 @@ class _LineWire:
             if not came:
                 raise TransferFailed("no slab before the deadline")
             arrived = line.slabs.popleft()
-        if arrived.numel() != slab.numel():
-            raise TransferFailed(f"a slab of {arrived.numel()} bytes came where {slab.numel()} were expected")
-        slab.copy_(arrived)
+        if arrived.numel() != self.slab.numel():
+            raise TransferFailed(f"a slab of {arrived.numel()} bytes came where {self.slab.numel()} were expected")
+        self.slab.copy_(arrived)
+
+
+class _LineWire:
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def start_send(self, slab: Tensor) -> Posted:
+        with self._line.changed:  # the line is as long as the receiver's grants
+            if self._line.is_aborted:
+                raise TransferFailed("aborted")
+            self._line.slabs.append(slab.clone())
+            self._line.changed.notify_all()
+        return _Sent()
+
+    def start_receive(self, slab: Tensor) -> Posted:
+        return _Awaited(self._line, slab)
 
     def stream(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -97,20 +112,22 @@ class Hub:
 class InProcessConnector:
     """Makes the ends of one rank's channels inside a Hub."""
 
+    kind = "in_process"
     rendezvous = "in-process"
 
     def __init__(self, hub: Hub, pool: Tensor) -> None:
         self._hub = hub
         self._pool = pool
+        self.reach = str(id(hub))
 
-    def sender_end(self, channel: ChannelId) -> TwoSidedSender:
+    def sender_end(self, terms: Terms) -> TwoSidedSender:
         """See Connector."""
-        return TwoSidedSender(f"{channel} sender", self._pool, lambda _: self._hub.join(channel, 0))
+        return TwoSidedSender(terms, "sender", self._pool, lambda _: self._hub.join(terms.channel, 0))
 
-    def receiver_end(self, channel: ChannelId, rendezvous: str) -> TwoSidedReceiver:
+    def receiver_end(self, terms: Terms, rendezvous: str) -> TwoSidedReceiver:
         """See Connector."""
         del rendezvous
-        return TwoSidedReceiver(f"{channel} receiver", self._pool, lambda _: self._hub.join(channel, 1))
+        return TwoSidedReceiver(terms, "receiver", self._pool, lambda _: self._hub.join(terms.channel, 1))
 
     def close(self) -> None:
         """Nothing is shared."""

@@ -2,6 +2,7 @@
 
 An end is made at once and connects in its own thread; calls queue until then. `fetch` and `send` return futures that
 fail with TransferFailed and cannot be cancelled: a granted slab always completes, or its channel ends.
+Moments are those of `time.monotonic`.
 """
 
 import threading
@@ -23,6 +24,29 @@ class ChannelId:
 
     def __str__(self) -> str:
         return f"{self.sender}>{self.receiver}#{self.receiver_incarnation}.{self.generation}"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What both ends of a channel agreed on over the control plane, before either reaches for the other."""
+
+    channel: ChannelId
+    token: str  # made by the sender for this channel alone; an end lets nobody in who does not know it
+    wire_dtype: str = ""  # what KV is converted to on its way; empty: travels as it is stored
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One slab's way through one end.
+
+    Sender:   begun_at -- gather --> turned_at -- wire --> done_at
+    Receiver: begun_at -- wire, waiting for the sender included --> turned_at -- scatter --> done_at
+    """
+
+    num_bytes: int  # of KV, as stored: written, or read; 0 when the slab was discarded
+    begun_at: float
+    turned_at: float
+    done_at: float
 
 
 class Landing:
@@ -67,8 +91,8 @@ class ReceiverEnd(Protocol):
         """False after the first failure or an abort."""
         ...
 
-    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[int]":
-        """Queues one slab, in the order granted to the sender; the result is the bytes written, 0 when discarded."""
+    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[Passage]":
+        """Queues one slab, in the order granted to the sender."""
         ...
 
     def abort(self, reason: str) -> None:
@@ -84,8 +108,8 @@ class SenderEnd(Protocol):
         """False after the first failure or an abort."""
         ...
 
-    def send(self, header: SlabHeader, timeout_s: float) -> "Future[int]":
-        """Queues one granted slab; the result is its bytes, known when its source is no longer read."""
+    def send(self, header: SlabHeader, timeout_s: float) -> "Future[Passage]":
+        """Queues one granted slab; done when its source is no longer read."""
         ...
 
     def abort(self, reason: str) -> None:
@@ -94,18 +118,28 @@ class SenderEnd(Protocol):
 
 
 class Connector(Protocol):
-    """Makes the ends of one rank's channels."""
+    """One transport of one rank: makes the ends of its channels."""
+
+    @property
+    def kind(self) -> str:
+        """The transport's name in configurations."""
+        ...
+
+    @property
+    def reach(self) -> str:
+        """Ranks of the same transport and reach can have channels; for one that crosses hosts it is empty."""
+        ...
 
     @property
     def rendezvous(self) -> str:
         """Where peers find this rank, carried to them by Connected."""
         ...
 
-    def sender_end(self, channel: ChannelId) -> SenderEnd:
+    def sender_end(self, terms: Terms) -> SenderEnd:
         """This rank's end of a channel that it sends on."""
         ...
 
-    def receiver_end(self, channel: ChannelId, rendezvous: str) -> ReceiverEnd:
+    def receiver_end(self, terms: Terms, rendezvous: str) -> ReceiverEnd:
         """This rank's end of a channel that it receives on; `rendezvous` is the sender's."""
         ...
 

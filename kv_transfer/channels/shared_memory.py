@@ -5,9 +5,14 @@ The sender's pool must lie in shared memory, a file that the receiver may open. 
 receiver says so by releasing the request.
 """
 
+import os
 import threading
+import time
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from math import prod
+from mmap import mmap
 from pathlib import Path
 
 import torch
@@ -16,8 +21,12 @@ from torch import Tensor
 from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
 from kv_transfer.channels.lane import Lane
-from kv_transfer.channels.protocol import ChannelId, Landing
+from kv_transfer.channels.protocol import Landing, Passage, Terms
 from kv_transfer.spans import copy_span, require_inside, span_bytes
+
+_MADV_POPULATE_READ = 22  # linux/mman.h
+_POPULATE_BYTES = 2**26  # at a time, between looks at the clock
+_POPULATE_S = 0.5  # about 4 GiB when their owner has written them
 
 
 class _PeerPool:
@@ -42,7 +51,7 @@ class OneSidedReceiver:
         """False after the first failure or an abort."""
         return self._lane.is_open
 
-    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[int]":
+    def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[Passage]":
         """See ReceiverEnd."""
         return self._lane.submit(partial(self._copy, header.source, destination, landing), timeout_s)
 
@@ -50,15 +59,18 @@ class OneSidedReceiver:
         """See ReceiverEnd."""
         self._lane.abort(reason)
 
-    def _copy(self, source: Span, destination: Span, landing: Landing, peer: _PeerPool, deadline: float) -> int:
+    def _copy(self, source: Span, destination: Span, landing: Landing, peer: _PeerPool, deadline: float) -> Passage:
         del deadline  # a copy waits for nobody
+        begun_at = time.monotonic()
         require_inside(peer.pool, source)
         if not landing.begin_write():
-            return 0
+            return Passage(0, begun_at, begun_at, begun_at)
         try:
-            return copy_span(peer.pool, source, self._pool, destination)
+            num_bytes = copy_span(peer.pool, source, self._pool, destination)
         finally:
             landing.end_write()
+        copied_at = time.monotonic()
+        return Passage(num_bytes, begun_at, copied_at, copied_at)
 
 
 class OneSidedSender:
@@ -74,14 +86,15 @@ class OneSidedSender:
         """False after an abort."""
         return self._failure is None
 
-    def send(self, header: SlabHeader, timeout_s: float) -> "Future[int]":
+    def send(self, header: SlabHeader, timeout_s: float) -> "Future[Passage]":
         """See SenderEnd; done at once, since this end does not read."""
         del timeout_s
-        future: Future[int] = Future()
+        future: Future[Passage] = Future()
         if self._failure is not None:
             future.set_exception(self._failure)
         else:
-            future.set_result(span_bytes(self._pool, header.source))
+            now = time.monotonic()
+            future.set_result(Passage(span_bytes(self._pool, header.source), now, now, now))
         return future
 
     def abort(self, reason: str) -> None:
@@ -92,34 +105,54 @@ class OneSidedSender:
 class SharedMemoryConnector:
     """Makes the ends of one rank's channels to ranks of the same host."""
 
+    kind = "shared_memory"
+
     def __init__(self, pool: Tensor, path: Path) -> None:
         """`path` is the file that holds `pool`, from its first byte on."""
         self._pool = pool
         self._path = path
 
     @property
+    def reach(self) -> str:
+        """This boot of this host's kernel, and the namespace inside which a process is known by the same number."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} pid:{Path('/proc/self/ns/pid').stat().st_ino}"
+
+    @property
     def rendezvous(self) -> str:
         """path:shape of the pool."""
         return f"{self._path}:{','.join(map(str, self._pool.shape))}"
 
-    def sender_end(self, channel: ChannelId) -> OneSidedSender:
+    def sender_end(self, terms: Terms) -> OneSidedSender:
         """See Connector."""
-        return OneSidedSender(f"{channel} sender", self._pool)
+        return OneSidedSender(f"{terms.channel} sender", self._pool)
 
-    def receiver_end(self, channel: ChannelId, rendezvous: str) -> OneSidedReceiver:
+    def receiver_end(self, terms: Terms, rendezvous: str) -> OneSidedReceiver:
         """See Connector."""
-        return OneSidedReceiver(f"{channel} receiver", self._pool, rendezvous)
+        return OneSidedReceiver(f"{terms.channel} receiver", self._pool, rendezvous)
 
     def close(self) -> None:
         """The pool's owner frees it."""
 
 
 def _map_pool(rendezvous: str, dtype: torch.dtype, aborted: threading.Event) -> _PeerPool:
-    """Raises RuntimeError when the file is gone or shorter than the pool."""
-    del aborted  # mapping does not block
+    """Raises OSError when the file is gone, TransferFailed when it is shorter than the pool."""
     path, shape = rendezvous.rsplit(":", 1)
     sizes = [int(size) for size in shape.split(",")]
-    num_elements = torch.Size(sizes).numel()
-    if Path(path).stat().st_size < num_elements * dtype.itemsize:
-        raise TransferFailed(f"{path} is shorter than a pool of shape {shape}")
-    return _PeerPool(torch.from_file(path, shared=True, size=num_elements, dtype=dtype).view(sizes))
+    num_bytes = prod(sizes) * dtype.itemsize
+    with Path(path).open("r+b") as file:
+        if os.fstat(file.fileno()).st_size < num_bytes:
+            raise TransferFailed(f"{path} is shorter than a pool of shape {shape}")
+        mapped = mmap(file.fileno(), num_bytes)
+    _map_pages(mapped, aborted)
+    return _PeerPool(torch.frombuffer(mapped, dtype=dtype).view(sizes))
+
+
+def _map_pages(mapped: mmap, aborted: threading.Event) -> None:
+    """Maps pages in before the first slab comes, for a short while: copying through unmapped ones takes twice."""
+    deadline = time.monotonic() + _POPULATE_S
+    for start in range(0, len(mapped), _POPULATE_BYTES):
+        if aborted.is_set() or time.monotonic() > deadline:
+            return
+        with suppress(OSError):  # Linux before 5.14 maps each page when it is first read
+            mapped.madvise(_MADV_POPULATE_READ, start, min(_POPULATE_BYTES, len(mapped) - start))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from core.errors import TransferFailed
-from kv_transfer.channels.two_sided import Wire
+from kv_transfer.channels.two_sided import Posted, Wire
 
 _GARBAGE = 0xA5
 
@@ -60,11 +60,11 @@ class _StrictWire:
         self._line = line
         self._rank = rank
 
-    def send(self, slab: Tensor, deadline: float) -> None:
-        self._run(_Operation(True, slab), deadline)
+    def start_send(self, slab: Tensor) -> Posted:
+        return self._start(_Operation(True, slab))
 
-    def receive(self, slab: Tensor, deadline: float) -> None:
-        self._run(_Operation(False, slab), deadline)
+    def start_receive(self, slab: Tensor) -> Posted:
+        return self._start(_Operation(False, slab))
 
     def stream(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -74,11 +74,21 @@ class _StrictWire:
             self._line.is_aborted = True
             self._line.changed.notify_all()
 
-    def _run(self, operation: _Operation, deadline: float) -> None:
-        line = self._line
+    def _start(self, operation: _Operation) -> Posted:
+        with self._line.changed:
+            if not self._line.is_aborted:
+                self._line.post(self._rank, operation)
+        return _Pending(self._line, operation)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    line: StrictLine
+    operation: _Operation
+
+    def wait(self, deadline: float) -> None:
+        line, operation = self.line, self.operation
         with line.changed:
-            if not line.is_aborted:
-                line.post(self._rank, operation)
             line.changed.wait_for(lambda: operation.is_done or line.is_aborted, deadline - time.monotonic())
             if operation.is_done:
                 return

@@ -24,8 +24,10 @@ BYTES_OF_LAYER = 2 * 2 * 8 * 16 * 2  # of one block: K and V, heads, head_dim, t
 )
 def test_the_last_piece_is_the_last_group_of_layers_of_the_last_chunk(num_tokens, num_blocks):
     pool, transfer = PoolConfig(max_num_batched_tokens=64), TransferConfig(layers_per_group=4)
-    assert last_piece_bytes(LAYOUT, num_tokens, pool, transfer) == num_blocks * 2 * BYTES_OF_LAYER
-    even = TransferConfig(layers_per_group=5)
+    assert last_piece_bytes(LAYOUT, num_tokens, pool, transfer) == num_blocks * BYTES_OF_LAYER
+    coarse = TransferConfig(layers_per_group=4, last_layers_per_group=4)
+    assert last_piece_bytes(LAYOUT, num_tokens, pool, coarse) == num_blocks * 2 * BYTES_OF_LAYER
+    even = TransferConfig(layers_per_group=5, last_layers_per_group=5)
     assert last_piece_bytes(LAYOUT, num_tokens, pool, even) == num_blocks * 5 * BYTES_OF_LAYER
 
 
@@ -54,7 +56,10 @@ def test_a_step_shows_its_output_and_keeps_its_json(capsys):
 
 
 def test_what_runs_on_a_gpu_machine_imports_without_ray():
-    modules = "bench.gpu, bench.engine, bench.handoff, bench.transfer, prefill_worker.__main__, decode_worker.__main__"
+    modules = (
+        "bench.gpu, bench.engine, bench.handoff, bench.overlap, bench.slow_rank, bench.kv_transfer, "
+        "prefill_worker.__main__, decode_worker.__main__"
+    )
     with hidden_ray() as environment:
 
         def run(statement: str) -> int:

@@ -17,11 +17,13 @@ from cluster.scaling import resize_pool
 from cluster.settings import DEMO_MODEL_NAME, demo_model_path
 from core.config import parse_config
 from core.messages.fleet import Drain, Role
+from core.security import Security
 from rpc.client import RpcClient
 from rpc.methods import DRAIN
 from tests.cluster.live_fleet import NUM_TOKENS, PROMPTS, Load, Oracle, client_of, pool_states, stream_tokens
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+SECRET = "of this fleet"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def fleet(tmp_path_factory):
                 "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "tensor_parallel": 2, "drain_timeout_s": 0,
             },
             "ingress": {"port": free_port(), "request_timeout_s": 120},
-            "cluster": {"log_dir": str(tmp_path_factory.mktemp("logs"))},
+            "cluster": {"log_dir": str(tmp_path_factory.mktemp("logs")), "secret": SECRET},
         }
     )  # fmt: skip
     with local_fleet(config, lambda _: None) as fleet:
@@ -195,7 +197,7 @@ async def test_a_replica_that_was_drained_on_request_is_replaced(fleet, expected
     gone, address = next(iter(before.items()))
     load = Load(client_of(fleet), expected, 4)
     await load.until_done(4)
-    client = RpcClient("")
+    client = RpcClient(Security(SECRET))
     await client.call(address, DRAIN, Drain(0.0), 60)
     await client.close()
     async with asyncio.timeout(120):

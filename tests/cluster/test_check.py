@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from cluster.check.checkpoint_size import count_parameters
 from cluster.check.node_types import read_node_types, require_room
 from cluster.check.plan import Hardware, make_plan
-from cluster.check.rank_memory import count_channels
+from cluster.check.rank_memory import count_channels, largest_channel_bytes
 from cluster.cli import app
-from core.config import BatonConfig, parse_config
+from core.config import BatonConfig, TransferConfig, parse_config
 from core.errors import ConfigurationError
 from core.model_geometry import ModelGeometry, read_geometry
 from engine.checkpoint import load_model_spec
@@ -66,9 +66,33 @@ def test_a_rank_is_weights_kv_channels_and_a_reserve():
     assert prefill.num_tokens == 28279 * 16
     # a prefill rank feeds both ranks of three decode replicas, a decode rank is fed by two prefill replicas
     assert (prefill.rank.num_channels, decode.rank.num_channels) == (6, 2)
-    assert decode.rank.channel_bytes == 2 * (8 * 2**20 + 52_000_000)
-    assert prefill.rank.total_bytes == sum((16_059_990_016, 28279 * 2**21, 6 * 60_388_608, GIB))
+    assert decode.rank.channel_bytes == 2 * (2 * 8 * 2**20 + 52_000_000)
+    assert prefill.rank.total_bytes == sum((16_059_990_016, 28279 * 2**21, 6 * 68_777_216, GIB))
     assert prefill.num_ranks == 2 and decode.num_ranks == 6
+
+
+@pytest.mark.parametrize("channel", ["auto", "measured", "nixl"])
+def test_a_channel_that_is_chosen_in_service_fits_any_device(channel):
+    on_cpus = parse_config({"transfer": {"channel": channel}})
+    assert "transfer.channel" not in problems(on_gpus(transfer={"channel": channel}))
+    assert "transfer.channel" not in problems(on_cpus)
+
+
+@pytest.mark.parametrize(
+    ("channel", "device", "num_bytes"),
+    [
+        ("auto", "cuda", 2 * 8 * 2**20 + 52_000_000),  # as large as the largest that may be chosen
+        ("auto", "cpu", 0),
+        ("measured", "cuda", 2 * 8 * 2**20 + 52_000_000),
+        ("measured", "cpu", 2 * 8 * 2**20),
+        ("cuda_ipc", "cuda", 8 * 2**20),
+        ("tcp", "cpu", 0),
+        ("nixl", "cuda", 8 * 2**20),
+        ("shared_memory", "cpu", 0),
+    ],
+)
+def test_what_one_channel_takes(channel, device, num_bytes):
+    assert largest_channel_bytes(TransferConfig(channel=channel), LLAMA_8B.kv_layout(1, 16), device) == num_bytes
 
 
 @pytest.mark.parametrize(
@@ -91,14 +115,26 @@ def test_channels_join_ranks_whose_heads_overlap(prefill, decode, channels):
         (on_gpus({}, {"num_blocks": 40000}), "decode.num_blocks", "94.1 GiB of 79.1 GiB, with 78.1 GiB of KV"),
         (on_gpus({}, {"dtype": "float16"}), "decode.dtype", "float16, but prefill has bfloat16"),
         (on_gpus(transfer={"channel": "gloo"}), "transfer.channel", "gloo cannot carry pools on cuda"),
+        (on_gpus(transfer={"channel": "tcp"}), "transfer.channel", "tcp cannot carry pools on cuda"),
+        (
+            on_gpus(transfer={"channel": "shared_memory"}),
+            "transfer.channel",
+            "shared_memory cannot carry pools on cuda",
+        ),
+        (parse_config({"transfer": {"channel": "nccl"}}), "transfer.channel", "nccl cannot carry pools on cpu"),
+        (parse_config({"transfer": {"channel": "cuda_ipc"}}), "transfer.channel", "cuda_ipc cannot carry pools on cpu"),
         (on_gpus({}, {"device": "cpu"}), "decode.device", "cpu, but prefill is on cuda"),
         (on_gpus(model={"max_model_len": 200_000}), "model.max_model_len", "exceeds the checkpoint's 131072"),
         (on_gpus({"resources_per_rank": {"num_gpus": 1}}), "prefill.resources_per_rank.accelerator_type", "H200"),
         (on_gpus({"resources_per_rank": {}}), "prefill.resources_per_rank.num_gpus", "computes on 1 GPU"),
         (
-            on_gpus({}, {"max_replicas": 32, "tensor_parallel": 8}, transfer={"channel": "nccl", "slab_mib": 64}),
+            on_gpus(
+                {},
+                {"max_replicas": 32, "tensor_parallel": 8},
+                transfer={"channel": "nccl", "slab_mib": 64, "pairs_mib": 2**16},
+            ),
             "prefill.memory_fraction",
-            "28.4 GiB for 256 channels",
+            "44.4 GiB for 256 channels",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",

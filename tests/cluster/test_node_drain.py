@@ -65,7 +65,7 @@ def fleet(tmp_path_factory):
             "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
             "prefill": {"num_blocks": 256, "resources_per_rank": {"custom": {"prefill": 1}}},
             "decode": {"num_blocks": 256, "resources_per_rank": {"custom": {"decode": 1}}, "drain_timeout_s": 0},
-            "cluster": {"address": "auto", "log_dir": str(tmp_path_factory.mktemp("logs"))},
+            "cluster": {"address": "auto", "secret": "s", "log_dir": str(tmp_path_factory.mktemp("logs"))},
         }
     )
     log_dir = Path(config.cluster.log_dir)

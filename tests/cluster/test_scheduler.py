@@ -70,6 +70,40 @@ def test_a_cached_prefix_attracts_and_shortens_the_prediction(admission):
     assert warm.predicted_ttft_s == pytest.approx(cold.predicted_ttft_s - 0.256, abs=1e-3)
 
 
+def test_a_prefix_cached_elsewhere_is_pulled_when_that_is_faster_than_computing_it(admission):
+    """p1 has the prefix and no room for more work: p0 takes the prompt and pulls from p1."""
+    tokens = tuple(range(640))
+    admission.report(report(replica("p1", Role.PREFILL), stored=hash_blocks(tokens[:512], BLOCK)), 0.0)
+    plan_one(admission, reserve("work", tuple(range(5000, 6500))), 0.0)
+    busy = {"num_waiting_tokens": 1500}
+    admission.report(report(replica("p1", Role.PREFILL), **busy), 0.0)
+    admission.finish("work", 0, 0.0)
+    plan = plan_one(admission, reserve("r", tokens))
+    assert (plan.prefill.replica_id, plan.pull_from.replica_id) == ("p0", "p1")
+    # 128 tokens at 1000 tokens/s, the blocks of 512 over the link, and the handoff's own share
+    assert plan.predicted_ttft_s == pytest.approx(0.128, abs=0.02)
+
+
+def test_decode_lends_what_it_generated_to_the_next_turns_prefill(admission):
+    tokens = tuple(range(960))
+    admission.report(report(replica("d1", Role.DECODE), stored=hash_blocks(tokens[:640], BLOCK)), 0.0)
+    plan = plan_one(admission, reserve("r", tokens))
+    assert (plan.reason, plan.pull_from.replica_id) == ("pair", "d1")
+
+
+def test_a_prefix_is_not_pulled_when_it_saves_little_or_the_link_is_slow(admission):
+    tokens = tuple(range(640))
+    admission.report(report(replica("d1", Role.DECODE), stored=hash_blocks(tokens[:96], BLOCK)), 0.0)
+    assert plan_one(admission, reserve("short", tokens)).pull_from is None
+    admission.finish("short", 0, 0.0)
+    admission.report(report(replica("p1", Role.PREFILL), stored=hash_blocks(tokens[:512], BLOCK)), 0.0)
+    slow = (LinkStatus("p1", 1e4, 10**6, 5),)
+    for name in ("d0", "d1"):
+        admission.report(report(replica(name, Role.DECODE), links=slow), 0.0)
+    local = plan_one(admission, reserve("local", tokens, placement="local"))
+    assert local.prefill is None and local.pull_from is None
+
+
 def test_a_short_suffix_on_decode_prefills_there(admission):
     tokens = tuple(range(320))
     admission.report(report(replica("d1", Role.DECODE), stored=hash_blocks(tokens[:288], BLOCK)), 0.0)

@@ -123,17 +123,27 @@ def test_secrets_of_the_environment_leave_wrong_sections_to_the_validator(tmp_pa
 def test_on_a_cluster_the_bundled_model_is_filled_in_and_nothing_is_on_loopback(tmp_path):
     from cluster.serve_app import front, on_cluster  # brings Ray along
 
-    config = on_cluster(BatonConfig())
+    config = on_cluster(BatonConfig(cluster=ClusterConfig(secret="s")))
     assert (config.model.path, config.model.name) == (str(demo_model_path()), DEMO_MODEL_NAME)
     assert config.cluster.address == "auto"
-    named = BatonConfig(cluster=ClusterConfig(address="10.0.0.1:6379"))
+    named = BatonConfig(cluster=ClusterConfig(address="10.0.0.1:6379", secret="s"))
     assert on_cluster(named).cluster.address == "10.0.0.1:6379"
     with pytest.raises(ConfigurationError, match=r"config\.json"):
-        front({"model": {"path": str(tmp_path)}})
+        front({"model": {"path": str(tmp_path)}, "cluster": {"secret": "s"}})
 
 
 def test_the_applications_are_built_from_arguments_alone():
     from cluster.serve_app import front, pools  # brings Ray along
 
-    args = {"prefill": {"max_replicas": 2}}
+    args = {"prefill": {"max_replicas": 2}, "cluster": {"secret": "s"}}
     assert (front(args)._bound_deployment.name, pools(args)._bound_deployment.name) == ("Ingress", "DecodePool")
+
+
+@pytest.mark.parametrize("build", ["front", "pools"])
+def test_on_a_cluster_a_fleet_without_a_secret_is_refused(build, monkeypatch):
+    from cluster import serve_app  # brings Ray along
+
+    monkeypatch.delenv("BATON_CLUSTER_SECRET", raising=False)
+    with pytest.raises(ConfigurationError, match=r"cluster\.secret is empty.*secret_file") as caught:
+        {"front": serve_app.front, "pools": serve_app.pools}[build]({})
+    assert caught.value.field == "cluster.secret"

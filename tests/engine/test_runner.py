@@ -31,10 +31,11 @@ def prompt_step(length: int, blocks: tuple[int, ...], draw: Draw | None = GREEDY
 
 
 @pytest.mark.parametrize(
-    ("layers_per_group", "calls"), [(1, [(0, 1), (1, 1), (2, 1)]), (2, [(0, 2), (2, 1)]), (3, [(0, 3)]), (8, [(0, 3)])]
+    ("layer_groups", "calls"),
+    [((1, 1, 1), [(0, 1), (1, 1), (2, 1)]), ((2, 1), [(0, 2), (2, 1)]), ((1, 2), [(0, 1), (1, 2)]), ((3,), [(0, 3)])],
 )
 def test_layers_are_announced_when_written_and_before_later_ones(
-    runner: ModelRunner, layers_per_group: int, calls: list[tuple[int, int]]
+    runner: ModelRunner, layer_groups: tuple[int, ...], calls: list[tuple[int, int]]
 ):
     announced = []
 
@@ -44,7 +45,7 @@ def test_layers_are_announced_when_written_and_before_later_ones(
         assert written[: first + count, :16].all()
         assert not written[first + count :].any()
 
-    runner.collect(runner.launch(StepBatch((prompt_step(32, (3, 1)),)), on_layers, layers_per_group))
+    runner.collect(runner.launch(StepBatch((prompt_step(32, (3, 1)),)), on_layers, layer_groups))
     assert announced == calls
 
 

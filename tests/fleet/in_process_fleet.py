@@ -13,8 +13,9 @@ from cluster.scheduler_service import SchedulerService
 from core.config import ModelConfig, PoolConfig, SchedulerConfig, TransferConfig
 from core.messages.fleet import ReplicaInfo, Role
 from core.sampling import SamplingParams
+from core.security import UNGUARDED, Security
 from decode_worker.service import DecodeService
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from prefill_worker.service import PrefillService
 from worker.rank import Connect, Rank
 from worker.spec import RankSpec, new_incarnation
@@ -49,6 +50,7 @@ class FleetHandle:
         self.until_ready = plane.until_ready
         self.orchestrator: Orchestrator = plane.orchestrator
         self.scheduler: SchedulerService = plane.scheduler
+        self.scheduler_address = plane.scheduler_address
         self.scheduler_client: SchedulerClient = plane.scheduler_client
         self._plane = plane
         self._spec_for = spec_for
@@ -102,7 +104,8 @@ async def running_fleet(
     pool: PoolConfig | None = None,
     transfer: TransferConfig | None = None,
     scheduler: SchedulerConfig | None = None,
-    connect: Connect = make_connector,
+    connect: Connect = make_connectors,
+    security: Security = UNGUARDED,
 ):
     """Starts everything, and ends everything, failure or not."""
     pool = pool or PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64)
@@ -111,9 +114,10 @@ async def running_fleet(
 
     def spec_for(name: str, role: Role) -> RankSpec:
         model = ModelConfig(path=str(checkpoint), name="m", dtype="float32")
-        return RankSpec(role, name, new_incarnation(), 0, (f"{HOST}:0",), "", model, pool, transfer, BLOCK_SIZE)
+        addresses, incarnation = (f"{HOST}:0",), new_incarnation()
+        return RankSpec(role, name, incarnation, 0, addresses, "", model, pool, transfer, BLOCK_SIZE, security)
 
-    async with control_plane(scheduler, transfer, BLOCK_SIZE) as plane:
+    async with control_plane(scheduler, transfer, BLOCK_SIZE, security) as plane:
         fleet = FleetHandle(plane, spec_for, connect)
         try:
             for i in range(num_prefill):

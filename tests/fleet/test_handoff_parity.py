@@ -8,7 +8,7 @@ import pytest
 from core.config import PoolConfig
 from core.sampling import SamplingParams
 from kv_transfer.channels.in_process import Hub, InProcessConnector
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from kv_transfer.channels.strict import StrictLine
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import PlainEngine, make_runner
@@ -34,10 +34,10 @@ def expected(request, tmp_path_factory):
 
 def channels(kind: str):
     if kind == "gloo":
-        return make_connector
+        return make_connectors
     hub = Hub(StrictLine) if kind == "strict" else Hub()
 
-    return lambda config, host, pool, path: InProcessConnector(hub, pool)
+    return lambda config, host, pool, path: (InProcessConnector(hub, pool),)
 
 
 @pytest.mark.parametrize("kind", ["in_process", "strict", "gloo", "local"])

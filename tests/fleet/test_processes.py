@@ -3,18 +3,22 @@
 import asyncio
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 
 from bench.rank_processes import RankProcess, free_address, rank_processes
 from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Empty, Role
+from core.messages.to_rank import ReadTimeline
 from core.sampling import SamplingParams
+from core.security import UNGUARDED
 from rpc.client import RpcClient
-from rpc.methods import HEALTH
+from rpc.methods import HEALTH, READ_TIMELINE
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import PlainEngine, make_runner
 from tests.fleet.in_process_fleet import BLOCK_SIZE, generate, run, running_fleet
+from tests.fleet.oracle import are_greedy
 from tests.fleet.test_fleet import reference
 from worker.spec import RankSpec, new_incarnation
 
@@ -85,6 +89,39 @@ async def test_tokens_do_not_depend_on_tensor_parallelism(tmp_path, prefill_tp, 
         assert await ranks["p0", 0].wait() == 0
 
 
+async def test_receives_within_a_small_window_run_beside_all_reduces(tiny_llama, tmp_path):
+    """Decode of two ranks steps on while KV of other requests comes in, never more of it than the window at a time."""
+    path, model = tiny_llama
+    rng = random.Random(5)
+    early, late = ([[rng.randrange(256) for _ in range(n)] for n in lengths] for lengths in ((40,) * 2, (200,) * 4))
+    window = TransferConfig(
+        channel="gloo", layers_per_group=1, slab_mib=0.004, pair_window_mib=0.004, rank_window_mib=0.004
+    )
+    specs = specs_of("p0", Role.PREFILL, 1, path) + specs_of("d0", Role.DECODE, 2, path)
+    ranks = [RankProcess(replace(spec, transfer=window), tmp_path) for spec in specs]
+    client = RpcClient(UNGUARDED)
+    async with rank_processes(ranks) as infos, running_fleet(path, 0, 0) as fleet:
+        for info in infos.values():
+            fleet.register(info)
+        await fleet.until_ready(2)
+        streams = [asyncio.create_task(generate(fleet, f"early{i}", prompt, 400)) for i, prompt in enumerate(early)]
+        while fleet.scheduler._admission.fleet.get("d0").status.num_running < len(early):
+            await asyncio.sleep(0.01)
+        outputs = await asyncio.gather(*(generate(fleet, f"late{i}", prompt, 4) for i, prompt in enumerate(late)))
+        assert not any(stream.done() for stream in streams), "decode was busy all the while"
+        for prompt, output in zip(late + early, outputs + await asyncio.gather(*streams), strict=True):
+            assert are_greedy(model, prompt, output)
+        for address in infos["d0"].rank_addresses:
+            events = (await client.call(address, READ_TIMELINE, ReadTimeline(""), 2)).events
+            wires = [event for event in events if event.phase == "wire"]
+            in_flight = [
+                sum(other.num_bytes for other in wires if other.begun_at <= event.begun_at < other.ended_at)
+                for event in wires
+            ]
+            assert 0 < max(in_flight) <= window.rank_window_mib * 2**20
+    await client.close()
+
+
 async def test_a_killed_follower_rank_ends_its_replica_and_streams_go_on_elsewhere(tiny_llama, tmp_path):
     path, model = tiny_llama
     rng = random.Random(3)
@@ -97,7 +134,7 @@ async def test_a_killed_follower_rank_ends_its_replica_and_streams_go_on_elsewhe
             fleet.register(info)
         await fleet.until_ready(3)
         await asyncio.sleep(1.1)
-        client = RpcClient("")
+        client = RpcClient(UNGUARDED)
         follower = await client.call(infos["d0"].rank_addresses[1], HEALTH, Empty(), 2)
         await client.close()
         assert follower.busy_s < 1, "an idle follower does not count as one that hangs"

@@ -11,6 +11,7 @@ from cluster.ingress.scheduler_client import SchedulerClient
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import Book, Plan, Reserve
+from core.security import UNGUARDED
 from rpc.client import RpcClient
 from rpc.methods import BOOK
 from rpc.server import RpcServer
@@ -32,7 +33,7 @@ async def left_alone_with(
     async def book(_: Empty) -> Book:
         return Book(replicas, 0, weights or {})
 
-    server, rpc = RpcServer("127.0.0.1", ""), RpcClient("")
+    server, rpc = RpcServer("127.0.0.1", UNGUARDED), RpcClient(UNGUARDED)
     server.unary(BOOK, book)
     address = f"127.0.0.1:{server.listen()}"
     await server.start()
@@ -89,7 +90,7 @@ async def test_decode_prefills_by_itself_when_asked_or_when_no_prefill_can_hold_
 
 @pytest.mark.parametrize(("can_grow", "ready"), [(True, True), (False, False)])
 async def test_a_fleet_scaled_to_zero_is_ready_when_an_autoscaler_can_bring_a_replica(can_grow: bool, ready: bool):
-    client = SchedulerClient(RpcClient(""), lambda: asyncio.sleep(0, ""))
+    client = SchedulerClient(RpcClient(UNGUARDED), lambda: asyncio.sleep(0, ""))
     client._take(Book((), can_grow=can_grow))
     health = client.health()
     assert (health.ready, "no decode replica" in health.degraded) == (ready, True)

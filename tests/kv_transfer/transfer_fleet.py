@@ -10,16 +10,27 @@ from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import Acknowledged
-from core.messages.to_rank import CloseChannel, Connect, Connected, FetchBlocks, Ready, SlabHeader
+from core.messages.to_rank import (
+    BlockDigests,
+    CloseChannel,
+    Connect,
+    Connected,
+    DigestBlocks,
+    FetchBlocks,
+    Granted,
+    Ready,
+    SlabHeader,
+)
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.in_process import Hub, InProcessConnector
 from kv_transfer.channels.protocol import Connector
-from kv_transfer.channels.select import make_connector
+from kv_transfer.channels.select import make_connectors
 from kv_transfer.channels.strict import StrictLine
+from kv_transfer.channels.tcp import TcpConnector
 from kv_transfer.plan import plan_copies
 
 HOST = "127.0.0.1"
-SMALL_SLABS = TransferConfig(slab_mib=0.002, window_slabs=2, max_slabs_in_flight=3)
+SMALL_SLABS = TransferConfig(slab_mib=0.002, pair_window_mib=0.004, rank_window_mib=0.006)
 COMPATIBILITY = Compatibility("demo", "r1", "bfloat16", 16, "scheme")
 
 
@@ -30,12 +41,16 @@ def layout_of(tensor_parallel: int = 1, num_kv_heads: int = 4) -> KVLayout:
     return KVLayout(3, num_kv_heads, 8, 4, "bfloat16", tensor_parallel)
 
 
+def block_shape(layout: KVLayout) -> tuple[int, ...]:
+    """One layer of one block with the heads of all ranks."""
+    return layout.num_planes, layout.num_kv_heads, layout.block_size, layout.head_dim
+
+
 def random_pools(layout: KVLayout, num_blocks: int, seed: int) -> list[torch.Tensor]:
     """Pools of all ranks of a replica, holding the slices of one full-heads pool."""
     generator = torch.Generator().manual_seed(seed)
-    full = torch.randn(
-        layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim, generator=generator
-    ).to(torch.bfloat16)
+    shape = (layout.num_layers, num_blocks, *block_shape(layout))
+    full = torch.randn(shape, generator=generator).to(getattr(torch, layout.dtype))
     return [
         full[:, :, :, heads.start : heads.stop].contiguous()
         for heads in map(layout.heads_of_rank, range(layout.tensor_parallel))
@@ -56,8 +71,11 @@ class DirectControl:
     async def connect(self, address: str, message: Connect) -> Connected:
         return await self._agent(address).on_connect(message)
 
-    async def ready(self, address: str, message: Ready) -> Acknowledged:
+    async def ready(self, address: str, message: Ready) -> Granted:
         return await self._agent(address).on_ready(message)
+
+    async def digest(self, address: str, message: DigestBlocks) -> BlockDigests:
+        return await self._agent(address).on_digest(message)
 
     async def close(self, address: str, message: CloseChannel) -> Acknowledged:
         return await self._agent(address).on_close(message)
@@ -71,8 +89,17 @@ def connector_of(kind: str, hub: Hub, pool: torch.Tensor, timeout_s: float = 5.0
     """For shared memory, `pool` must come from `shared`."""
     if kind in ("in_process", "strict"):
         return InProcessConnector(hub, pool)
+    if kind == "tcp":
+        return TcpConnector(HOST, pool, timeout_s)
     config = TransferConfig(channel=kind, connect_timeout_s=timeout_s)
-    return make_connector(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))
+    return make_connectors(config, HOST, pool, SHARED_PATHS.get(pool.data_ptr()))[0]
+
+
+def connectors_of(kind: str, hub: Hub, pool: torch.Tensor) -> tuple[Connector, ...]:
+    """All that an agent offers."""
+    if kind == "measured":
+        return make_connectors(TransferConfig(channel=kind), HOST, pool, SHARED_PATHS.get(pool.data_ptr()))
+    return (connector_of(kind, hub, pool),)
 
 
 SHARED_PATHS: dict[int, Path] = {}  # by address of a pool
@@ -107,7 +134,7 @@ class Fleet:
         self.layouts[replica] = layout
         for rank, pool in enumerate(random_pools(layout, num_blocks, seed)):
             address = f"{replica}/{rank}"
-            if self.kind == "shared_memory":
+            if self.kind in ("shared_memory", "measured"):
                 pool = shared(pool, self.folder)
             self.pools[address] = pool
             self.control.agents[address] = TransferAgent(
@@ -117,10 +144,15 @@ class Fleet:
                 layout=layout,
                 compatibility=COMPATIBILITY,
                 config=self.config,
-                connector=connector_of(self.kind, self.hub, pool),
+                connectors=connectors_of(self.kind, self.hub, pool),
                 control=self.control,
                 may_read=self.may_read,
             )
+
+    @property
+    def connector_kind(self) -> str:
+        """The transport's name."""
+        return "in_process" if self.kind == "strict" else self.kind
 
     def may_read(self, header: SlabHeader) -> bool:
         return header.request_id not in self.refused
@@ -139,10 +171,10 @@ class Fleet:
         return FetchBlocks(request, 1, addresses, layout, copies, timeout_s)
 
     def full(self, replica: str, blocks: list[int]) -> torch.Tensor:
-        """All heads of some blocks of a replica, [layers, blocks, 2, heads, size, dim]."""
+        """All heads of some blocks of a replica, [layers, blocks, planes, heads, size, dim]."""
         layout = self.layouts[replica]
-        shape = (layout.num_layers, len(blocks), 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        out = torch.zeros(shape, dtype=torch.bfloat16)
+        shape = (layout.num_layers, len(blocks), *block_shape(layout))
+        out = torch.zeros(shape, dtype=getattr(torch, layout.dtype))
         for rank in range(layout.tensor_parallel):
             heads = layout.heads_of_rank(rank)
             out[:, :, :, heads.start : heads.stop] = self.pools[f"{replica}/{rank}"][:, blocks]

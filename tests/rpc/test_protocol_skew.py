@@ -13,6 +13,7 @@ from core.errors import Incompatible, InvalidParameter, Overloaded
 from core.kv_layout import Compatibility
 from core.messages.fleet import Acknowledged, Empty
 from core.messages.to_decode import Cancel, TokenFrame, TokensFrom
+from core.security import UNGUARDED
 from core.version import OLDEST_PROTOCOL, PROTOCOL
 from rpc.client import RpcClient
 from rpc.codec import decode, decode_error, encode, encode_error
@@ -45,7 +46,7 @@ class Peer:
 
 @asynccontextmanager
 async def serving(protocols: Protocols):
-    peer, server = Peer(), RpcServer("127.0.0.1", "", protocols)
+    peer, server = Peer(), RpcServer("127.0.0.1", UNGUARDED, protocols)
     server.unary(CANCEL, peer.cancel)
     server.stream(TOKENS, peer.tokens)
     address = f"127.0.0.1:{server.listen()}"
@@ -86,7 +87,7 @@ async def serving_protocol_1():
 
 @asynccontextmanager
 async def calling(protocols: Protocols):
-    client = RpcClient("", protocols)
+    client = RpcClient(UNGUARDED, protocols)
     try:
         yield client
     finally:
@@ -182,6 +183,6 @@ def test_ranges_overlap_or_not_and_a_header_is_read_back():
 def test_kv_transfer_between_releases_is_judged_by_its_own_version():
     """A pair of an old and a new replica exchanges KV as long as that has not changed, whatever the messages did."""
     old = decode(Compatibility, encode(Compatibility("m", "r", "float32", 16, "h", 1)))
-    Compatibility("m", "r", "float32", 16, "h").require_equal(old)
+    Compatibility("m", "r", "float32", 16, "h", 1).require_equal(old)
     with pytest.raises(Incompatible, match="protocol_version differs: 2 here, 1 there"):
-        Compatibility("m", "r", "float32", 16, "h", 2).require_equal(old)
+        Compatibility("m", "r", "float32", 16, "h").require_equal(old)

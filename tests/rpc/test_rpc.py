@@ -12,6 +12,7 @@ from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import Acknowledged, ReplicaInfo, Role
 from core.messages.to_decode import Cancel, Open, Sequence, Ticket, TokenEvent, TokenFrame, TokensFrom
 from core.sampling import SamplingParams, TokenLogprobs
+from core.security import UNGUARDED, Security
 from rpc.client import RpcClient
 from rpc.codec import decode, encode
 from rpc.methods import CANCEL, OPEN, TOKENS
@@ -47,7 +48,7 @@ def test_a_newer_peers_extra_field_is_ignored():
 
 @asynccontextmanager
 async def serving(secret: str = "", client_secret: str = "", **handlers):
-    server = RpcServer("127.0.0.1", secret)
+    server = RpcServer("127.0.0.1", Security(secret))
     for method, handler in ((CANCEL, handlers.get("cancel")), (OPEN, handlers.get("open"))):
         if handler:
             server.unary(method, handler)
@@ -55,7 +56,7 @@ async def serving(secret: str = "", client_secret: str = "", **handlers):
         server.stream(TOKENS, handlers["tokens"])
     port = server.listen()
     await server.start()
-    client = RpcClient(client_secret)
+    client = RpcClient(Security(client_secret))
     try:
         yield server, client, f"127.0.0.1:{port}"
     finally:
@@ -131,7 +132,7 @@ async def test_leaving_a_stream_closes_its_generator_and_a_stopped_server_ends_i
 
 
 async def test_nobody_listening_is_peer_lost():
-    client = RpcClient("")
+    client = RpcClient(UNGUARDED)
     with pytest.raises(PeerLost):
         await client.call("127.0.0.1:1", CANCEL, Cancel("r", 1), 5)
     await client.close()
@@ -171,7 +172,7 @@ async def test_a_frozen_peer_is_peer_lost_long_before_the_deadline():
     """Keepalive is what notices it: the connection stays open, and nothing comes. (Its own default is a minute.)"""
     program = "import asyncio; from tests.rpc.test_rpc import serve_forever; asyncio.run(serve_forever())"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
-    client = RpcClient("")
+    client = RpcClient(UNGUARDED)
     try:
         assert process.stdout is not None
         address = (await process.stdout.readline()).decode().strip()
@@ -194,7 +195,7 @@ async def serve_forever() -> None:
         print("called", flush=True)
         await asyncio.Event().wait()
 
-    server = RpcServer("127.0.0.1", "")
+    server = RpcServer("127.0.0.1", UNGUARDED)
     server.unary(CANCEL, cancel)
     print(f"127.0.0.1:{server.listen()}", flush=True)
     await server.start()

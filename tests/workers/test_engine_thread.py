@@ -29,7 +29,7 @@ async def until(condition) -> None:
 
 
 async def test_a_follower_is_busy_only_while_it_executes():
-    engine, runner = EngineThread(1), FollowerRunner()
+    engine, runner = EngineThread(None), FollowerRunner()
     engine.runner = runner
     following = asyncio.create_task(engine.follow())
     await asyncio.sleep(0.05)

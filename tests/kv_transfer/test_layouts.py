@@ -1,0 +1,191 @@
+"""Agents of replicas that keep their KV in different ways: tensor parallel degrees, block sizes, latents, dtypes."""
+
+import asyncio
+import random
+import threading
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+import torch
+from transfer_fleet import Fleet, random_pools
+
+from core.errors import TransferFailed
+from core.kv_layout import KVLayout
+from core.messages.to_rank import Copy, FetchBlocks, SlabHeader
+from kv_transfer.digest import digest
+from kv_transfer.plan import Stages, plan_stages
+
+DEGREES = [1, 2, 4]
+SIZES = [8, 16, 32]
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn"]
+HEADS = KVLayout(4, 4, 8, 16, "bfloat16", 1)
+LATENT = KVLayout(4, 1, 20, 16, "bfloat16", 1, latent=True)
+NUM_TOKENS = 512  # of every pool
+
+
+@pytest_asyncio.fixture(params=["in_process", "strict"])
+async def fleet(request, tmp_path):
+    fleet = Fleet(request.param, folder=tmp_path)
+    yield fleet
+    await close(fleet)
+
+
+async def close(fleet: Fleet) -> None:
+    await fleet.close()
+    assert [t.name for t in threading.enumerate() if t.name.startswith("channel")] == []
+
+
+class Story:
+    """A handoff of `tokens` of a sequence whose blocks lie at random places of both replicas."""
+
+    def __init__(self, fleet: Fleet, source: KVLayout, destination: KVLayout, tokens: range, seed: int = 0) -> None:
+        self.fleet, self.tokens, self.layouts = fleet, tokens, (source, destination)
+        chosen = random.Random(seed)
+        for name, layout in (("p", source), ("d", destination)):
+            fleet.start(name, layout, NUM_TOKENS // layout.block_size, seed=ord(name))
+        self.blocks = tuple(self._random_blocks(layout.block_size, chosen) for layout in self.layouts)
+
+    def _random_blocks(self, size: int, chosen: random.Random) -> tuple[int, ...]:
+        num_blocks = (self.tokens.stop - 1) // size + 1 - self.tokens.start // size
+        return tuple(chosen.sample(range(NUM_TOKENS // size), num_blocks))
+
+    @property
+    def moved(self) -> range:
+        """The tokens, up to the end of the last piece."""
+        piece = min(layout.block_size for layout in self.layouts)
+        return range(self.tokens.start, -(-self.tokens.stop // piece) * piece)
+
+    def window(self, tokens: range) -> "Story":
+        """A part of the sequence that begins and ends with blocks of both sides."""
+        part = copy(self)
+        part.tokens = tokens
+        part.blocks = tuple(
+            blocks[tokens.start // layout.block_size : tokens.stop // layout.block_size]
+            for blocks, layout in zip(self.blocks, self.layouts, strict=True)
+        )
+        return part
+
+    def stages(self, rank: int, layers: range) -> Stages:
+        return plan_stages(*self.layouts, rank, layers.start, len(layers), *self.blocks, self.tokens)
+
+    async def hand_over(self, layers: range) -> int:
+        """Both stages on all ranks; returns the bytes that they received."""
+        source, destination = self.layouts
+        stages = [self.stages(rank, layers) for rank in range(destination.tensor_parallel)]
+        return await self._fetch("p", source, [stage.from_source for stage in stages]) + await self._fetch(
+            "d", destination, [stage.from_siblings for stage in stages]
+        )
+
+    async def _fetch(self, replica: str, layout: KVLayout, copies: list[tuple[Copy, ...]]) -> int:
+        addresses = tuple(f"{replica}/{rank}" for rank in range(layout.tensor_parallel))
+        orders = [FetchBlocks("r", 1, addresses, layout, part, 20.0) for part in copies]
+        done = await asyncio.gather(*(self.fleet.agent(f"d/{rank}").fetch(order) for rank, order in enumerate(orders)))
+        return sum(fetched.num_bytes for fetched in done)
+
+    def rows(self, pool: torch.Tensor, side: int) -> torch.Tensor:
+        """The bytes of the tokens moved, [layers, planes, heads, tokens, bytes], wherever their blocks lie."""
+        size, blocks = self.layouts[side].block_size, list(self.blocks[side])
+        held = pool.view(torch.uint8)[:, blocks].permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+        offset = self.tokens.start % size
+        return held[:, :, :, offset : offset + len(self.moved)]
+
+    async def run(self, layers: range) -> None:
+        """Hands over, and compares every byte of every rank: those wanted with the source's, the others with before."""
+        source, destination = self.layouts
+        before = random_pools(destination, NUM_TOKENS // destination.block_size, seed=ord("d"))
+        whole = random_pools(replace(source, tensor_parallel=1), NUM_TOKENS // source.block_size, seed=ord("p"))[0]
+        wanted = self.rows(whole, 0)[layers.start : layers.stop]
+        num_bytes = await self.hand_over(layers)
+        for rank, expected in enumerate(before):
+            heads = destination.heads_of_rank(rank)
+            mine = wanted[:, :, heads.start : heads.stop]
+            got = self.fleet.pools[f"d/{rank}"]
+            assert self.rows(got, 1)[layers.start : layers.stop].equal(mine)
+            size, blocks = destination.block_size, self.blocks[1]
+            raw = expected.view(torch.uint8)
+            for index, position in enumerate(self.moved):
+                block = blocks[position // size - self.tokens.start // size]
+                raw[layers.start : layers.stop, block, :, :, position % size] = mine[:, :, :, index]
+            assert got.view(torch.uint8).equal(raw), "what was not wanted stays as it was"
+        ranks = destination.tensor_parallel
+        assert num_bytes == ranks * destination.heads_per_rank * wanted[:, :, :1].numel()
+
+
+@pytest.mark.parametrize("source_tp", DEGREES)
+@pytest.mark.parametrize("destination_tp", DEGREES)
+@pytest.mark.parametrize("kind", [HEADS, replace(HEADS, num_kv_heads=2), LATENT], ids=["heads", "few heads", "latent"])
+async def test_every_pair_of_degrees_in_unlike_blocks(fleet, kind, source_tp, destination_tp):
+    source = replace(kind, tensor_parallel=source_tp, block_size=32)
+    destination = replace(kind, tensor_parallel=destination_tp, block_size=16)
+    await Story(fleet, source, destination, range(16, 144)).run(range(4))
+
+
+@pytest.mark.parametrize("source_size", SIZES)
+@pytest.mark.parametrize("destination_size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [HEADS, LATENT], ids=["heads", "latent"])
+async def test_every_pair_of_block_sizes_in_every_dtype(fleet, kind, dtype, source_size, destination_size):
+    source = replace(kind, dtype=dtype, block_size=source_size, tensor_parallel=2)
+    destination = replace(kind, dtype=dtype, block_size=destination_size)
+    first = min(source_size, destination_size)  # inside a block of the coarser side
+    await Story(fleet, source, destination, range(first, first + 96), seed=source_size).run(range(1, 3))
+
+
+async def test_a_sequence_that_is_announced_in_windows_of_layers_and_tokens_arrives_whole(fleet):
+    source, destination = replace(HEADS, block_size=32, tensor_parallel=2), replace(HEADS, block_size=8)
+    story = Story(fleet, source, destination, range(160))
+    for tokens in (range(64), range(64, 160)):
+        for layers in (range(3), range(3, 4)):
+            await story.window(tokens).hand_over(layers)
+    whole = random_pools(replace(source, tensor_parallel=1), NUM_TOKENS // 32, seed=ord("p"))[0]
+    assert story.rows(fleet.pools["d/0"], 1).equal(story.rows(whole, 0))
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shared_memory"])
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [
+        (replace(HEADS, tensor_parallel=2), replace(HEADS, tensor_parallel=4, block_size=32)),
+        (replace(HEADS, block_size=32, dtype="float8_e4m3fn"), replace(HEADS, block_size=8, dtype="float8_e4m3fn")),
+        (replace(LATENT, tensor_parallel=2, block_size=32), replace(LATENT, tensor_parallel=4, block_size=8)),
+    ],
+    ids=["heads", "float8", "latent"],
+)
+async def test_other_channels_carry_them_too(kind, source, destination, tmp_path):
+    fleet = Fleet(kind, folder=tmp_path)
+    await Story(fleet, source, destination, range(32, 132)).run(range(4))
+    await close(fleet)
+
+
+async def test_digests_of_source_and_destination_are_equal_copy_by_copy(fleet):
+    source, destination = replace(HEADS, tensor_parallel=2, block_size=32), replace(HEADS, tensor_parallel=4)
+    story = Story(fleet, source, destination, range(32, 128))
+    copies = [(rank, part) for rank in range(4) for part in story.stages(rank, range(4)).from_source]
+
+    def digests() -> list[tuple[int, int]]:
+        pools = fleet.pools
+        return [
+            (digest(pools[f"p/{part.source_rank}"], part.source), digest(pools[f"d/{rank}"], part.destination))
+            for rank, part in copies
+        ]
+
+    assert all(sent != received for sent, received in digests())
+    await story.hand_over(range(4))
+    assert all(sent == received for sent, received in digests())
+
+
+async def test_a_sibling_that_may_not_read_leaves_the_others_whole(fleet):
+    source, destination = replace(LATENT), replace(LATENT, tensor_parallel=2)
+    story = Story(fleet, source, destination, range(64))
+    stages = [story.stages(rank, range(4)) for rank in range(2)]
+    await story._fetch("p", source, [stage.from_source for stage in stages])
+    asked: list[SlabHeader] = []
+    fleet.agent("d/1").outbound._may_read = lambda header: asked.append(header) is not None
+    before = fleet.pools["d/0"].clone()
+    with pytest.raises(TransferFailed, match="refused a slab"):
+        await story._fetch("d", destination, [stages[0].from_siblings, ()])
+    assert fleet.pools["d/0"].equal(before)
+    blocks = {block for header in asked for block in header.source.physical_blocks(16)}
+    assert {(header.request_id, header.attempt) for header in asked} == {("r", 1)} and blocks <= set(story.blocks[1])

@@ -1,0 +1,119 @@
+"""What decode's first rank has its ranks fetch: heads in one stage, latents in two."""
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from core.config import TransferConfig
+from core.errors import PeerLost
+from core.kv_layout import Compatibility, KVLayout
+from core.messages.fleet import ReplicaInfo, Role
+from core.messages.to_rank import FetchBlocks, Fetched
+from worker.fetcher import BlockOrder, Fetcher
+
+LATENT = KVLayout(2, 1, 20, 16, "bfloat16", 2, latent=True)
+HEADS = KVLayout(2, 4, 8, 16, "bfloat16", 2)
+CONFIG = TransferConfig(data_timeout_s=8.0)
+
+
+def replica(name: str, layout: KVLayout) -> ReplicaInfo:
+    addresses = tuple(f"{name}:{rank}" for rank in range(layout.tensor_parallel))
+    return ReplicaInfo(
+        name, Role.DECODE, 1, addresses, layout, Compatibility("m", "r", "bfloat16", 16, "s"), 9, 1, 64, 64
+    )
+
+
+class Ranks:
+    """Agent of the first rank and client to the second: both answer an order of 100 bytes per copy in 3 s."""
+
+    def __init__(self) -> None:
+        self.orders: list[tuple[str, FetchBlocks]] = []
+        self.failing: set[str] = set()
+        self.release = asyncio.Event()
+        self.release.set()
+
+    async def fetch(self, order: FetchBlocks) -> Fetched:
+        return await self._done("d:0", order)
+
+    async def call(self, address: str, method: object, order: FetchBlocks, timeout_s: float) -> Fetched:
+        del method
+        assert timeout_s == order.timeout_s + 2 * CONFIG.control_timeout_s
+        await self.release.wait()
+        return await self._done(address, order)
+
+    async def _done(self, address: str, order: FetchBlocks) -> Fetched:
+        self.orders.append((address, order))
+        if address in self.failing:
+            raise PeerLost(f"{address} is gone")
+        return Fetched(100 * len(order.copies), 3.0)
+
+
+def fetch_of(ranks: Ranks, layout: KVLayout) -> "asyncio.Task[Fetched]":
+    spec = SimpleNamespace(transfer=CONFIG, rank=0)
+    context = SimpleNamespace(spec=spec, info=replica("d", layout), agent=ranks, client=ranks)
+    source = replica("p", replace(layout, tensor_parallel=1))
+    order = BlockOrder("r", 3, 7, source, 0, 2, 4, (5, 1, 8, 2), (0, 3, 6, 1), 1.0)
+    return asyncio.create_task(Fetcher(context).fetch(order))
+
+
+async def test_heads_come_from_the_source_in_one_stage():
+    ranks = Ranks()
+    assert await fetch_of(ranks, HEADS) == Fetched(200, 3.0)
+    assert [address for address, _ in ranks.orders] == ["d:0", "d:1"]
+    for rank, (_, order) in enumerate(ranks.orders):
+        (copy,) = order.copies
+        assert (copy.source.first_head, copy.source.num_heads) == (2 * rank, 2)
+        assert (copy.source.blocks, copy.destination.blocks) == ((5, 1, 8, 2), (0, 3, 6, 1))
+        assert order.source_addresses == ("p:0",) and order.timeout_s == 8.0
+
+
+async def test_latents_are_handed_on_once_every_rank_has_its_share():
+    ranks = Ranks()
+    ranks.release.clear()
+    fetching = fetch_of(ranks, LATENT)
+    while not ranks.orders:
+        await asyncio.sleep(0)
+    assert len(ranks.orders) == 1, "the first rank waits for the second"
+    ranks.release.set()
+    assert await fetching == Fetched(400, 6.0)
+    (_, own), (_, other), *siblings = ranks.orders
+    assert [copy.source.blocks for order in (own, other) for copy in order.copies] == [(5, 8), (1, 2)]
+    assert [copy.destination.blocks for order in (own, other) for copy in order.copies] == [(0, 6), (3, 1)]
+    assert [address for address, _ in siblings] == ["d:0", "d:1"]
+    for (_, order), from_rank, blocks in zip(siblings, (1, 0), ((3, 1), (0, 6)), strict=True):
+        (copy,) = order.copies
+        assert (order.request_id, order.attempt, order.source_addresses) == ("r", 3, ("d:0", "d:1"))
+        assert copy.source_rank == from_rank and copy.source.blocks == copy.destination.blocks == blocks
+        assert order.source_layout == LATENT and order.timeout_s == 5.0, "both stages have one deadline"
+
+
+async def test_nothing_is_handed_on_when_a_share_did_not_come():
+    ranks = Ranks()
+    ranks.failing = {"d:1"}
+    with pytest.raises(PeerLost):
+        await fetch_of(ranks, LATENT)
+    assert len(ranks.orders) == 2
+
+
+async def test_channels_are_made_ahead_once_for_each_incarnation_of_a_source():
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    class Ahead(Ranks):
+        def prepare(self, addresses):
+            asked.append(("d:0", addresses))
+
+        async def call(self, address, method, message, timeout_s):
+            asked.append((address, message.addresses))
+
+    ranks = Ahead()
+    context = SimpleNamespace(
+        spec=SimpleNamespace(transfer=CONFIG, rank=0), info=replica("d", HEADS), agent=ranks, client=ranks
+    )
+    fetcher, source = Fetcher(context), replica("p", replace(HEADS, tensor_parallel=4))
+    for _ in range(3):
+        await fetcher.prepare(source)
+    assert asked == [("d:0", ("p:0", "p:1")), ("d:1", ("p:2", "p:3"))]
+    await fetcher.prepare(replace(source, incarnation=2))
+    assert len(asked) == 4

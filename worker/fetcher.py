@@ -1,0 +1,142 @@
+"""Brings blocks of another replica to every rank of this one."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from core.errors import BatonError, TransferFailed
+from core.messages.fleet import ReplicaInfo
+from core.messages.to_rank import Copy, FetchBlocks, Fetched, PreparePairs, SlabHeader
+from kv_transfer.plan import Stages, plan_copies, plan_stages
+from rpc import methods
+from worker.rank_context import RankContext
+
+
+@dataclass(frozen=True)
+class BlockOrder:
+    """Layers of some blocks, from a source that lets this name and attempt read them. Blocks are physical."""
+
+    name: str  # of the request, or of the loan
+    attempt: int
+    lease_id: int
+    source: ReplicaInfo
+    first_layer: int
+    num_layers: int
+    first_block: int  # logical, the first of source_blocks
+    source_blocks: tuple[int, ...]
+    destination_blocks: tuple[int, ...]
+    due_s: float
+
+
+class Fetcher:
+    """Plans each rank's copies and has them all done; each rank receives from the source ranks that hold its heads.
+
+    Latents, which every rank needs alike, come once from the source; the ranks then hand them on to each other.
+    """
+
+    def __init__(self, context: RankContext) -> None:
+        self._context = context
+        self._handing_on: set[tuple[str, int]] = set()
+        self._prepared: dict[str, int] = {}  # incarnations by replica id
+
+    async def fetch(self, order: BlockOrder) -> Fetched:
+        """Bytes of all ranks, seconds of the slowest. Raises a BatonError only when no rank writes any more."""
+        layout = self._context.info.layout
+        stages = [self._stages(rank, order) for rank in range(layout.tensor_parallel)]
+        timeout_s = self._context.spec.transfer.data_timeout_s
+        fetch = FetchBlocks(
+            order.name,
+            order.attempt,
+            order.source.rank_addresses,
+            order.source.layout,
+            (),
+            timeout_s,
+            order.lease_id,
+            order.first_block,
+            order.source_blocks,
+            order.due_s,
+        )
+        fetched = await self._on_all_ranks(fetch, [stage.from_source for stage in stages])
+        if not any(stage.from_siblings for stage in stages):
+            return fetched
+        fetch = replace(
+            fetch,
+            source_addresses=self._context.info.rank_addresses,
+            source_layout=layout,
+            timeout_s=timeout_s - fetched.seconds,
+            first_block=order.first_block * order.source.layout.block_size // layout.block_size,
+            source_blocks=order.destination_blocks,
+        )
+        key = (order.name, order.attempt)
+        self._handing_on.add(key)
+        try:
+            handed_on = await self._on_all_ranks(fetch, [stage.from_siblings for stage in stages])
+        finally:
+            self._handing_on.discard(key)
+        return Fetched(
+            fetched.num_bytes + handed_on.num_bytes,
+            fetched.seconds + handed_on.seconds,
+            fetched.num_digests + handed_on.num_digests,
+        )
+
+    async def prepare(self, source: ReplicaInfo) -> None:
+        """Connects all ranks to those that they will fetch from, ahead of the first fetch. Raises PeerLost.
+
+        Once per incarnation of a source: channels that made room since are made again by their next fetch.
+        """
+        if self._prepared.get(source.replica_id) == source.incarnation:
+            return
+        self._prepared[source.replica_id] = source.incarnation
+        context, layout = self._context, self._context.info.layout
+        timeout_s = context.spec.transfer.control_timeout_s
+        for rank in range(layout.tensor_parallel):
+            copies = plan_copies(source.layout, layout, rank, 0, 1, (0,), (0,), range(1))
+            addresses = tuple(source.rank_addresses[copy.source_rank] for copy in copies)
+            if rank == context.spec.rank:
+                context.agent.prepare(addresses)
+            else:
+                address = context.info.rank_addresses[rank]
+                await context.client.call(address, methods.PREPARE_PAIRS, PreparePairs(addresses), timeout_s)
+
+    def may_read(self, header: SlabHeader) -> bool:
+        """Whether a sibling rank asks for what this replica is handing on."""
+        return (header.request_id, header.attempt) in self._handing_on
+
+    def _stages(self, rank: int, order: BlockOrder) -> Stages:
+        source, destination = order.source.layout, self._context.info.layout
+        first_token = order.first_block * source.block_size
+        num_tokens = min(
+            len(order.source_blocks) * source.block_size, len(order.destination_blocks) * destination.block_size
+        )
+        return plan_stages(
+            source,
+            destination,
+            rank,
+            order.first_layer,
+            order.num_layers,
+            order.source_blocks,
+            order.destination_blocks,
+            range(first_token, first_token + num_tokens),
+        )
+
+    async def _on_all_ranks(self, fetch: FetchBlocks, copies: Sequence[tuple[Copy, ...]]) -> Fetched:
+        """The order with each rank's copies; returns or raises when every rank is done."""
+        fetches = (self._fetch_on(rank, replace(fetch, copies=part)) for rank, part in enumerate(copies))
+        results = await asyncio.gather(*fetches, return_exceptions=True)
+        num_bytes, seconds, num_digests = 0, 0.0, 0
+        for result in results:
+            if isinstance(result, BatonError):
+                raise result
+            if isinstance(result, BaseException):
+                raise TransferFailed(f"fetch failed: {result!r}") from result
+            num_bytes += result.num_bytes
+            seconds = max(seconds, result.seconds)
+            num_digests += result.num_digests
+        return Fetched(num_bytes, seconds, num_digests)
+
+    async def _fetch_on(self, rank: int, fetch: FetchBlocks) -> Fetched:
+        context = self._context
+        if rank == context.spec.rank:
+            return await context.agent.fetch(fetch)
+        answer_s = fetch.timeout_s + 2 * context.spec.transfer.control_timeout_s
+        return await context.client.call(context.info.rank_addresses[rank], methods.FETCH_BLOCKS, fetch, answer_s)
