@@ -212,7 +212,9 @@ class Inbound:
                 if self._linker.is_usable(old):
                     return
                 await self._drop(old, "failed, or another transport is due")
-            self._links[peer] = await self._linker.connect(peer, self._evict)
+            link = self._links[peer] = await self._linker.connect(peer, self._evict)
+            if self._is_closed:
+                await self._drop(link, "closing")
         except BatonError as error:
             for fetch in [fetch for flow, fetch in self._fetches.items() if flow.peer == peer]:
                 fetch.fail(error)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from core.errors import BatonError, NoReplica, PeerLost, RequestTimeout, StaleMessage
@@ -213,12 +214,22 @@ class PrefillService:
         method = _METHODS[type(message)]
         decode = job.message.ticket.decode
         try:
-            await self._context.client.call(decode.address, method, message, self._config.control_timeout_s)
+            await self._deliver(decode.address, method, message)
         except BatonError as error:
             logger.info("%s of %s failed: %s", method.name, job.key, error)
             if not isinstance(message, Abandon):
                 self._fail(job.key, PeerLost(f"decode replica {decode.replica_id}: {error}", field="decode"))
                 self._cancel(*job.key)
+
+    async def _deliver(
+        self, address: str, method: methods.Unary[Any, Acknowledged], message: Announce | Commit | Abandon
+    ) -> None:
+        """Once more when nobody knows whether it arrived: decode ignores what it has heard before."""
+        call = partial(self._context.client.call, address, method, message, self._config.control_timeout_s)
+        try:
+            await call()
+        except PeerLost:
+            await call()
 
     async def _housekeep(self) -> None:
         while True:

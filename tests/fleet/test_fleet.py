@@ -9,10 +9,11 @@ import torch
 
 from cluster.ingress.generation import Generation
 from core.config import PoolConfig, TransferConfig
-from core.errors import NoReplica, PromptTooLong
+from core.errors import NoReplica, PeerLost, PromptTooLong
 from core.messages.fleet import Role
 from core.sampling import SamplingParams
 from core.version import PROTOCOL
+from tests.fleet.faults import meddle_with_all_calls
 from tests.fleet.in_process_fleet import generate, running_fleet
 
 
@@ -186,6 +187,34 @@ async def test_a_full_decode_preempts_the_newest_and_all_finish(tiny_llama):
     async with running_fleet(path, 1, 1, pool=pool) as fleet:
         clients = [generate(fleet, f"r{i}", prompt, 60) for i, prompt in enumerate(prompts)]
         assert await asyncio.gather(*clients) == expected
+        await fleet.until_quiet()
+
+
+@pytest.mark.parametrize("method", ["Announce", "Commit"])
+@pytest.mark.parametrize("arrives", [False, True])
+async def test_a_message_to_decode_that_is_lost_or_goes_unanswered_is_sent_again(
+    tiny_llama, monkeypatch, method, arrives
+):
+    path, model = tiny_llama
+    (prompt,) = random_prompts(12, (70,))
+    lost = []
+
+    async def meddle(name, call):
+        if name != method or lost:
+            return await call()
+        lost.append(name)
+        if arrives:
+            await call()
+        raise PeerLost("lost on the way")
+
+    meddle_with_all_calls(monkeypatch, meddle)
+    async with running_fleet(path) as fleet:
+        tokens, num_resumes = [], 0
+        generation = Generation("r", tuple(prompt), SamplingParams(8, temperature=0.0), 30)
+        async for event in fleet.orchestrator.generate(generation):
+            tokens += event.token_ids
+            num_resumes = event.num_resumes
+        assert (tokens, num_resumes, lost) == (reference(model, prompt, 8), 0, [method])
         await fleet.until_quiet()
 
 

@@ -262,6 +262,27 @@ async def test_closing_the_receiver_fails_its_running_fetch(fleet):
         await fleet.agent("d/0").fetch(fleet.order("p", "d", 0, PAIRS))
 
 
+async def test_a_channel_that_is_being_made_while_the_receiver_closes_ends_with_it(fleet):
+    fleet.start("p", layout_of(1), seed=1)
+    fleet.start("d", layout_of(1), seed=2)
+    asked, release = asyncio.Event(), asyncio.Event()
+    connect_to = fleet.control.connect
+
+    async def connect(address, message):
+        asked.set()
+        await release.wait()
+        return await connect_to(address, message)
+
+    fleet.control.connect = connect
+    fleet.agent("d/0").prepare(["p/0"])
+    await asked.wait()
+    closing = asyncio.create_task(fleet.agent("d/0").close())
+    await asyncio.sleep(0)
+    release.set()
+    await closing
+    assert fleet.agent("d/0").inbound.num_links == 0
+
+
 async def test_no_descriptor_is_left_after_all_agents_closed(fleet):
     async def live_and_close() -> int:
         fleet.start("p", layout_of(2), seed=1)
