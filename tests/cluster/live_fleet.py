@@ -72,16 +72,16 @@ async def stream_tokens(client, prompt: str, num_tokens: int = NUM_TOKENS, **ext
 class Load:
     """Streams that begin anew until told to stop; every answer is checked."""
 
-    def __init__(self, client, expected, num_streams: int) -> None:
-        self._client, self._expected = client, expected
+    def __init__(self, client, expected, num_streams: int, prompts: list[str] = PROMPTS) -> None:
+        self._client, self._expected, self._prompts = client, expected, prompts
         self._stop = asyncio.Event()
         self.num_done = 0
         self._tasks = [asyncio.create_task(self._run(i)) for i in range(num_streams)]
 
     async def _run(self, i: int) -> None:
         while not self._stop.is_set():
-            which = i % len(PROMPTS)
-            tokens = await stream_tokens(self._client, PROMPTS[which], len(self._expected[which]))
+            which = i % len(self._prompts)
+            tokens = await stream_tokens(self._client, self._prompts[which], len(self._expected[which]))
             assert tokens == self._expected[which]
             self.num_done += 1
 

@@ -207,10 +207,12 @@ async def test_a_replica_that_was_drained_on_request_is_replaced(fleet, expected
     await load.finish()
 
 
-async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, expected):
+async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, oracle):
     await until_degraded_is_over(fleet)
     before = resumes_of(fleet)
-    load = Load(client_of(fleet), expected, 8)
+    prompts = [f"Page {i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(8)]  # cached nowhere, so both replicas get some
+    expected = [oracle.tokens(prompt, NUM_TOKENS) for prompt in prompts]
+    load = Load(client_of(fleet), expected, 8, prompts)
     await load.until_done(8)
     await asyncio.to_thread(resize_pool, "v1", Role.DECODE, 1)
     async with asyncio.timeout(60):
