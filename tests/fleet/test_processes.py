@@ -23,7 +23,7 @@ from tests.fleet.test_fleet import reference
 from worker.spec import RankSpec, new_incarnation
 
 
-def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "gloo", **pool: float) -> list[RankSpec]:
+def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "auto", **pool: float) -> list[RankSpec]:
     addresses = tuple(free_address() for _ in range(tensor_parallel))
     store, incarnation = free_address(), new_incarnation()
     return [
