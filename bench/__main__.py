@@ -17,6 +17,7 @@ BENCHMARKS = {
     "handoff": ("--repeats", "5"),
     "overlap": (),
     "startup": (),
+    "weights": ("--rounds", "1"),
     "http": ("--rounds", "2"),
     "autoscaling": (),
 }

@@ -25,6 +25,7 @@ from core.kv_layout import DTYPE_BYTES
 from engine.arithmetic import arithmetic_dtype
 from engine.batch import Draw, SequenceStep, StepBatch
 from engine.checkpoint import ModelSpec, load_model_spec
+from engine.checkpoint_reader import CheckpointReader
 from engine.rank_group import SingleRank
 from engine.runner import ModelRunner
 from engine.weights import TORCH_DTYPES
@@ -133,7 +134,8 @@ class EngineBench:
         self._layout = spec.kv_layout(1, args.block_size)
         longest = max(*args.prefill, max(args.decode) * (args.prompt + args.output + args.block_size))
         num_blocks = self._layout.num_blocks_for(longest) + 1
-        self._runner = ModelRunner(spec, checkpoint, self._layout, num_blocks, SingleRank(), self._device, args.threads)
+        read = CheckpointReader(checkpoint, spec, self._device).read
+        self._runner = ModelRunner(spec, read, self._layout, num_blocks, SingleRank(), self._device, args.threads)
         self._runner.warm_up()
         self._peer = load_peer(checkpoint, spec.dtype, self._device) if args.peer else None
         self.bandwidth = measure_bandwidth(self._device)

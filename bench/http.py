@@ -33,6 +33,7 @@ from cluster.local import free_port, local_fleet
 from cluster.settings import resolve_config
 from core.config import BatonConfig, PoolConfig
 from engine.checkpoint import load_model_spec
+from engine.checkpoint_reader import CheckpointReader
 from engine.rank_group import SingleRank
 from engine.runner import ModelRunner
 
@@ -72,17 +73,18 @@ class BareEngine:
     def __init__(self, args: argparse.Namespace, config: BatonConfig) -> None:
         spec = load_model_spec(Path(config.model.path), config.decode.dtype or config.model.dtype)
         layout = spec.kv_layout(1, config.block_size)
+        device = torch.device(config.decode.device)
         self.vocab_size = spec.vocab_size
         self._args = args
         self._num_decodes = config.decode.min_replicas
         blocks_each = layout.num_blocks_for(args.prompt + args.output)
         self._runner = ModelRunner(
             spec,
-            Path(config.model.path),
+            CheckpointReader(Path(config.model.path), spec, device).read,
             layout,
             -(-max(args.streams) // self._num_decodes) * blocks_each,
             SingleRank(),
-            torch.device(config.decode.device),
+            device,
             config.decode.resources_per_rank.num_threads,
         )
         self._runner.warm_up()

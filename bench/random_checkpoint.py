@@ -27,6 +27,7 @@ class LlamaShape:
 SHAPES = {
     "tiny-long": LlamaShape(64, 16, 1, 1, 128, 512, 33024),  # a long prompt takes seconds on one core
     "160m": LlamaShape(768, 12, 12, 12, 3072, 32000),
+    "1b": LlamaShape(2048, 16, 32, 8, 8192, 128256),
     "8b": LlamaShape(4096, 32, 32, 8, 14336, 128256, 8192),
 }
 

@@ -93,9 +93,13 @@ class RankProcess:
         assert self.process.stdout is not None
         line = await asyncio.wait_for(self.process.stdout.readline(), timeout_s)
         if not line:
-            log_text = await asyncio.to_thread(self._log.read_text)
+            log_text = await asyncio.to_thread(self.log)
             raise PeerLost(f"{self.spec.replica_id} rank {self.spec.rank} did not start:\n{log_text}")
         return TypeAdapter(ReplicaInfo).validate_json(line)
+
+    def log(self) -> str:
+        """What it wrote."""
+        return self._log.read_text()
 
     def kill(self) -> None:
         """Abruptly, unless it ended already."""

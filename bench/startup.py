@@ -49,12 +49,14 @@ def load_bare(checkpoint: str, dtype: str | None) -> None:
     import torch
 
     from engine.checkpoint import load_model_spec
+    from engine.checkpoint_reader import CheckpointReader
     from engine.rank_group import SingleRank
     from engine.runner import ModelRunner
 
-    spec = load_model_spec(Path(checkpoint), dtype)
+    spec, device = load_model_spec(Path(checkpoint), dtype), torch.device("cpu")
     layout = spec.kv_layout(1, 16)
-    runner = ModelRunner(spec, Path(checkpoint), layout, 16, SingleRank(), torch.device("cpu"), 1)
+    read = CheckpointReader(Path(checkpoint), spec, device).read
+    runner = ModelRunner(spec, read, layout, 16, SingleRank(), device, 1)
     runner.warm_up()
     runner.close()
 

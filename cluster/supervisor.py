@@ -10,6 +10,7 @@ never runs in the main thread, where alone a handler can be set. So what ends a 
 
 import asyncio
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from cluster.node_drain import seconds_until_node_goes
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
 from cluster.scheduler_handle import find_scheduler, reaching_scheduler
+from cluster.weight_lenders import weight_lenders
 from core.config import BatonConfig, PoolConfig, TransferConfig
 from core.errors import BatonError, PeerLost
-from core.messages.fleet import RankHealth, ReplicaInfo, Role
+from core.messages.fleet import Empty, RankHealth, ReplicaInfo, Role
 from core.messages.to_scheduler import Deregister, Register, Traffic
 from rpc.client import RpcClient
-from rpc.methods import DEREGISTER, REGISTER
+from rpc.methods import DEREGISTER, FLEET, REGISTER
 from worker.spec import RankSpec, new_incarnation
 
 logger = logging.getLogger(__name__)
@@ -165,6 +167,7 @@ class Supervisor:
             )
         addresses = tuple(await asyncio.gather(*(rank.free_address.remote(host) for rank in self._ranks)))
         store_address = await self._ranks[0].free_address.remote(LOOPBACK)  # the ranks share a host
+        lenders = await self._weight_lenders(pool)
         incarnation = new_incarnation()
         specs = [
             RankSpec(
@@ -180,12 +183,23 @@ class Supervisor:
                 block_size=self._config.block_size,
                 security=self._config.cluster.security,
                 generation=self._config.generation,
+                weight_lenders=lenders[rank],
             )
             for rank in range(pool.tensor_parallel)
         ]
         starts = [rank.start.remote(spec) for rank, spec in zip(self._ranks, specs, strict=True)]
         infos: list[ReplicaInfo] = await asyncio.gather(*starts)
         return infos[0]
+
+    async def _weight_lenders(self, pool: PoolConfig) -> tuple[tuple[str, ...], ...]:
+        """For each rank, whom to ask for its weights; nobody while there is no scheduler that knows."""
+        model = self._config.model
+        try:
+            fleet = await self._client.call(await self._scheduler_address(), FLEET, Empty(), CALL_TIMEOUT_S)
+        except BatonError:
+            return ((),) * pool.tensor_parallel
+        name = model.name or Path(model.path).name
+        return weight_lenders(fleet.replicas, name, pool.tensor_parallel, pool.zone, random.Random())
 
     def _node_zone(self) -> str:
         """The label of this node that names its rack or zone, or nothing."""
@@ -203,10 +217,7 @@ class Supervisor:
     async def _tell_scheduler(self, *, deregister: bool) -> None:
         assert self._info is not None
         try:
-            async with reaching_scheduler(CALL_TIMEOUT_S):
-                if self._scheduler is None:  # the front may have been deployed after us
-                    self._scheduler = find_scheduler()
-                address = await self._scheduler.address.remote()
+            address = await self._scheduler_address()
             if deregister:
                 leaving = Deregister(self._info.replica_id, self._info.incarnation)
                 await self._client.call(address, DEREGISTER, leaving, CALL_TIMEOUT_S)
@@ -216,6 +227,14 @@ class Supervisor:
                 self._traffic = answer.traffic
         except BatonError as error:
             logger.warning("%s cannot reach the global scheduler: %s", self._replica_id, error)
+
+    async def _scheduler_address(self) -> str:
+        """Raises PeerLost."""
+        async with reaching_scheduler(CALL_TIMEOUT_S):
+            if self._scheduler is None:  # the front may have been deployed after us
+                self._scheduler = find_scheduler()
+            address: str = await self._scheduler.address.remote()
+        return address
 
     def _kill_ranks(self) -> None:
         ranks, self._ranks = self._ranks, []

@@ -76,6 +76,8 @@ class TransferConfig(Section):
 
     channel: ChannelKind = "auto"  # the best by rule for each pair of ranks; "measured": the fastest in a trial
     trial_mib: float = Field(default=64.0, gt=0)  # of real slabs that "measured" moves over each transport to a host
+    weights_from: Literal["fastest", "disk"] = "fastest"  # a replica that starts reads disk or a living replica
+    weights_trial_mib: float = Field(default=64.0, gt=0)  # read at a time from the one that is faster at present
     wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
     slab_mib: float = Field(default=8.0, gt=0)
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute

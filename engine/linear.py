@@ -24,20 +24,24 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._bias = bias
+        self.bias = bias
         self._packed = _can_pack(weight)
         self._arithmetic = arithmetic_dtype(weight.device, weight.dtype)
         self._weight = _mkldnn._reorder_linear_weight(weight, _ROWS_HINT) if self._packed else weight
 
+    def rows(self) -> Tensor:
+        """The weight [outputs, inputs] as it was passed in; a copy where it was repacked."""
+        return self._weight.to_dense() if self._packed else self._weight
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, inputs] -> [rows, outputs]."""
         if self._packed:
-            product: Tensor = _mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            product: Tensor = _mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
             return product
         if self._arithmetic == x.dtype or len(x) <= _FEW_ROWS:
-            return linear(x, self._weight, self._bias)
+            return linear(x, self._weight, self.bias)
         product = _multiply_widened(x.to(self._arithmetic), self._weight)
-        return (product if self._bias is None else product.add_(self._bias)).to(x.dtype)
+        return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
 
 
 def _multiply_widened(x: Tensor, weight: Tensor) -> Tensor:

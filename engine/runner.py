@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +20,11 @@ from engine.batch_codec import decode_batch, encode_batch
 from engine.checkpoint import ModelSpec
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
+from engine.parameters import ReadParameters, list_parameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
 from engine.step_inputs import DrawAt, lay_out
-from engine.weights import load_weights
+from engine.weights import assemble
 
 _STOP, _KEEP_ALIVE, _STEP = range(3)
 
@@ -53,7 +53,7 @@ class ModelRunner:
     def __init__(
         self,
         spec: ModelSpec,
-        checkpoint: Path,
+        read: ReadParameters,
         layout: KVLayout,
         num_blocks: int,
         group: RankGroup,
@@ -69,8 +69,10 @@ class ModelRunner:
         self._device = device
         self._require_agreement()
         with torch.inference_mode():
-            weights = load_weights(spec, checkpoint, layout, group.rank, device)
-        self._decoder = Decoder(spec, layout, weights, group)
+            parameters = list_parameters(spec, layout, group.rank)
+            named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
+            self.weights = assemble(spec, group.rank, named)
+        self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
         self._attention = TorchAttention(self.kv_cache.tensor, spec.num_heads // layout.tensor_parallel)
 

@@ -1,6 +1,6 @@
 """Every remote call of the fleet: its name, request and response."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from core.messages import fleet, to_decode, to_lender, to_prefill, to_rank, to_scheduler
@@ -27,6 +27,16 @@ class ServerStream(Generic[Request, Response]):
     response: type[Response]
 
 
+@dataclass(frozen=True)
+class AgentCalls:
+    """What transfer agents ask of each other. A rank has one agent for KV, and one for weights while it lends them."""
+
+    connect: Unary[to_rank.Connect, to_rank.Connected]
+    ready: Unary[to_rank.Ready, to_rank.Granted]
+    digest: Unary[to_rank.DigestBlocks, to_rank.BlockDigests]
+    close: Unary[to_rank.CloseChannel, fleet.Acknowledged]
+
+
 OPEN = Unary("Open", to_decode.Open, to_decode.Ticket)
 CANCEL = Unary("Cancel", to_decode.Cancel, fleet.Acknowledged)
 ANNOUNCE = Unary("Announce", to_decode.Announce, fleet.Acknowledged)
@@ -40,6 +50,9 @@ RELEASE = Unary("Release", to_prefill.Release, fleet.Acknowledged)
 
 BORROW = Unary("Borrow", to_lender.Borrow, to_lender.Lent)
 GIVE_BACK = Unary("GiveBack", to_lender.GiveBack, fleet.Empty)
+BORROW_WEIGHTS = Unary("BorrowWeights", to_lender.BorrowWeights, to_lender.LentWeights)
+FILL_WINDOW = Unary("FillWindow", to_lender.FillWindow, fleet.Empty)
+GIVE_BACK_WEIGHTS = Unary("GiveBackWeights", to_lender.GiveBackWeights, fleet.Acknowledged)
 
 WATCH = ServerStream("Watch", to_scheduler.Watch, to_scheduler.Report)
 DRAIN = Unary("Drain", fleet.Drain, fleet.Empty)
@@ -48,6 +61,13 @@ CONNECT = Unary("Connect", to_rank.Connect, to_rank.Connected)
 READY = Unary("Ready", to_rank.Ready, to_rank.Granted)
 DIGEST_BLOCKS = Unary("DigestBlocks", to_rank.DigestBlocks, to_rank.BlockDigests)
 CLOSE_CHANNEL = Unary("CloseChannel", to_rank.CloseChannel, fleet.Acknowledged)
+KV_CALLS = AgentCalls(CONNECT, READY, DIGEST_BLOCKS, CLOSE_CHANNEL)
+WEIGHT_CALLS = AgentCalls(
+    replace(CONNECT, name="ConnectForWeights"),
+    replace(READY, name="ReadyForWeights"),
+    replace(DIGEST_BLOCKS, name="DigestWeights"),
+    replace(CLOSE_CHANNEL, name="CloseWeightChannel"),
+)
 PREPARE_PAIRS = Unary("PreparePairs", to_rank.PreparePairs, fleet.Empty)
 READ_TIMELINE = Unary("ReadTimeline", to_rank.ReadTimeline, to_rank.TimelineEvents)
 FETCH_BLOCKS = Unary("FetchBlocks", to_rank.FetchBlocks, to_rank.Fetched)

@@ -66,6 +66,7 @@ PURE = [
     "cluster.scheduler.traffic",
     "decode_worker.links",
     "cluster.scheduler.workload_meter",
+    "cluster.weight_lenders",
     "decode_worker.coming",
     "decode_worker.handoffs",
     "decode_worker.scheduler",

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 
 from core.messages.fleet import ReplicaInfo
 from core.telemetry import configure_logging
-from kv_transfer.channels.select import make_connectors
-from worker.rank import Connect, MakeRole, Rank
+from kv_transfer.channels.select import Connect, make_connectors
+from worker.rank import MakeRole, Rank
 from worker.spec import RankSpec
 
 

@@ -6,16 +6,14 @@ listen -> load (engine thread) -> meet the other ranks -> transfer agent -> role
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
 
 import torch
-from torch import Tensor
 
 from core.block_hash import HASH_SCHEME
-from core.config import TransferConfig
 from core.errors import PeerLost
 from core.kv_layout import Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
@@ -24,8 +22,7 @@ from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, Timeli
 from core.version import PROTOCOL, VERSION
 from engine.block_pool import BlockPool
 from kv_transfer.agent import TransferAgent
-from kv_transfer.channels.protocol import Connector
-from kv_transfer.channels.select import make_connectors
+from kv_transfer.channels.select import Connect, make_connectors
 from rpc import methods
 from rpc.client import RpcClient
 from rpc.server import RpcServer
@@ -34,19 +31,20 @@ from worker.lender import Lender
 from worker.load import LoadedEngine, load_engine
 from worker.peers import RpcPeerControl
 from worker.rank_context import RankContext, RoleService
+from worker.rank_weights import RankWeights
 from worker.reporter import Reporter
 from worker.spec import RankSpec
 
 logger = logging.getLogger(__name__)
 
 MakeRole = Callable[[RankContext], RoleService]
-Connect = Callable[[TransferConfig, str, Tensor, Path | None], Sequence[Connector]]
 
 
 @dataclass
 class _Serving:
     engine: EngineThread
     loaded: LoadedEngine
+    weights: RankWeights
     agent: TransferAgent
     info: ReplicaInfo
     role: RoleService | None  # of the first rank
@@ -72,7 +70,8 @@ class Rank:
         address = f"{spec.host}:{self._server.listen(spec.port)}"
         logger.info("rank %d of %s loads %s", spec.rank, spec.replica_id, spec.model.path)
         engine = EngineThread(spec.transfer if spec.role is Role.PREFILL else None)
-        loaded = await engine.run(lambda: load_engine(spec))
+        weights = RankWeights(spec, address, self._client, self._connect)
+        loaded = await engine.run(lambda: load_engine(spec, weights))
         engine.runner = loaded.runner
         info = _replica_info(spec, loaded, address)
         kv_cache = loaded.runner.kv_cache
@@ -87,8 +86,9 @@ class Rank:
             control=RpcPeerControl(self._client, spec.transfer),
             may_read=self._may_read,
         )
-        self._serving = _Serving(engine, loaded, agent, info, None)
+        self._serving = _Serving(engine, loaded, weights, agent, info, None)
         self._bind_transfer(agent)
+        weights.lend(loaded.spec, info.layout, loaded.runner.weights, self._server)
         if spec.rank == 0:
             self._serving.role = self._start_role(engine, agent, info)
         else:
@@ -135,6 +135,7 @@ class Rank:
         """Ends server, transfers, engine; nothing of this rank stays in the process."""
         await self._server.stop()
         if self._serving is not None:
+            await self._serving.weights.close()
             await self._serving.agent.close()
             await asyncio.to_thread(self._serving.engine.close, self._serving.loaded.runner.close)
         await self._client.close()

@@ -24,6 +24,7 @@ class RankSpec:
     block_size: int
     security: Security = UNGUARDED
     generation: str = ""
+    weight_lenders: tuple[str, ...] = ()  # host:port of living ranks of this number that may have its weights
 
     @property
     def host(self) -> str:

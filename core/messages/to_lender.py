@@ -1,4 +1,4 @@
-"""What any replica's first rank is told by another that wants prefix blocks which it has cached.
+"""What any replica is told by another that wants what it has: prefix blocks (the first rank), weights (each rank).
 
 any replica -> Borrow (the blocks stay readable until GiveBack, or until the loan expires), GiveBack
 """
@@ -6,6 +6,7 @@ any replica -> Borrow (the blocks stay readable until GiveBack, or until the loa
 from dataclasses import dataclass
 
 from core.block_hash import BlockHash
+from core.kv_layout import Compatibility
 from core.messages.fleet import ReplicaInfo
 
 
@@ -29,5 +30,38 @@ class Lent:
 @dataclass(frozen=True)
 class GiveBack:
     """The loan's blocks are no longer read. Repeatable; may overtake its Borrow."""
+
+    loan_id: str
+
+
+@dataclass(frozen=True)
+class BorrowWeights:
+    """A rank that starts asks a rank of the same number in another replica for its weights. Repeatable."""
+
+    loan_id: str  # made by the borrower, not to be guessed: who knows it may read
+    weights: Compatibility
+
+
+@dataclass(frozen=True)
+class LentWeights:
+    """The blocks of the lender's window pool through which the weights go: two windows, filled in turn."""
+
+    incarnation: int
+    windows: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class FillWindow:
+    """The borrower has read what the window held, and wants a run of the weights' bytes there. Keeps the loan."""
+
+    loan_id: str
+    window: int
+    first_byte: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class GiveBackWeights:
+    """The windows are no longer read."""
 
     loan_id: str

@@ -4,6 +4,7 @@ Backends are imported on demand: a torch built without CUDA has no NCCL, and NIX
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from core.channel_kinds import ChannelKind, offered_kinds
 from core.config import TransferConfig
 from core.errors import ConfigurationError
 from kv_transfer.channels.protocol import Connector
+
+Connect = Callable[[TransferConfig, str, Tensor, Path | None], Sequence[Connector]]  # see make_connectors
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from core.sampling import SamplingParams, TokenLogprobs
 from engine.batch import Draw, SequenceStep, StepBatch
 from engine.block_pool import BlockPool
 from engine.checkpoint import load_model_spec
+from engine.checkpoint_reader import CheckpointReader
 from engine.rank_group import RankGroup, SingleRank
 from engine.runner import ModelRunner
 
@@ -29,7 +30,8 @@ def make_runner(
     group = group or SingleRank()
     spec = load_model_spec(checkpoint, dtype)
     layout = spec.kv_layout(group.size, BLOCK_SIZE)
-    return ModelRunner(spec, checkpoint, layout, num_blocks, group, CPU, num_threads)
+    reader = CheckpointReader(checkpoint, spec, CPU)
+    return ModelRunner(spec, reader.read, layout, num_blocks, group, CPU, num_threads)
 
 
 @dataclass

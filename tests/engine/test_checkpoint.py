@@ -13,10 +13,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.errors import ConfigurationError
 from engine.checkpoint import load_model_spec
+from engine.checkpoint_reader import CheckpointReader
+from engine.parameters import list_parameters
 from engine.parsed_config import parsed_config
 from engine.rank_group import SingleRank
 from engine.rope import inverse_frequencies
-from engine.weights import load_weights
 from tests.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -30,7 +31,9 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def load(folder: Path) -> None:
     spec = load_model_spec(folder)
-    load_weights(spec, folder, spec.kv_layout(SingleRank.size, 16), 0, CPU)
+    parameters = list_parameters(spec, spec.kv_layout(SingleRank.size, 16), 0)
+    for _ in CheckpointReader(folder, spec, CPU).read(parameters):
+        pass
 
 
 def test_spec_holds_what_the_config_says(tmp_path: Path):

@@ -61,3 +61,9 @@ def test_only_half_precision_on_a_cpu_without_its_instructions_is_widened():
     assert arithmetic_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert arithmetic_dtype(CPU, torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_weight_can_be_had_back_bit_by_bit(dtype):
+    weight = torch.randn(72, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(Linear(weight.clone()).rows(), weight)

@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.control_plane import ControlPlane, control_plane
@@ -15,9 +15,9 @@ from core.messages.fleet import ReplicaInfo, Role
 from core.sampling import SamplingParams
 from core.security import UNGUARDED, Security
 from decode_worker.service import DecodeService
-from kv_transfer.channels.select import make_connectors
+from kv_transfer.channels.select import Connect, make_connectors
 from prefill_worker.service import PrefillService
-from worker.rank import Connect, Rank
+from worker.rank import Rank
 from worker.spec import RankSpec, new_incarnation
 
 HOST = "127.0.0.1"
@@ -56,9 +56,10 @@ class FleetHandle:
         self._spec_for = spec_for
         self._connect = connect
 
-    async def add(self, name: str, role: Role) -> Replica:
+    async def add(self, name: str, role: Role, weight_lenders: tuple[str, ...] = ()) -> Replica:
         make = PrefillService if role is Role.PREFILL else DecodeService
-        rank = Rank(self._spec_for(name, role), make, self._connect)
+        spec = replace(self._spec_for(name, role), weight_lenders=weight_lenders)
+        rank = Rank(spec, make, self._connect)
         info = await rank.start()
         replica = self.replicas[name] = Replica(rank, info, asyncio.create_task(rank.run()))
         self.register(info)

@@ -1,0 +1,61 @@
+"""Reads parameters from a safetensors checkpoint, only the slices that the rank needs."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from core.errors import ConfigurationError
+from engine.checkpoint import ModelSpec, weight_files
+from engine.parameters import Parameter, Part
+from engine.weights import TORCH_DTYPES
+
+
+class CheckpointReader:
+    """Tensors by name over all files, cast and moved as they are read. Files are opened at the first read."""
+
+    def __init__(self, path: Path, spec: ModelSpec, device: torch.device) -> None:
+        self._path = path
+        self._dtype = TORCH_DTYPES[spec.dtype]
+        self._device = device
+        self._files: dict[str, Any] = {}
+
+    def read(self, parameters: Sequence[Parameter]) -> Iterator[Tensor]:
+        """Raises ConfigurationError naming a missing or misshapen tensor, or a file that is none of safetensors."""
+        if not self._files:
+            self._open()
+        for parameter in parameters:
+            yield self._parameter(parameter)
+
+    def _parameter(self, parameter: Parameter) -> Tensor:
+        tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+        row = 0
+        for part in parameter.parts:
+            stored = self._part(part)  # maps the file: its pages are read as they are copied
+            tensor[row : row + len(stored)] = stored
+            row += len(stored)
+        tensor[row:] = 0
+        return tensor
+
+    def _part(self, part: Part) -> Tensor:
+        if part.name not in self._files:
+            raise ConfigurationError(f"the checkpoint has no tensor {part.name!r}")
+        stored = self._files[part.name].get_slice(part.name)
+        if tuple(stored.get_shape()) != part.shape:
+            raise ConfigurationError(
+                f"tensor {part.name!r} has shape {tuple(stored.get_shape())}, the config asks {part.shape}"
+            )
+        rows = slice(part.rows.start, part.rows.stop) if part.rows else slice(None)
+        columns = (slice(part.columns.start, part.columns.stop),) if part.columns else ()
+        return stored[(rows, *columns)]  # type: ignore[no-any-return]
+
+    def _open(self) -> None:
+        for file in weight_files(self._path):
+            try:
+                opened = safe_open(str(file), framework="pt")
+            except SafetensorError as error:
+                raise ConfigurationError(f"cannot read {file}: {error}") from error
+            self._files.update((name, opened) for name in opened.keys())  # type: ignore[no-untyped-call]  # noqa: SIM118

@@ -1,0 +1,113 @@
+"""The weights of one rank: where it reads them, and lending them to ranks that start later."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from core.kv_layout import Compatibility, KVLayout
+from engine.checkpoint import ModelSpec
+from engine.checkpoint_reader import CheckpointReader
+from engine.parameters import ReadParameters, fingerprint, list_parameters
+from engine.weights import TORCH_DTYPES, ModelWeights
+from kv_transfer.channels.select import Connect
+from kv_transfer.outbound import MayRead
+from rpc import methods
+from rpc.client import RpcClient
+from rpc.server import RpcServer
+from worker.spec import RankSpec
+from worker.weight_borrower import WeightBorrower
+from worker.weight_image import StoredImage, WeightImage
+from worker.weight_lender import WeightLender
+from worker.weight_sources import WeightSources
+from worker.weight_windows import WeightWindows
+
+logger = logging.getLogger(__name__)
+
+
+class RankWeights:
+    """`reading` is for the engine's thread, everything else for the event loop."""
+
+    def __init__(self, spec: RankSpec, address: str, client: RpcClient, connect: Connect) -> None:
+        self._spec = spec
+        self._address = address
+        self._client = client
+        self._connect = connect
+        self._loop = asyncio.get_running_loop()
+        self._device = torch.device(spec.pool.device)
+        self._lender: WeightLender | None = None
+
+    @contextmanager
+    def reading(self, model: ModelSpec, layout: KVLayout) -> Iterator[ReadParameters]:
+        """Reads from disk, and from a lender where that is faster."""
+        spec, disk = self._spec, CheckpointReader(Path(self._spec.model.path), model, self._device)
+        if not spec.weight_lenders or spec.transfer.weights_from == "disk":
+            yield disk.read
+            return
+        image, weights = self._describe(model, layout)
+        borrower = WeightBorrower(
+            loop=self._loop,
+            client=self._client,
+            config=spec.transfer,
+            lenders=spec.weight_lenders,
+            make_windows=lambda number, may_read: self._windows(number, weights, may_read),
+            image=image,
+            weights=weights,
+            dtype=TORCH_DTYPES[model.dtype],
+            device=self._device,
+        )
+        stretch_bytes = int(spec.transfer.weights_trial_mib * 2**20)
+        sources = WeightSources(disk.read, borrower.read, model.dtype, stretch_bytes, time.monotonic)
+        started = time.monotonic()
+        try:
+            yield sources.read
+        finally:
+            borrower.close()
+        logger.info("weights in %.2f s: %s", time.monotonic() - started, sources.summary())
+
+    def lend(self, model: ModelSpec, layout: KVLayout, loaded: ModelWeights, server: RpcServer) -> None:
+        """Binds the calls by which others borrow."""
+        image, weights = self._describe(model, layout)
+        lender = self._lender = WeightLender(
+            weights,
+            StoredImage(image, loaded.parameters),
+            self._spec.incarnation,
+            lambda number, may_read: self._windows(number, weights, may_read),
+            3 * self._spec.transfer.data_timeout_s,
+        )
+        calls = methods.WEIGHT_CALLS
+        server.unary(methods.BORROW_WEIGHTS, lender.lend)
+        server.unary(methods.FILL_WINDOW, lender.fill)
+        server.unary(methods.GIVE_BACK_WEIGHTS, lender.give_back)
+        server.unary(calls.connect, lambda message: lender.agent.on_connect(message))
+        server.unary(calls.ready, lambda message: lender.agent.on_ready(message))
+        server.unary(calls.digest, lambda message: lender.agent.on_digest(message))
+        server.unary(calls.close, lambda message: lender.agent.on_close(message))
+
+    async def close(self) -> None:
+        """Ends what is lent."""
+        if self._lender is not None:
+            await self._lender.close()
+
+    def _describe(self, model: ModelSpec, layout: KVLayout) -> tuple[WeightImage, Compatibility]:
+        """Equal compatibility means equal images of equal bytes."""
+        parameters = list_parameters(model, layout, self._spec.rank)
+        name = self._spec.model.name or Path(self._spec.model.path).name
+        image = f"rank {self._spec.rank} of {layout.tensor_parallel}, {fingerprint(parameters)}"
+        return WeightImage(parameters, model.dtype), Compatibility(name, model.revision, model.dtype, 1, image)
+
+    def _windows(self, num_windows: int, weights: Compatibility, may_read: MayRead) -> WeightWindows:
+        return WeightWindows(
+            num_windows,
+            spec=self._spec,
+            address=self._address,
+            device=self._device,
+            weights=weights,
+            client=self._client,
+            connect=self._connect,
+            may_read=may_read,
+        )
