@@ -242,7 +242,7 @@ class HandoffModel(RuleBasedStateMachine):
 
     def impatient(self) -> bool:
         """Whether some request waits for another's transfer although its own prefill is done."""
-        return any(handoff.owed and handoff.lease.commit for handoff in self.handoffs)
+        return any(handoff.shared.owed and handoff.lease.commit for handoff in self.handoffs)
 
     def settle(self) -> None:
         for handoff in self.handoffs.take_owed():
@@ -251,12 +251,12 @@ class HandoffModel(RuleBasedStateMachine):
         self.wire += [Release(h.request_id, h.message.attempt) for h in self.handoffs.take_releasable()]
         for handoff in self.handoffs.take_joined():
             self.joined += 1
-            self.shared += len(handoff.awaited)
+            self.shared += len(handoff.shared.awaited)
             assert handoff.sequence.num_uncomputed >= 1
 
     def borrow(self, handoff) -> None:
         """What another's transfer still owes comes from the source's cache, if it is there and decode has room."""
-        hashes = [h for _, h in handoff.owed if not self.decode_pool.match([h])]
+        hashes = [h for _, h in handoff.shared.owed if not self.decode_pool.match([h])]
         sources = self.prefill_pool.match(hashes)
         if len(sources) == len(hashes) <= self.decode_pool.num_free:
             blocks = self.decode_pool.allocate(len(hashes))
