@@ -100,7 +100,7 @@ class SchedulerService:
 
     async def progress(self, message: Progress) -> Acknowledged:
         """Prefill of a request is over."""
-        self._admission.progress(message.request_id, self._now())
+        self._admission.reservations.progress(message.request_id, self._now())
         self._dispatch()
         return Acknowledged()
 
@@ -112,7 +112,7 @@ class SchedulerService:
 
     async def renew(self, message: Renew) -> Acknowledged:
         """An ingress's heartbeat."""
-        self._admission.renew(message.request_ids, self._now())
+        self._admission.reservations.renew(message.request_ids, self._now())
         return Acknowledged()
 
     async def register(self, message: Register) -> Registered:
@@ -163,7 +163,7 @@ class SchedulerService:
             self._id,
             admission.replicas(self._now()),
             admission.num_waiting,
-            admission.num_reserved,
+            len(admission.reservations),
             admission.traffic.traffic,
             tuple(
                 PoolSize(generation, role, target.num_replicas, target.reason)

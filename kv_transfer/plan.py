@@ -13,9 +13,26 @@ from dataclasses import dataclass, replace
 from core.errors import Incompatible
 from core.kv_layout import DTYPE_BYTES, KVLayout
 from core.messages.to_rank import Copy, Span
-from kv_transfer.pieces import match_pieces
+from kv_transfer.pieces import Pieces, match_pieces
 
 _MUST_MATCH = ("num_layers", "num_kv_heads", "head_dim", "latent", "dtype")
+
+
+@dataclass(frozen=True)
+class Move:
+    """Layers of some blocks, from one replica to another. Block ids are physical and the same in all its ranks."""
+
+    source: KVLayout
+    destination: KVLayout
+    layers: range
+    source_blocks: tuple[int, ...]
+    destination_blocks: tuple[int, ...]
+    tokens: range | None = None  # see `match_pieces`
+
+    def pieces(self) -> Pieces:
+        """The blocks of both sides in pieces of one size."""
+        sizes = self.source.block_size, self.destination.block_size
+        return match_pieces(*sizes, self.source_blocks, self.destination_blocks, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -47,24 +64,23 @@ def require_exchangeable(ours: KVLayout, theirs: KVLayout) -> None:
         )
 
 
-def plan_copies(
-    source: KVLayout,
-    destination: KVLayout,
-    destination_rank: int,
-    first_layer: int,
-    num_layers: int,
-    source_blocks: tuple[int, ...],
-    destination_blocks: tuple[int, ...],
-    tokens: range | None = None,
-) -> tuple[Copy, ...]:
-    """Copies that fill `destination_blocks` of one rank with the content of `source_blocks`, in order of heads.
-
-    Every head is read from exactly one source rank, and a source rank occurs at most once. Block ids are physical and
-    the same in all ranks of a replica; for `tokens`, see `match_pieces`. Raises Incompatible.
-    """
+def source_ranks(source: KVLayout, destination: KVLayout, destination_rank: int) -> tuple[int, ...]:
+    """The ranks of a source that hold the heads of one rank, in order of heads. Raises Incompatible."""
     require_exchangeable(source, destination)
+    wanted = destination.heads_of_rank(destination_rank)
+    return tuple(rank for rank, _ in _runs_of_heads(source, wanted, destination_rank))
+
+
+def plan_copies(move: Move, destination_rank: int) -> tuple[Copy, ...]:
+    """Copies that fill one rank's destination blocks with the content of the source blocks, in order of heads.
+
+    Every head is read from exactly one source rank, and a source rank occurs at most once. Raises Incompatible.
+    """
+    source, destination = move.source, move.destination
+    require_exchangeable(source, destination)
+    first_layer, num_layers = move.layers.start, len(move.layers)
     assert first_layer >= 0 and first_layer + num_layers <= source.num_layers
-    pieces = match_pieces(source.block_size, destination.block_size, source_blocks, destination_blocks, tokens)
+    pieces = move.pieces()
     copies = []
     wanted = destination.heads_of_rank(destination_rank)
     for source_rank, heads in _runs_of_heads(source, wanted, destination_rank):
@@ -76,36 +92,26 @@ def plan_copies(
     return tuple(copies)
 
 
-def plan_stages(
-    source: KVLayout,
-    destination: KVLayout,
-    destination_rank: int,
-    first_layer: int,
-    num_layers: int,
-    source_blocks: tuple[int, ...],
-    destination_blocks: tuple[int, ...],
-    tokens: range | None = None,
-) -> Stages:
+def plan_stages(move: Move, destination_rank: int) -> Stages:
     """As `plan_copies`, with what all ranks need alike taken from the source replica once. Raises Incompatible.
 
     Heads differ from rank to rank and have no second stage. Latents do not: piece q of the sequence goes from source
     rank q % TP there to destination rank q % TP here, and from there to its siblings. So each rank sends, receives and
     hands on the same share, however a sequence is announced.
     """
-    where = (first_layer, num_layers, source_blocks, destination_blocks, tokens)
-    whole = plan_copies(source, destination, destination_rank, *where)
-    if not destination.latent:
+    whole = plan_copies(move, destination_rank)
+    if not move.destination.latent:
         return Stages(whole)
-    pieces = match_pieces(source.block_size, destination.block_size, source_blocks, destination_blocks, tokens)
+    pieces = move.pieces()
     (copy,) = whole
-    num_siblings = destination.tensor_parallel
+    num_sources, num_siblings = move.source.tensor_parallel, move.destination.tensor_parallel
     ours = pieces.share(destination_rank, num_siblings)
     siblings = [(destination_rank + turn) % num_siblings for turn in range(1, num_siblings)]
     return Stages(
         tuple(
             _latents(copy, rank, share.source, share.destination)
-            for rank in range(source.tensor_parallel)
-            if (share := ours.share(rank, source.tensor_parallel)).source
+            for rank in range(num_sources)
+            if (share := ours.share(rank, num_sources)).source
         ),
         tuple(
             _latents(copy, rank, share.destination, share.destination)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from core.errors import BatonError, TransferFailed
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_rank import Copy, FetchBlocks, Fetched, PreparePairs, SlabHeader
-from kv_transfer.plan import Stages, plan_copies, plan_stages
+from kv_transfer.plan import Move, plan_stages, source_ranks
 from rpc import methods
 from worker.rank_context import RankContext
 
@@ -42,7 +42,8 @@ class Fetcher:
     async def fetch(self, order: BlockOrder) -> Fetched:
         """Bytes of all ranks, seconds of the slowest. Raises a BatonError only when no rank writes any more."""
         layout = self._context.info.layout
-        stages = [self._stages(rank, order) for rank in range(layout.tensor_parallel)]
+        move = self._move(order)
+        stages = [plan_stages(move, rank) for rank in range(layout.tensor_parallel)]
         timeout_s = self._context.spec.transfer.data_timeout_s
         fetch = FetchBlocks(
             order.name,
@@ -90,8 +91,8 @@ class Fetcher:
         context, layout = self._context, self._context.info.layout
         timeout_s = context.spec.transfer.control_timeout_s
         for rank in range(layout.tensor_parallel):
-            copies = plan_copies(source.layout, layout, rank, 0, 1, (0,), (0,), range(1))
-            addresses = tuple(source.rank_addresses[copy.source_rank] for copy in copies)
+            peers = source_ranks(source.layout, layout, rank)
+            addresses = tuple(source.rank_addresses[peer] for peer in peers)
             if rank == context.spec.rank:
                 context.agent.prepare(addresses)
             else:
@@ -102,18 +103,16 @@ class Fetcher:
         """Whether a sibling rank asks for what this replica is handing on."""
         return (header.request_id, header.attempt) in self._handing_on
 
-    def _stages(self, rank: int, order: BlockOrder) -> Stages:
+    def _move(self, order: BlockOrder) -> Move:
         source, destination = order.source.layout, self._context.info.layout
         first_token = order.first_block * source.block_size
         num_tokens = min(
             len(order.source_blocks) * source.block_size, len(order.destination_blocks) * destination.block_size
         )
-        return plan_stages(
+        return Move(
             source,
             destination,
-            rank,
-            order.first_layer,
-            order.num_layers,
+            range(order.first_layer, order.first_layer + order.num_layers),
             order.source_blocks,
             order.destination_blocks,
             range(first_token, first_token + num_tokens),

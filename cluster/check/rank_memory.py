@@ -8,7 +8,7 @@ from core.errors import ConfigurationError
 from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, channel_bytes, gpu_kv_bytes
 from core.kv_layout import DTYPE_BYTES, KVLayout
 from core.model_geometry import ModelGeometry
-from kv_transfer.plan import plan_copies
+from kv_transfer.plan import source_ranks
 
 PROCESS_BYTES = 192 << 20  # of a host: a rank's process with torch, before it loads anything
 
@@ -82,10 +82,7 @@ def count_channels(prefill: KVLayout, decode: KVLayout) -> tuple[int, int]:
     """Channels of the busiest prefill rank to one decode replica, and of the busiest decode rank to one prefill
     replica: pairs of ranks whose KV heads overlap.
     """
-    sources = [
-        {copy.source_rank for copy in plan_copies(prefill, decode, rank, 0, 1, (0,), (0,))}
-        for rank in range(decode.tensor_parallel)
-    ]
+    sources = [set(source_ranks(prefill, decode, rank)) for rank in range(decode.tensor_parallel)]
     senders = [sum(rank in found for found in sources) for rank in range(prefill.tensor_parallel)]
     return max(senders), max(map(len, sources))
 

@@ -6,34 +6,22 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from cluster.scheduler.asked_sizes import AskedSizes
 from cluster.scheduler.decision import Decision, DecisionMaker
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
-from core.errors import BatonError, NoReplica, Overloaded, PromptTooLong
+from core.errors import BatonError, NoReplica, Overloaded
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import Plan, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
-
-
-@dataclass
-class Reservation:
-    """A dispatched request, until it finishes or nobody renews it."""
-
-    request_id: str
-    attempt: int
-    prefill_id: str | None
-    decode_id: str
-    generation: str
-    expires_at: float
-    decoding_since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,28 +30,19 @@ class _Waiting:
     since: float
 
 
-@dataclass(frozen=True)
-class _Generations:
-    """Where requests can go at one moment."""
-
-    decodes: Mapping[str, list[ReplicaView]]  # by generation, those without any left out
-    longest: Mapping[str, int]  # tokens that one of them can hold, by generation
-    asleep: tuple[str, ...]  # generations with traffic that were scaled to zero
-
-
 class Admission:
-    """Queue, reservations and the fleet's state; dispatch in order of arrival."""
+    """The queue, dispatched in order of arrival to what reservations leave of the fleet."""
 
     def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0, first_generation: str = "") -> None:
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
         self.traffic = TrafficSplit(first_generation)
         self.sizes = AskedSizes()
+        self.reservations = Reservations(self.fleet, config.reservation_ttl_s)
         self._workloads: defaultdict[str, WorkloadMeter] = defaultdict(partial(WorkloadMeter, rate_window_s))
         self._config = config
         self._decision_maker = DecisionMaker(config)
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
-        self._reservations: dict[str, Reservation] = {}
         self._tombstones = Tombstones()
 
     @property
@@ -79,7 +58,7 @@ class Admission:
         """Requests without a plan that a generation shall answer."""
         generations = self._generations(now)
         requests = (waiting.request for waiting in self._waiting.values())
-        return [request for request in requests if self._generation_for(request, generations) == generation]
+        return [request for request in requests if generations.answering(request) == generation]
 
     def workload(self, generation: str) -> WorkloadMeter:
         """What comes to a generation."""
@@ -89,11 +68,6 @@ class Admission:
     def max_decode_kv_usage(self) -> float:
         """The share of a decode replica's blocks beyond which it gets no new request."""
         return self._config.max_decode_kv_usage
-
-    @property
-    def num_reserved(self) -> int:
-        """Requests with a plan that have not finished."""
-        return len(self._reservations)
 
     def report(self, report: Report, now: float) -> None:
         """Takes a replica's report in."""
@@ -118,13 +92,13 @@ class Admission:
         self._tombstones.refuse(request.request_id, request.attempt)
         self._drop(request.request_id)
         generations = self._generations(now)
-        if (too_long := _too_long(request, generations)) is not None:
+        if (too_long := generations.too_long(request)) is not None:
             raise too_long
         if len(self._waiting) >= self._config.queue_limit:
             raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
         self._waiting[request.request_id] = _Waiting(request, now)
         if request.attempt == 0:
-            self.workload(self._generation_for(request, generations)).arrived(now)
+            self.workload(generations.answering(request)).arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests, oldest first, in each generation until one finds no room.
@@ -138,7 +112,7 @@ class Admission:
         for waiting in list(self._waiting.values()):
             if full >= decodes.keys():
                 break
-            generation = self._generation_for(waiting.request, generations)
+            generation = generations.answering(waiting.request)
             if generation in full or generation not in decodes:
                 continue
             decision = self._decide(waiting.request, decodes[generation], now)
@@ -150,39 +124,22 @@ class Admission:
             plans.append(self._book(waiting, decision, now))
         return plans
 
-    def progress(self, request_id: str, now: float) -> None:
-        """Its first token is out: prefill is free again, and decode's own report counts its blocks."""
-        reservation = self._reservations.get(request_id)
-        if reservation is None:
-            return
-        reservation.decoding_since = now
-        for replica in self._replicas_of(reservation):
-            replica.prefill_tokens.pop(request_id, None)
-            if request_id in replica.decode_requests:
-                replica.decode_requests[request_id] = 0
-
     def finish(self, request_id: str, attempt: int, now: float) -> None:
         """Ends an attempt in any state, also before its Reserve came; idempotent."""
         self._tombstones.bury(request_id, attempt, now)
-        waiting, reservation = self._waiting.get(request_id), self._reservations.get(request_id)
+        waiting, reservation = self._waiting.get(request_id), self.reservations.find(request_id)
         if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
             self.workload(reservation.generation).decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             self._drop(request_id)
-
-    def renew(self, request_ids: tuple[str, ...], now: float) -> None:
-        """Keeps reservations alive; unknown ones are ignored (a restarted scheduler knows none)."""
-        for request_id in request_ids:
-            if request_id in self._reservations:
-                self._reservations[request_id].expires_at = now + self._config.reservation_ttl_s
 
     def expire(self, now: float) -> dict[str, BatonError]:
         """Ends reservations that nobody renewed; returns the requests that will get no plan, and why.
 
         They waited too long, or no replica that has come since can hold them.
         """
-        for reservation in [r for r in self._reservations.values() if r.expires_at <= now]:
-            self._drop(reservation.request_id)
+        for request_id in self.reservations.expired(now):
+            self._drop(request_id)
         generations = self._generations(now)
         has_decode = self.can_grow(now) or bool(generations.decodes)
         late: dict[str, BatonError] = {}
@@ -191,7 +148,7 @@ class Admission:
             if waited_s >= limit_s:
                 error = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
                 late[waiting.request.request_id] = error
-            elif (too_long := _too_long(waiting.request, generations)) is not None:
+            elif (too_long := generations.too_long(waiting.request)) is not None:
                 late[waiting.request.request_id] = too_long
             elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
                 late[waiting.request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
@@ -209,34 +166,10 @@ class Admission:
 
     def _drop(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)
-        reservation = self._reservations.pop(request_id, None)
-        if reservation is not None:
-            for replica in self._replicas_of(reservation):
-                replica.prefill_tokens.pop(request_id, None)
-                replica.decode_requests.pop(request_id, None)
+        self.reservations.drop(request_id)
 
-    def _generations(self, now: float) -> _Generations:
-        decodes: dict[str, list[ReplicaView]] = {}
-        for decode in self.fleet.usable(Role.DECODE, now):
-            decodes.setdefault(decode.info.generation, []).append(decode)
-        longest = {g: max(decode.info.max_model_len for decode in of_one) for g, of_one in decodes.items()}
-        weights, sizes = self.traffic.weights, self.sizes.at(now).items()
-        asleep = [g for g, asked in sizes if weights.get(g, 0.0) > 0 and asked[Role.DECODE].num_replicas == 0]
-        return _Generations(decodes, longest, tuple(asleep))
-
-    def _generation_for(self, request: Reserve, generations: _Generations) -> str:
-        """Tokens that were shown bind a request to the weights that made them, as long as those are served.
-
-        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. A generation that
-        sleeps counts too: who waits for it makes its autoscaler bring a replica.
-        """
-        if not generations.decodes:
-            return self.traffic.choose(request.request_id, self.traffic.weights)
-        if request.generation and request.generation in generations.decodes:
-            return request.generation
-        num_tokens = request.num_tokens + request.max_new_tokens
-        fitting = [g for g, longest in generations.longest.items() if num_tokens <= longest]
-        return self.traffic.choose(request.request_id, {*(fitting or generations.decodes), *generations.asleep})
+    def _generations(self, now: float) -> Generations:
+        return Generations.at(now, self.fleet, self.traffic, self.sizes.at(now))
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
         prefills = self.fleet.usable(Role.PREFILL, now)
@@ -246,16 +179,7 @@ class Admission:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
         self.workload(decode.info.generation).planned(request.num_tokens, decision.num_uncached_tokens)
-        (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
-        decode.decode_requests[request.request_id] = decision.num_decode_blocks
-        self._reservations[request.request_id] = Reservation(
-            request.request_id,
-            request.attempt,
-            prefill.info.replica_id if prefill else None,
-            decode.info.replica_id,
-            decode.info.generation,
-            now + self._config.reservation_ttl_s,
-        )
+        self.reservations.book(request, decision, now)
         return Plan(
             request.request_id,
             request.attempt,
@@ -266,19 +190,3 @@ class Admission:
             decision.reason,
             decision.lender.info if decision.lender else None,
         )
-
-    def _replicas_of(self, reservation: Reservation) -> list[ReplicaView]:
-        ids = (reservation.prefill_id, reservation.decode_id)
-        return [replica for i in ids if i is not None and (replica := self.fleet.get(i)) is not None]
-
-
-def _too_long(request: Reserve, generations: _Generations) -> PromptTooLong | None:
-    """The error when no decode replica can ever hold a request."""
-    limit = max(generations.longest.values(), default=None)
-    if limit is None or request.num_tokens + request.max_new_tokens <= limit:
-        return None
-    return PromptTooLong(
-        f"{request.num_tokens} prompt and {request.max_new_tokens} output tokens exceed the {limit} tokens "
-        "that a decode replica's KV cache holds",
-        field="max_tokens",
-    )

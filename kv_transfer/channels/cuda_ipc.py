@@ -5,14 +5,11 @@ The handle is opened on the receiver's GPU, which needs not see the sender's; be
 synchronised with the step that wrote it. The sender's pool stays mapped until the channel ends.
 """
 
-import base64
-import binascii
-import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,8 @@ from torch import Tensor
 
 from core.errors import ConfigurationError, TransferFailed
 from core.messages.to_rank import Span
-from kv_transfer.channels.one_sided import PullingReceiver, shape_of
+from kv_transfer.channels.one_sided import PullingReceiver
+from kv_transfer.channels.pool_handle import PoolHandle
 from kv_transfer.channels.protocol import Terms
 from kv_transfer.channels.shared_memory import OneSidedSender
 from kv_transfer.spans import gather, require_inside, span_bytes
@@ -33,36 +31,13 @@ _NO_EVENT = (bytes(64), False)
 
 
 @dataclass(frozen=True)
-class PoolHandle:
-    """What opens a pool in another process of the host."""
+class CudaPlace:
+    """Where a pool lies on a GPU of the host."""
 
-    handle: str  # base64: of the CUDA allocation that holds the pool
+    handle: bytes  # of the CUDA allocation that holds the pool
     num_bytes: int  # of the pool
     offset_bytes: int  # of the pool in its allocation
-    shape: tuple[int, ...]
-    dtype: str
     device: str  # UUID of the GPU
-
-    def encode(self) -> str:
-        """As a rendezvous."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, rendezvous: str) -> "PoolHandle":
-        """Raises TransferFailed for what `encode` did not write."""
-        try:
-            told = cls(**json.loads(rendezvous))
-            base64.b64decode(told.handle, validate=True)
-        except (ValueError, TypeError, binascii.Error) as error:
-            raise TransferFailed(f"not the handle of a CUDA pool: {rendezvous[:80]!r}") from error
-        return told
-
-    def require_fits(self, pool: Tensor) -> Tensor:
-        """As `shape_of`; also refuses a handle whose size is not that of its shape."""
-        shape = shape_of(pool, self.shape, self.dtype)
-        if self.num_bytes != shape.numel() * shape.element_size():
-            raise TransferFailed(f"{self.num_bytes} bytes do not hold a pool {self.shape} of {self.dtype}")
-        return shape
 
 
 class CudaIpcConnector:
@@ -82,8 +57,7 @@ class CudaIpcConnector:
             raise ConfigurationError(f"the KV pool cannot be shared by CUDA IPC: {error}", field="channel") from error
         require_cuda_malloc(handle)
         device = str(torch.cuda.get_device_properties(pool.device).uuid)
-        encoded = base64.b64encode(handle).decode()
-        self._told = PoolHandle(encoded, num_bytes, offset_bytes, tuple(pool.shape), str(pool.dtype), device)
+        self._told = PoolHandle.of(pool, CudaPlace(handle, num_bytes, offset_bytes, device))
 
     @property
     def reach(self) -> str:
@@ -104,7 +78,7 @@ class CudaIpcConnector:
         """See Connector."""
 
         def open_peer(aborted: threading.Event) -> _MappedPool:
-            return _MappedPool(PoolHandle.decode(rendezvous), self._pool, aborted)
+            return _MappedPool(PoolHandle.decode(rendezvous, CudaPlace), self._pool, aborted)
 
         return PullingReceiver(f"{terms.channel} receiver", self._pool, open_peer)
 
@@ -123,21 +97,30 @@ def require_cuda_malloc(handle: bytes) -> None:
         raise ConfigurationError(message, field="channel")
 
 
+def require_whole(told: PoolHandle[CudaPlace], pool: Tensor) -> None:
+    """As `PoolHandle.require_fits`; also refuses a handle whose size is not that of its shape."""
+    shape = told.require_fits(pool)
+    num_bytes = told.place.num_bytes
+    if num_bytes != shape.numel() * shape.element_size():
+        raise TransferFailed(f"{num_bytes} bytes do not hold a pool {told.shape} of {told.dtype}")
+
+
 class _MappedPool:
     """A peer's pool in this process. Made and used in the channel's thread, whose current stream it sets."""
 
-    def __init__(self, told: PoolHandle, pool: Tensor, aborted: threading.Event) -> None:
+    def __init__(self, told: PoolHandle[CudaPlace], pool: Tensor, aborted: threading.Event) -> None:
         """Raises TransferFailed for a pool that does not fit, RuntimeError when CUDA cannot open it."""
-        told.require_fits(pool)
+        require_whole(told, pool)
         torch.cuda.set_device(pool.device)
         self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)  # torch also synchronises with it before it unmaps
         new_shared: Any = torch.UntypedStorage._new_shared_cuda
-        where = (base64.b64decode(told.handle), told.num_bytes, told.offset_bytes)
+        place = told.place
+        where = (place.handle, place.num_bytes, place.offset_bytes)
         try:
             storage = new_shared(pool.device.index, *where, *_NOT_COUNTED, *_NO_EVENT)
         except RuntimeError as error:
-            raise TransferFailed(f"GPU {told.device} cannot be read from {pool.device}: {error}") from error
+            raise TransferFailed(f"GPU {place.device} cannot be read from {pool.device}: {error}") from error
         self._pool = torch.empty(0, dtype=pool.dtype, device=pool.device).set_(storage).view(told.shape)
         self._slab = torch.empty(0, dtype=torch.uint8, device=pool.device)
         self._aborted = aborted

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from core.errors import ConfigurationError, TransferFailed
 from core.messages.to_rank import Span
-from kv_transfer.channels.nixl_agent import DONE, UNDER_WAY, Agent, RemotePool, Slab
-from kv_transfer.channels.one_sided import PullingReceiver, shape_of
+from kv_transfer.channels.nixl_agent import DONE, UNDER_WAY, Agent, NixlPlace, Slab
+from kv_transfer.channels.one_sided import PullingReceiver
+from kv_transfer.channels.pool_handle import PoolHandle
 from kv_transfer.channels.protocol import Terms
 from kv_transfer.channels.shared_memory import OneSidedSender
 from kv_transfer.runs import runs_of
@@ -41,7 +42,7 @@ class NixlConnector:
     @property
     def rendezvous(self) -> str:
         """What lets a peer read the pool."""
-        return self._agent.told.encode()
+        return PoolHandle.of(self._pool, self._agent.place).encode()
 
     def sender_end(self, terms: Terms) -> OneSidedSender:
         """See Connector."""
@@ -51,7 +52,7 @@ class NixlConnector:
         """See Connector."""
 
         def open_peer(aborted: threading.Event) -> _Peer:
-            return _Peer(self._agent, RemotePool.decode(rendezvous), self._pool, aborted)
+            return _Peer(self._agent, PoolHandle.decode(rendezvous, NixlPlace), self._pool, aborted)
 
         return PullingReceiver(f"{terms.channel} receiver", self._pool, open_peer)
 
@@ -63,18 +64,18 @@ class NixlConnector:
 class _Peer:
     """A peer's pool within NIXL's reach."""
 
-    def __init__(self, agent: Agent, told: RemotePool, pool: Tensor, aborted: threading.Event) -> None:
+    def __init__(self, agent: Agent, told: PoolHandle[NixlPlace], pool: Tensor, aborted: threading.Event) -> None:
         """Raises TransferFailed for a pool that does not fit, or whom NIXL cannot connect to."""
-        self._shape = shape_of(pool, told.shape, told.dtype)
+        self._shape = told.require_fits(pool)
         self._agent = agent
-        self._told = told
+        self._peer = told.place
         self._aborted = aborted
         self._device = pool.device
         self._stream: Any = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
         self._slab: Slab | None = None
         self._pulling = threading.Lock()
         self._is_over = False
-        agent.join(told)
+        agent.join(told.place)
 
     def pull(self, source: Span, deadline: float) -> Tensor:
         """See PeerPool."""
@@ -85,13 +86,13 @@ class _Peer:
             num_bytes = span_bytes(self._shape, source)
             slab = self._take(num_bytes)
             filled = slab.memory[:num_bytes]
-            read, state = self._agent.begin(self._told, runs_of(self._shape, source), filled)
+            read, state = self._agent.begin(self._peer, runs_of(self._shape, source), filled)
             while state == UNDER_WAY and not self._aborted.is_set() and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
                 state = self._agent.state(read)
             if state != DONE:
                 self._slab = None
-                self._agent.give_up(read, slab, self._told)
+                self._agent.give_up(read, slab, self._peer)
                 raise TransferFailed(f"aborted, or not over before the deadline, or failed: {state}")
             self._agent.release(read)
             return filled
@@ -114,7 +115,7 @@ class _Peer:
             self._is_over = True
             if self._slab is not None:
                 self._agent.deregister(self._slab)
-            self._agent.leave(self._told)
+            self._agent.leave(self._peer)
 
     def _take(self, num_bytes: int) -> Slab:
         if self._slab is None or self._slab.memory.numel() < num_bytes:

@@ -5,23 +5,19 @@ removing the peer keeps late bytes out of the local memory, so the slab of a rea
 read is over, or the agent gone.
 """
 
-import base64
-import binascii
-import json
 import logging
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 from torch import Tensor
 
-from core.errors import TransferFailed
 from kv_transfer.runs import Runs
 
 log = logging.getLogger(__name__)
@@ -32,29 +28,13 @@ _BACKEND = "UCX"
 
 
 @dataclass(frozen=True)
-class RemotePool:
-    """What lets a peer read a pool."""
+class NixlPlace:
+    """Where a pool lies, and the agent that lets peers read it."""
 
     name: str  # of the agent, unique
-    metadata: str  # base64: of the agent, with the keys of its memory
+    metadata: bytes  # of the agent, with the keys of its memory
     address: int
-    shape: tuple[int, ...]
-    dtype: str
     gpu: int
-
-    def encode(self) -> str:
-        """As a rendezvous."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, rendezvous: str) -> "RemotePool":
-        """Raises TransferFailed for what `encode` did not write."""
-        try:
-            told = cls(**json.loads(rendezvous))
-            base64.b64decode(told.metadata, validate=True)
-        except (ValueError, TypeError, binascii.Error) as error:
-            raise TransferFailed(f"not a pool of NIXL: {rendezvous[:80]!r}") from error
-        return told
 
 
 @dataclass
@@ -80,19 +60,12 @@ class Agent:
         self._num_users: Counter[str] = Counter()
         self._given_up: list[tuple[Any, Slab, str]] = []  # (read, slab, peer)
         self._pool = self.register(pool)
-        self._told = RemotePool(
-            self._nixl.name,
-            base64.b64encode(self._nixl.get_agent_metadata()).decode(),
-            pool.data_ptr(),
-            tuple(pool.shape),
-            str(pool.dtype),
-            self._gpu,
-        )
+        self._place = NixlPlace(self._nixl.name, self._nixl.get_agent_metadata(), pool.data_ptr(), self._gpu)
 
     @property
-    def told(self) -> RemotePool:
-        """What peers need to read the pool; slabs are not among it."""
-        return self._told
+    def place(self) -> NixlPlace:
+        """Of the pool; slabs are not among it."""
+        return self._place
 
     def register(self, memory: Tensor) -> Slab:
         """Lets reads fill it, and peers read it whom metadata of later tells so."""
@@ -104,25 +77,25 @@ class Agent:
         with suppress(Exception):
             self._nixl.deregister_memory(slab.registration)
 
-    def join(self, told: RemotePool) -> None:
+    def join(self, peer: NixlPlace) -> None:
         """Connects to a peer. Every `join` is followed by one `leave`."""
         with self._lock:
             self._let_go()
-            if not self._num_users[told.name]:  # adding it again would disturb its reads
-                self._nixl.add_remote_agent(base64.b64decode(told.metadata))
-            self._num_users[told.name] += 1
+            if not self._num_users[peer.name]:  # adding it again would disturb its reads
+                self._nixl.add_remote_agent(peer.metadata)
+            self._num_users[peer.name] += 1
 
-    def leave(self, told: RemotePool) -> None:
+    def leave(self, peer: NixlPlace) -> None:
         """The last user's leave disconnects."""
         with self._lock:
-            self._leave(told.name)
+            self._leave(peer.name)
 
-    def begin(self, told: RemotePool, runs: Runs, slab: Tensor) -> tuple[Any, str]:
+    def begin(self, peer: NixlPlace, runs: Runs, slab: Tensor) -> tuple[Any, str]:
         """Posts a read of a peer's runs into a slab; returns the read and its state."""
         ours = _descriptors(slab.data_ptr(), np.cumsum(runs.lengths) - runs.lengths, runs.lengths, self._gpu)
-        theirs = _descriptors(told.address, runs.starts, runs.lengths, told.gpu)
+        theirs = _descriptors(peer.address, runs.starts, runs.lengths, peer.gpu)
         to_slab, from_peer = (self._nixl.get_xfer_descs(table, self._memory_type) for table in (ours, theirs))
-        read = self._nixl.initialize_xfer("READ", to_slab, from_peer, told.name)
+        read = self._nixl.initialize_xfer("READ", to_slab, from_peer, peer.name)
         return read, _or_failed(self._nixl.transfer, read)
 
     def state(self, read: Any) -> str:
@@ -133,11 +106,11 @@ class Agent:
         """Of a read that is over."""
         self._nixl.release_xfer_handle(read)
 
-    def give_up(self, read: Any, slab: Slab, told: RemotePool) -> None:
+    def give_up(self, read: Any, slab: Slab, peer: NixlPlace) -> None:
         """Keeps what a read may still write to, and the peer, without whom nothing tells when it is over."""
         with self._lock:
-            self._num_users[told.name] += 1
-            self._given_up.append((read, slab, told.name))
+            self._num_users[peer.name] += 1
+            self._given_up.append((read, slab, peer.name))
 
     def close(self) -> None:
         """Ends the agent, and with it every read."""

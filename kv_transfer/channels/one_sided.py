@@ -6,16 +6,14 @@ destination is written only once the slab is whole and unless its landing was re
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
 from kv_transfer.channels.lane import Lane
 from kv_transfer.channels.protocol import Landing, Passage
@@ -74,14 +72,3 @@ class PullingReceiver:
         finally:
             landing.end_write()
         return Passage(span_bytes(self._pool, destination), begun_at, arrived_at, time.monotonic())
-
-
-def shape_of(pool: Tensor, sizes: Sequence[int], dtype: str) -> Tensor:
-    """A peer's pool as a tensor without memory. Raises TransferFailed unless KV can pass to `pool` as it is.
-
-    The number of blocks and of heads may differ.
-    """
-    ours = (str(pool.dtype), pool.shape[0], *pool.shape[4:])
-    if len(sizes) != 6 or sizes[2] != 2 or (dtype, sizes[0], *sizes[4:]) != ours:
-        raise TransferFailed(f"a pool {tuple(sizes)} of {dtype} does not fit one {tuple(pool.shape)} of {pool.dtype}")
-    return torch.empty(tuple(sizes), dtype=pool.dtype, device="meta")

@@ -254,9 +254,9 @@ def test_the_queue_is_bounded_and_its_waits_end(admission):
 def test_reservations_of_a_dead_ingress_expire_and_renewed_ones_do_not(admission):
     plan_one(admission, reserve("dead"))
     plan_one(admission, reserve("alive"))
-    admission.renew(("alive", "unknown"), 9.0)
+    admission.reservations.renew(("alive", "unknown"), 9.0)
     admission.expire(10.0)
-    assert admission.num_reserved == 1
+    assert len(admission.reservations) == 1
     admission.finish("alive", 0, 10.0)
     assert all(view.num_reservations == 0 for view in admission.fleet)
 
@@ -274,7 +274,7 @@ def test_a_finish_that_overtakes_its_reserve_leaves_nothing(admission):
         admission.reserve(reserve("r"), 0.0)
     assert plan_one(admission, reserve("r", attempt=1)).attempt == 1
     admission.finish("r", 0, 0.0)
-    assert admission.num_reserved == 1
+    assert len(admission.reservations) == 1
 
 
 def test_the_index_matches_leading_blocks_only():

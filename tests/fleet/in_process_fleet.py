@@ -92,7 +92,7 @@ class FleetHandle:
             books = service._handoffs if replica.info.role is Role.DECODE else service._deliveries
             held[f"{name} books"] = len(books)
             pool.validate()
-        held["reserved"] = self.scheduler._admission.num_reserved
+        held["reserved"] = len(self.scheduler._admission.reservations)
         held["waiting"] = self.scheduler._admission.num_waiting
         return {name: count for name, count in held.items() if count}
 

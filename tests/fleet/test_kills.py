@@ -147,8 +147,8 @@ class Processes:
                 held[name] = "silent"
             elif view.status.num_waiting or view.status.num_running or view.status.num_free_blocks < info.num_blocks:
                 held[name] = view.status
-        if admission.num_reserved or admission.num_waiting:
-            held["scheduler"] = admission.num_reserved, admission.num_waiting
+        if len(admission.reservations) or admission.num_waiting:
+            held["scheduler"] = len(admission.reservations), admission.num_waiting
         return held
 
 

@@ -15,7 +15,7 @@ from core.errors import TransferFailed
 from core.kv_layout import KVLayout
 from core.messages.to_rank import Copy, FetchBlocks, SlabHeader
 from kv_transfer.digest import digest
-from kv_transfer.plan import Stages, plan_stages
+from kv_transfer.plan import Move, Stages, plan_stages
 
 DEGREES = [1, 2, 4]
 SIZES = [8, 16, 32]
@@ -68,7 +68,7 @@ class Story:
         return part
 
     def stages(self, rank: int, layers: range) -> Stages:
-        return plan_stages(*self.layouts, rank, layers.start, len(layers), *self.blocks, self.tokens)
+        return plan_stages(Move(*self.layouts, layers, *self.blocks, self.tokens), rank)
 
     async def hand_over(self, layers: range) -> int:
         """Both stages on all ranks; returns the bytes that they received."""

@@ -1,15 +1,12 @@
 """Channels whose receiver reads the sender's pool by itself, the sender in a process of its own."""
 
-import base64
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,9 @@ import torch
 from transfer_fleet import HOST, SHARED_PATHS, layout_of, random_pools, shared
 
 from core.config import TransferConfig
-from core.errors import ConfigurationError, TransferFailed
+from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
-from kv_transfer.channels.cuda_ipc import PoolHandle, require_cuda_malloc
-from kv_transfer.channels.one_sided import PullingReceiver, shape_of
+from kv_transfer.channels.one_sided import PullingReceiver
 from kv_transfer.channels.protocol import ChannelId, Landing, Terms
 from kv_transfer.channels.select import make_connectors
 from kv_transfer.runs import runs_of
@@ -269,49 +265,3 @@ def test_runs_follow_the_order_of_gather(span):
     runs, stored = runs_of(pool, span), pool.view(torch.uint8).flatten()
     pieces = [stored[start : start + size] for start, size in zip(runs.starts, runs.lengths, strict=True)]
     assert torch.cat(pieces).equal(slab)
-
-
-# ---- what a rendezvous tells ----------------------------------------------------------------------------------------
-
-
-def handle_of(pool: torch.Tensor) -> PoolHandle:
-    raw = base64.b64encode(bytes([2]) + b"c" + bytes(range(64))).decode()
-    num_bytes = pool.numel() * pool.element_size()
-    return PoolHandle(raw, num_bytes, 512, tuple(pool.shape), str(pool.dtype), "GPU-1")
-
-
-def test_a_cuda_handle_survives_its_rendezvous():
-    told = handle_of(pool_of(0))
-    back = PoolHandle.decode(told.encode())
-    assert replace(back, shape=tuple(back.shape)) == told
-    assert base64.b64decode(back.handle)[2:] == bytes(range(64))
-    assert back.require_fits(pool_of(0)).shape == (3, NUM_BLOCKS, 2, 4, 4, 8)
-
-
-@pytest.mark.parametrize("text", ["", "host:1234", "{}", "[1, 2]", '{"handle": "AA=="}'])
-def test_what_is_no_cuda_handle_is_refused(text):
-    with pytest.raises(TransferFailed, match="not the handle"):
-        PoolHandle.decode(text)
-    torn = {**asdict(handle_of(pool_of(0))), "handle": "AA="}
-    with pytest.raises(TransferFailed, match="not the handle"):
-        PoolHandle.decode(json.dumps(torn))
-
-
-def test_only_pools_of_the_same_cells_fit():
-    ours, bf16 = pool_of(0), "torch.bfloat16"
-    assert shape_of(ours, (3, 7, 2, 1, 4, 8), bf16).shape == (3, 7, 2, 1, 4, 8)  # other blocks, other heads
-    foreign = [(4, 24, 2, 4, 4, 8), (3, 24, 2, 4, 16, 8), (3, 24, 2, 4, 4, 16), (3, 24, 1, 4, 4, 8), (3, 24)]
-    for sizes in foreign:
-        with pytest.raises(TransferFailed, match="does not fit"):
-            shape_of(ours, sizes, bf16)
-    with pytest.raises(TransferFailed, match="float16"):
-        shape_of(ours, tuple(ours.shape), "torch.float16")
-    with pytest.raises(TransferFailed, match="do not hold"):
-        replace(handle_of(ours), num_bytes=100).require_fits(ours)
-
-
-def test_memory_of_an_expandable_segment_is_refused_with_what_to_do():
-    require_cuda_malloc(b"\x02c" + bytes(64))
-    with pytest.raises(ConfigurationError, match="drop expandable_segments from PYTORCH_CUDA_ALLOC_CONF") as raised:
-        require_cuda_malloc(b"\x02e" + bytes(100))
-    assert raised.value.field == "channel"

@@ -11,7 +11,7 @@ from transfer_fleet import random_pools
 from core.errors import Incompatible
 from core.kv_layout import KVLayout
 from core.messages.to_rank import Copy
-from kv_transfer.plan import plan_copies, plan_stages, split_into_slabs
+from kv_transfer.plan import Move, plan_copies, plan_stages, source_ranks, split_into_slabs
 from kv_transfer.spans import copy_span, span_bytes
 
 DEGREES = [1, 2, 4, 8]
@@ -36,7 +36,9 @@ def test_every_pair_of_degrees_is_byte_exact(source_tp, destination_tp, num_kv_h
     wanted, before = random_pools(destination, 6, seed=1), random_pools(destination, 8, seed=2)
     for rank in range(destination_tp):
         got = before[rank].clone()
-        carry_out(plan_copies(source, destination, rank, 1, 2, (5, 0, 3), (2, 7, 1)), sources, got)
+        copies = plan_copies(Move(source, destination, range(1, 3), (5, 0, 3), (2, 7, 1)), rank)
+        assert tuple(copy.source_rank for copy in copies) == source_ranks(source, destination, rank)
+        carry_out(copies, sources, got)
         assert got[1:, [2, 7, 1]].equal(wanted[rank][1:, [5, 0, 3]])
         assert got[0].equal(before[rank][0])
         assert got[:, [0, 3, 4, 5, 6]].equal(before[rank][:, [0, 3, 4, 5, 6]])
@@ -52,7 +54,7 @@ def test_replicated_heads_are_read_once_each_and_spread_over_the_replicas(
     source, destination = layout_of(source_tp, num_kv_heads=2), layout_of(destination_tp, num_kv_heads=2)
     reads = Counter()
     for rank in range(destination_tp):
-        copies = plan_copies(source, destination, rank, 0, 3, (0,), (0,))
+        copies = plan_copies(Move(source, destination, range(3), (0,), (0,)), rank)
         assert len({copy.source_rank for copy in copies}) == len(copies)
         assert sum(copy.source.num_heads for copy in copies) == destination.heads_per_rank
         reads.update(copy.source_rank for copy in copies)
@@ -66,7 +68,7 @@ def test_replicated_heads_are_read_once_each_and_spread_over_the_replicas(
 def test_layouts_that_differ_are_refused_by_field(field, value):
     changes = {"num_kv_heads": 4} | {field: value}
     with pytest.raises(Incompatible) as caught:
-        plan_copies(layout_of(1), layout_of(1, **changes), 0, 0, 3, (0,), (0,))
+        plan_copies(Move(layout_of(1), layout_of(1, **changes), range(3), (0,), (0,)), 0)
     assert caught.value.field == field
 
 
@@ -76,7 +78,7 @@ def test_latents_are_exchanged_with_latents_of_one_head_only():
         (layout_of(1, 2, latent=True), layout_of(1, 2, latent=True), "num_kv_heads"),
     ):
         with pytest.raises(Incompatible) as caught:
-            plan_stages(source, destination, 0, 0, 3, (0,), (0,))
+            plan_stages(Move(source, destination, range(3), (0,), (0,)), 0)
         assert caught.value.field == field
 
 
@@ -87,7 +89,7 @@ def test_slabs_cover_a_copy_once_within_their_size(num_blocks, slab_bytes, sourc
     taken, filled = (tuple(chosen.sample(range(12), num_blocks)) for _ in range(2))
     sources = random_pools(source, 12, seed=1)
     whole, cut = (random_pools(destination, 12, seed=2)[1] for _ in range(2))
-    copies = plan_copies(source, destination, 1, 0, 3, taken, filled)
+    copies = plan_copies(Move(source, destination, range(3), taken, filled), 1)
     slabs = tuple(slab for copy in copies for slab in split_into_slabs(copy, source, slab_bytes))
     carry_out(copies, sources, whole)
     carry_out(slabs, sources, cut)
@@ -107,7 +109,7 @@ def test_slabs_cover_a_copy_once_within_their_size(num_blocks, slab_bytes, sourc
 
 def test_slabs_are_as_large_as_allowed():
     layout = layout_of(1)  # a block of all layers has 3 * 2 * 4 heads * 2 * 4 * 2 bytes = 384
-    (copy,) = plan_copies(layout, layout, 0, 0, 3, tuple(range(10)), tuple(range(10)))
+    (copy,) = plan_copies(Move(layout, layout, range(3), tuple(range(10)), tuple(range(10))), 0)
     assert [len(s.source.blocks) for s in split_into_slabs(copy, layout, 4 * 384)] == [4, 4, 2]
     by_layers = split_into_slabs(copy, layout, 300)
     assert [(s.source.blocks, s.source.first_layer, s.source.num_layers) for s in by_layers[:2]] == [
@@ -129,7 +131,7 @@ def test_every_head_is_filled_once_from_a_rank_that_holds_it_and_its_replicas_sh
     reads = Counter({(head, rank): 0 for rank in range(source_tp) for head in source.heads_of_rank(rank)})
     for rank in range(destination_tp):
         filled = Counter()
-        for copy in plan_copies(source, destination, rank, 0, 3, source_blocks, destination_blocks):
+        for copy in plan_copies(Move(source, destination, range(3), source_blocks, destination_blocks), rank):
             taken_heads = source.heads_of_rank(copy.source_rank)[copy.source.first_head :][: copy.source.num_heads]
             filled_heads = destination.heads_of_rank(rank)[copy.destination.first_head :][: copy.destination.num_heads]
             assert taken_heads == filled_heads and len(filled_heads) == copy.destination.num_heads
@@ -157,7 +159,7 @@ def test_latents_cross_once_and_reach_every_rank(source_tp, destination_tp, size
     sources, pools = random_pools(source, 20, seed=1), random_pools(destination, 20, seed=2)
     num_tokens = 32
     taken, filled = (tuple(range(2, 2 + num_tokens // size)) for size in sizes)
-    stages = [plan_stages(source, destination, rank, 0, 3, taken, filled) for rank in range(destination_tp)]
+    stages = [plan_stages(Move(source, destination, range(3), taken, filled), rank) for rank in range(destination_tp)]
     crossed = Counter(
         (copy.source_rank, piece) for stage in stages for copy in stage.from_source for piece in copy.source.blocks
     )
@@ -189,7 +191,7 @@ def test_small_announcements_of_latents_are_shared_as_evenly_as_large_ones():
     for block in range(16):
         for rank in range(4):
             tokens = range(2 * block, 2 * block + 2)
-            for copy in plan_stages(source, destination, rank, 0, 3, (block,), (block,), tokens).from_source:
+            for copy in plan_stages(Move(source, destination, range(3), (block,), (block,), tokens), rank).from_source:
                 received[rank] += 1
                 sent[copy.source_rank] += 1
     assert received == dict.fromkeys(range(4), 4) and sent == {0: 8, 1: 8}
@@ -197,6 +199,6 @@ def test_small_announcements_of_latents_are_shared_as_evenly_as_large_ones():
 
 def test_heads_have_no_second_stage():
     for rank in range(4):
-        stages = plan_stages(layout_of(2), layout_of(4), rank, 0, 3, (1, 2), (3, 4))
-        assert stages.from_source == plan_copies(layout_of(2), layout_of(4), rank, 0, 3, (1, 2), (3, 4))
+        stages = plan_stages(Move(layout_of(2), layout_of(4), range(3), (1, 2), (3, 4)), rank)
+        assert stages.from_source == plan_copies(Move(layout_of(2), layout_of(4), range(3), (1, 2), (3, 4)), rank)
         assert stages.from_siblings == ()

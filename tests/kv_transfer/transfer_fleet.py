@@ -27,7 +27,7 @@ from kv_transfer.channels.protocol import Connector
 from kv_transfer.channels.select import make_connectors
 from kv_transfer.channels.strict import StrictLine
 from kv_transfer.channels.tcp import TcpConnector
-from kv_transfer.plan import plan_copies
+from kv_transfer.plan import Move, plan_copies
 
 HOST = "127.0.0.1"
 SMALL_SLABS = TransferConfig(slab_mib=0.002, pair_window_mib=0.004, rank_window_mib=0.006)
@@ -166,9 +166,9 @@ class Fleet:
         """Fetch of (source block, destination block) pairs of all layers."""
         layout = self.layouts[source]
         sources, destinations = (tuple(side) for side in zip(*blocks, strict=True))
-        copies = plan_copies(layout, self.layouts[destination], rank, 0, layout.num_layers, sources, destinations)
+        move = Move(layout, self.layouts[destination], range(layout.num_layers), sources, destinations)
         addresses = tuple(f"{source}/{peer}" for peer in range(layout.tensor_parallel))
-        return FetchBlocks(request, 1, addresses, layout, copies, timeout_s)
+        return FetchBlocks(request, 1, addresses, layout, plan_copies(move, rank), timeout_s)
 
     def full(self, replica: str, blocks: list[int]) -> torch.Tensor:
         """All heads of some blocks of a replica, [layers, blocks, planes, heads, size, dim]."""

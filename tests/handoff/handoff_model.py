@@ -1,4 +1,4 @@
-"""Every interleaving of two replicas' books, with memory that remembers what was written where.
+"""Two replicas' books, the wires between them, and memory that remembers what was written where.
 
 Prefill's and decode's production books run against tiny pools whose "KV" is the token prefix itself. Messages arrive
 in any order, fetches copy at their last moment, steps write at their end even when their request is long cancelled.
@@ -6,15 +6,12 @@ At every step of decode, each position must hold exactly its own prefix: a block
 """
 
 from collections import defaultdict
-from random import Random
 
-import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.block_hash import chain_seed, hash_blocks
-from core.errors import InvalidParameter, Overloaded, StaleMessage
+from core.errors import Overloaded, StaleMessage
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_decode import Abandon, Announce, Commit, Open, Sequence, Ticket
@@ -23,49 +20,20 @@ from core.messages.to_rank import Fetched
 from core.sampling import SamplingParams
 from decode_worker.handoffs import Handoffs
 from decode_worker.scheduler import DecodeScheduler
-from engine.batch import StepResult
 from engine.block_pool import BlockPool
-from kv_transfer.lease_book import LeaseBook, LeaseState
+from kv_transfer.lease_book import LeaseBook
 from kv_transfer.share_book import ShareBook
 from prefill_worker.deliveries import Deliveries
 from prefill_worker.scheduler import PrefillScheduler
+from tests.handoff.token_memory import BLOCK, LAYERS, Memory, Prefixed, draw
 
-BLOCK, LAYERS, POOL = 2, 2, 9
-COMMON = [1, 0, 1, 1, 0, 1, 0, 0, 1]  # what prompts often begin with
+POOL = 9
 LAYOUT = KVLayout(LAYERS, 1, 1, BLOCK, "float32", 1)
 
 
 def info(name: str, role: Role) -> ReplicaInfo:
     same = Compatibility("m", "r", "float32", BLOCK, "h")
     return ReplicaInfo(name, role, 1, (name,), LAYOUT, same, POOL, 3, 4, 64)
-
-
-class Memory:
-    """KV by (layer, block, slot): the token prefix up to that position."""
-
-    def __init__(self) -> None:
-        self.cells: dict[tuple[int, int, int], tuple[int, ...]] = {}
-
-    def write_step(self, sequence_step) -> None:
-        for offset in range(len(sequence_step.token_ids)):
-            position = sequence_step.first_position + offset
-            block = sequence_step.block_table[position // BLOCK]
-            prefix = sequence_step.prefix[: position + 1]
-            for layer in range(LAYERS):
-                self.cells[layer, block, position % BLOCK] = prefix
-
-
-class Prefixed:
-    """A sequence step together with the tokens before it, which the real engine would find in its KV."""
-
-    def __init__(self, step, tokens) -> None:
-        self.token_ids, self.first_position, self.block_table = step.token_ids, step.first_position, step.block_table
-        self.draw = step.draw
-        self.prefix = tuple(tokens[: step.first_position + len(step.token_ids)])
-
-
-def next_token(prefix: tuple[int, ...]) -> int:
-    return sum(prefix) % 2
 
 
 class HandoffModel(RuleBasedStateMachine):
@@ -196,7 +164,7 @@ class HandoffModel(RuleBasedStateMachine):
         for sequence in sequences:
             self.prefill_memory.write_step(sequence)
         self.prefill_step = None
-        for _, closing in self.deliveries.step_done(step, self.draw(sequences), self.now):
+        for _, closing in self.deliveries.step_done(step, draw(sequences), self.now):
             self.send([closing])
 
     @rule()
@@ -213,27 +181,14 @@ class HandoffModel(RuleBasedStateMachine):
         step, sequences = self.decode_step
         for sequence, advance in zip(sequences, step.advances, strict=True):
             if not advance.job.cancelled:
-                self.check_memory(sequence)
+                self.decode_memory.check(sequence)
             self.decode_memory.write_step(sequence)
         self.decode_step = None
-        for outcome in self.batch.finish(step, self.draw(sequences)):
+        for outcome in self.batch.finish(step, draw(sequences)):
             assert outcome.first_index < outcome.job.sequence.sampling.max_tokens
             if outcome.finish_reason is not None:
                 self.handoffs.end(outcome.job.request_id, outcome.job.attempt, self.now)
         self.settle()
-
-    def check_memory(self, sequence) -> None:
-        """What this step attends to is its own prefix, position by position."""
-        for position in range(sequence.first_position):
-            block = sequence.block_table[position // BLOCK]
-            for layer in range(LAYERS):
-                found = self.decode_memory.cells.get((layer, block, position % BLOCK))
-                assert found == sequence.prefix[: position + 1], f"position {position}: {found}"
-
-    @staticmethod
-    def draw(sequences) -> StepResult:
-        tokens = tuple(next_token(s.prefix) if s.draw is not None else None for s in sequences)
-        return StepResult(tokens, (None,) * len(tokens))
 
     # ---- plumbing -----------------------------------------------------------------------------------------------
 
@@ -242,7 +197,7 @@ class HandoffModel(RuleBasedStateMachine):
 
     def impatient(self) -> bool:
         """Whether some request waits for another's transfer although its own prefill is done."""
-        return any(handoff.owed and handoff.lease.commit for handoff in self.handoffs)
+        return any(handoff.shared.owed and handoff.lease.commit for handoff in self.handoffs)
 
     def settle(self) -> None:
         for handoff in self.handoffs.take_owed():
@@ -251,12 +206,12 @@ class HandoffModel(RuleBasedStateMachine):
         self.wire += [Release(h.request_id, h.message.attempt) for h in self.handoffs.take_releasable()]
         for handoff in self.handoffs.take_joined():
             self.joined += 1
-            self.shared += len(handoff.awaited)
+            self.shared += len(handoff.shared.awaited)
             assert handoff.sequence.num_uncomputed >= 1
 
     def borrow(self, handoff) -> None:
         """What another's transfer still owes comes from the source's cache, if it is there and decode has room."""
-        hashes = [h for _, h in handoff.owed if not self.decode_pool.match([h])]
+        hashes = [h for _, h in handoff.shared.owed if not self.decode_pool.match([h])]
         sources = self.prefill_pool.match(hashes)
         if len(sources) == len(hashes) <= self.decode_pool.num_free:
             blocks = self.decode_pool.allocate(len(hashes))
@@ -295,202 +250,3 @@ class HandoffModel(RuleBasedStateMachine):
         assert len(self.handoffs) == 0 and len(self.deliveries) == 0
         assert self.decode_pool.num_held == 0 and self.prefill_pool.num_held == 0
         assert self.decode_pool.num_promised == 0
-
-
-TestHandoffModel = HandoffModel.TestCase
-TestHandoffModel.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
-)
-
-
-def test_the_plain_path_ends_with_the_right_tokens():
-    model = HandoffModel()
-    model.request("a", [1, 0, 1, 1, 0], 4, False)
-    for _ in range(40):
-        while model.wire:
-            model.receive(model.wire.pop(0))
-        while model.fetches:
-            fetch = model.fetches.pop(0)
-            model.fetches.append(fetch)
-            model.end_fetch(_First(), False)
-        model.prefill_forward()
-        handoff = next(iter(model.handoffs), None)
-        if handoff is not None and handoff.job is not None:
-            last = handoff.sequence
-        model.decode_forward()
-    assert model.joined == 1
-    assert last.token_ids == [1, 0, 1, 1, 0, 1, 0, 0, 0]
-    model.teardown()
-
-
-class _First:
-    def draw(self, _):
-        return 0
-
-
-class _Random:
-    """Stands in for hypothesis' data: any index of a list of at most `size`."""
-
-    def __init__(self, random: Random, size: int) -> None:
-        self.random, self.size = random, size
-
-    def draw(self, _):
-        return self.random.randrange(self.size)
-
-
-def run_random(seed: int, num_actions: int) -> HandoffModel:
-    """Long random lives, for what takes more steps than a search by rules affords."""
-    random, model = Random(seed), HandoffModel()
-    for _ in range(num_actions):
-        action = random.random()
-        if action < 0.06:
-            tokens = [random.randrange(2) for _ in range(random.randint(1, 9))]
-            tokens = tokens if random.random() < 0.3 else COMMON[: len(tokens)]
-            model.request(random.choice("abcd"), tokens, random.randint(1, 4), random.random() < 0.2)
-        elif action < 0.07:
-            model.cancel(random.choice("abcd"), random.random() < 0.5)
-        elif action < 0.45 and model.wire:
-            model.deliver(_Random(random, len(model.wire)), random.random() < 0.1)
-        elif action < 0.62 and model.fetches:
-            model.end_fetch(_Random(random, len(model.fetches)), random.random() < 0.1)
-        elif action < 0.82:
-            model.prefill_forward()
-        else:
-            model.decode_forward()
-        model.books_balance()
-    return model
-
-
-def test_a_prefix_that_is_on_its_way_is_sent_once():
-    model = HandoffModel()
-    model.request("a", COMMON[:5], 4, False)
-    model.request("b", COMMON[:7], 4, False)
-    tickets = [message.ticket for message in model.wire]
-    assert [(t.first_missing_block, t.num_blocks) for t in tickets] == [(0, 3), (2, 4)]
-    for _ in range(30):
-        while model.wire:
-            model.receive(model.wire.pop(0))
-        while model.fetches:
-            model.end_fetch(_First(), False)
-        model.prefill_forward()
-    assert model.joined == 2 and model.shared == 2
-    model.teardown()
-
-
-@pytest.mark.parametrize("is_evicted", [False, True])
-def test_who_waits_for_a_prefix_that_never_comes_takes_it_from_its_source(is_evicted):
-    model = HandoffModel()
-    model.request("a", COMMON[:5], 4, False)
-    model.request("b", COMMON[:7], 4, False)
-    model.cancel("a", True)
-    assert model.orphaned == 0, "prefill has not computed it yet"
-    while not model.orphaned:
-        commits = [message for message in model.wire if isinstance(message, Commit)]
-        if commits and is_evicted:
-            model.prefill_pool.match = lambda hashes: []
-        while model.wire:
-            model.receive(model.wire.pop(0))
-        while model.fetches:
-            model.end_fetch(_First(), False)
-        model.prefill_forward()
-    assert (model.joined, len(model.handoffs)) == ((0, 0) if is_evicted else (1, 1))
-    model.teardown()
-
-
-def test_long_random_lives_end_with_nothing_held():
-    joined = shared = orphaned = 0
-    for seed in range(20):
-        model = run_random(seed, 1500)
-        joined, shared, orphaned = joined + model.joined, shared + model.shared, orphaned + model.orphaned
-        model.teardown()
-    print(f"{joined} requests joined decode, {shared} blocks came with another's transfer, {orphaned} waited in vain")
-    assert joined > 300 and shared > 10 and orphaned > 1
-
-
-def forget_writers(monkeypatch):
-    monkeypatch.setattr(BlockPool, "begin_write", lambda self, blocks: None)
-    monkeypatch.setattr(BlockPool, "end_write", lambda self, blocks: None)
-
-
-def forget_readers(monkeypatch):
-    monkeypatch.setattr(BlockPool, "begin_read", lambda self, blocks: None)
-    monkeypatch.setattr(BlockPool, "end_read", lambda self, blocks: None)
-
-
-def free_before_quiet(monkeypatch):
-    """Decode frees the blocks of an ended attempt while a fetch still writes them."""
-    end = Handoffs.end
-
-    def end_at_once(self, request_id, attempt, now):
-        handoff = end(self, request_id, attempt, now)
-        if handoff is not None:
-            for number, blocks in handoff.writing.items():
-                self._pool.end_write(blocks)
-                handoff.writing[number] = []
-        return handoff
-
-    monkeypatch.setattr(Handoffs, "end", end_at_once)
-
-
-def ignore_attempts(monkeypatch):
-    def current(self, request_id, attempt, lease_id):
-        if request_id not in self._leases:
-            raise StaleMessage("unknown")
-        return self._leases[request_id]
-
-    monkeypatch.setattr(LeaseBook, "_current", current)
-
-
-def complete_too_early(monkeypatch):
-    """A commit counts as the last byte."""
-
-    def complete(self, lease):
-        if lease.state is LeaseState.COMMITTED and len(lease.announced) == lease.commit.num_announcements:
-            lease.to(LeaseState.COMPLETE)
-
-    monkeypatch.setattr(LeaseBook, "_complete_if_whole", complete)
-
-
-def commit_twice(monkeypatch):
-    """A repeated commit is taken for another one."""
-    commit = LeaseBook.commit
-
-    def commit_again(self, message):
-        lease = self.find(message.request_id)
-        if lease is not None and lease.commit == message:
-            lease.commit = None
-        return commit(self, message)
-
-    monkeypatch.setattr(LeaseBook, "commit", commit_again)
-
-
-def share_half_a_block(monkeypatch):
-    """A block whose first layer has come is given to those who await it."""
-    fetched = LeaseBook.fetched
-
-    def fetched_some(self, lease, number):
-        fetched(self, lease, number)
-        message = lease.announced[number]
-        return list(range(message.first_block, message.first_block + len(message.source_blocks)))
-
-    monkeypatch.setattr(LeaseBook, "fetched", fetched_some)
-
-
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        forget_writers,
-        forget_readers,
-        free_before_quiet,
-        ignore_attempts,
-        complete_too_early,
-        commit_twice,
-        share_half_a_block,
-    ],
-)
-def test_the_model_catches(mutation, monkeypatch):
-    """Break one rule, and the random lives must notice it."""
-    mutation(monkeypatch)
-    with pytest.raises((AssertionError, KeyError, IndexError, InvalidParameter)):
-        for seed in range(40):
-            run_random(seed, 1500).teardown()

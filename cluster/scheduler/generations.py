@@ -1,0 +1,57 @@
+"""Which generations of the fleet can answer requests at one moment, and which of them answers a given one. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.scheduler.asked_sizes import Asked
+from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.traffic import TrafficSplit
+from core.errors import PromptTooLong
+from core.messages.fleet import Role
+from core.messages.to_scheduler import Reserve
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Where requests can go at one moment."""
+
+    traffic: TrafficSplit
+    decodes: Mapping[str, list[ReplicaView]]  # by generation, those without any left out
+    longest: Mapping[str, int]  # tokens that one of them can hold, by generation
+    asleep: tuple[str, ...]  # generations with traffic that were scaled to zero
+
+    @classmethod
+    def at(cls, now: float, fleet: FleetView, traffic: TrafficSplit, sizes: Mapping[str, Asked]) -> "Generations":
+        """`sizes`, by generation, are what autoscalers ask for: none for one that sleeps."""
+        decodes: dict[str, list[ReplicaView]] = {}
+        for decode in fleet.usable(Role.DECODE, now):
+            decodes.setdefault(decode.info.generation, []).append(decode)
+        longest = {g: max(decode.info.max_model_len for decode in of_one) for g, of_one in decodes.items()}
+        weights = traffic.weights
+        asleep = [g for g, asked in sizes.items() if weights.get(g, 0.0) > 0 and asked[Role.DECODE].num_replicas == 0]
+        return cls(traffic, decodes, longest, tuple(asleep))
+
+    def answering(self, request: Reserve) -> str:
+        """Tokens that were shown bind a request to the weights that made them, as long as those are served.
+
+        Another one goes where it fits: it would wait in vain elsewhere, and all others behind it. A generation that
+        sleeps counts too: who waits for it makes its autoscaler bring a replica.
+        """
+        if not self.decodes:
+            return self.traffic.choose(request.request_id, self.traffic.weights)
+        if request.generation and request.generation in self.decodes:
+            return request.generation
+        num_tokens = request.num_tokens + request.max_new_tokens
+        fitting = [g for g, longest in self.longest.items() if num_tokens <= longest]
+        return self.traffic.choose(request.request_id, {*(fitting or self.decodes), *self.asleep})
+
+    def too_long(self, request: Reserve) -> PromptTooLong | None:
+        """The error when no decode replica can ever hold a request."""
+        limit = max(self.longest.values(), default=None)
+        if limit is None or request.num_tokens + request.max_new_tokens <= limit:
+            return None
+        return PromptTooLong(
+            f"{request.num_tokens} prompt and {request.max_new_tokens} output tokens exceed the {limit} tokens "
+            "that a decode replica's KV cache holds",
+            field="max_tokens",
+        )

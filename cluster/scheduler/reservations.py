@@ -1,0 +1,84 @@
+"""Dispatched requests, and what each of them holds of its replicas until it finishes or nobody renews it. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.scheduler.decision import Decision
+from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from core.messages.to_scheduler import Reserve
+
+
+@dataclass
+class Reservation:
+    """A dispatched request."""
+
+    request_id: str
+    attempt: int
+    prefill_id: str | None
+    decode_id: str
+    generation: str
+    expires_at: float
+    decoding_since: float | None = None
+
+
+class Reservations:
+    """One per request. What a replica holds is written in the fleet's view of it."""
+
+    def __init__(self, fleet: FleetView, ttl_s: float) -> None:
+        self._fleet = fleet
+        self._ttl_s = ttl_s
+        self._reservations: dict[str, Reservation] = {}
+
+    def __len__(self) -> int:
+        return len(self._reservations)
+
+    def find(self, request_id: str) -> Reservation | None:
+        """The request's, if it was dispatched and is not over."""
+        return self._reservations.get(request_id)
+
+    def book(self, request: Reserve, decision: Decision, now: float) -> None:
+        """Reserves what a decision takes of its replicas."""
+        prefill, decode = decision.prefill, decision.decode
+        (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
+        decode.decode_requests[request.request_id] = decision.num_decode_blocks
+        self._reservations[request.request_id] = Reservation(
+            request.request_id,
+            request.attempt,
+            prefill.info.replica_id if prefill else None,
+            decode.info.replica_id,
+            decode.info.generation,
+            now + self._ttl_s,
+        )
+
+    def progress(self, request_id: str, now: float) -> None:
+        """Its first token is out: prefill is free again, and decode's own report counts its blocks."""
+        reservation = self._reservations.get(request_id)
+        if reservation is None:
+            return
+        reservation.decoding_since = now
+        for replica in self._replicas_of(reservation):
+            replica.prefill_tokens.pop(request_id, None)
+            if request_id in replica.decode_requests:
+                replica.decode_requests[request_id] = 0
+
+    def drop(self, request_id: str) -> None:
+        """Its replicas are free of it; idempotent."""
+        reservation = self._reservations.pop(request_id, None)
+        if reservation is not None:
+            for replica in self._replicas_of(reservation):
+                replica.prefill_tokens.pop(request_id, None)
+                replica.decode_requests.pop(request_id, None)
+
+    def renew(self, request_ids: Iterable[str], now: float) -> None:
+        """Keeps reservations alive; unknown ones are ignored (a restarted scheduler knows none)."""
+        for request_id in request_ids:
+            if request_id in self._reservations:
+                self._reservations[request_id].expires_at = now + self._ttl_s
+
+    def expired(self, now: float) -> list[str]:
+        """Requests that nobody renewed in time; the caller drops them."""
+        return [reservation.request_id for reservation in self._reservations.values() if reservation.expires_at <= now]
+
+    def _replicas_of(self, reservation: Reservation) -> list[ReplicaView]:
+        ids = (reservation.prefill_id, reservation.decode_id)
+        return [replica for i in ids if i is not None and (replica := self._fleet.get(i)) is not None]
