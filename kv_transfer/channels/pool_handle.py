@@ -56,8 +56,8 @@ class PoolHandle(Generic[PlaceT]):
         The number of blocks and of heads may differ.
         """
         sizes, dtype = self.shape, self.dtype
-        ours = (str(pool.dtype), pool.shape[0], *pool.shape[4:])
-        if len(sizes) != 6 or sizes[2] != 2 or (dtype, sizes[0], *sizes[4:]) != ours:
+        ours = (str(pool.dtype), pool.shape[0], pool.shape[2], *pool.shape[4:])
+        if len(sizes) != 6 or (dtype, sizes[0], sizes[2], *sizes[4:]) != ours:
             raise TransferFailed(f"a pool {sizes} of {dtype} does not fit one {tuple(pool.shape)} of {pool.dtype}")
         return torch.empty(sizes, dtype=pool.dtype, device="meta")
 

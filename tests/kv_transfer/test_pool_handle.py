@@ -83,3 +83,11 @@ def test_memory_of_an_expandable_segment_is_refused_with_what_to_do():
     with pytest.raises(ConfigurationError, match="drop expandable_segments from PYTORCH_CUDA_ALLOC_CONF") as raised:
         require_cuda_malloc(b"\x02e" + bytes(100))
     assert raised.value.field == "channel"
+
+
+def test_latents_pass_to_latents_alone():
+    latents = torch.zeros(3, 24, 1, 1, 4, 8, dtype=torch.bfloat16)
+    told = replace(TOLD, shape=(3, 24, 1, 1, 4, 8))
+    assert told.require_fits(latents).shape == (3, 24, 1, 1, 4, 8)
+    with pytest.raises(TransferFailed, match="does not fit"):
+        told.require_fits(OURS)
