@@ -24,8 +24,9 @@ from bench.random_checkpoint import SHAPES, write_random_checkpoint
 from core.kv_layout import DTYPE_BYTES
 from engine.arithmetic import arithmetic_dtype
 from engine.batch import Draw, SequenceStep, StepBatch
-from engine.checkpoint import ModelSpec, load_model_spec
+from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
+from engine.model_spec import ModelSpec
 from engine.rank_group import SingleRank
 from engine.runner import ModelRunner
 from engine.weights import TORCH_DTYPES

@@ -42,8 +42,9 @@ from core.kv_layout import KVLayout
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_decode import Phases
 from core.sampling import SamplingParams
-from engine.checkpoint import ModelSpec, load_model_spec
+from engine.checkpoint import load_model_spec
 from engine.layer_groups import layer_groups
+from engine.model_spec import ModelSpec
 
 PLACEMENTS = ("pair", "local")
 REQUEST_TIMEOUT_S = 600.0

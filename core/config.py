@@ -47,6 +47,7 @@ class PoolConfig(Section):
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     tensor_parallel: int = Field(default=1, ge=1)
+    whole_experts: bool = False  # ranks share experts out, instead of splitting each: expert parallel
     dtype: Dtype | None = None  # None takes the model section's; pools that hand KV over must agree
     device: Device = "cpu"
     num_blocks: int | None = Field(default=None, ge=2)  # None derives it from memory_fraction or, on CPU, kv_cache_mib

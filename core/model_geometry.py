@@ -1,6 +1,7 @@
 """The sizes of a decoder-only model, as far as memory and splitting depend on them; read without torch."""
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,18 @@ _REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
-_HEAD_DIM_OF_TYPE = {"qwen3": 128}  # where config.json may leave it out and it is not hidden_size / heads
+_HEAD_DIM_OF_TYPE = {"qwen3": 128, "qwen3_moe": 128, "gemma2": 256, "gemma3_text": 256}  # if config.json has none
+_TIED_TYPES = ("gemma2", "gemma3_text")  # unless config.json says otherwise
+
+
+@dataclass(frozen=True)
+class ExpertGeometry:
+    """Mixtures of experts: layers from `num_dense_layers` on have one, of experts of one inner size."""
+
+    num_experts: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    num_dense_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,13 +45,24 @@ class ModelGeometry:
     tie_word_embeddings: bool
     max_model_len: int
     dtype: str
+    experts: ExpertGeometry | None = None
 
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, biases and norms left out."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        block = attention + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * block + self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * attention + self._mlp_parameters + embeddings
+
+    @property
+    def _mlp_parameters(self) -> int:
+        dense = 3 * self.hidden_size * self.intermediate_size
+        if self.experts is None:
+            return self.num_layers * dense
+        found = self.experts
+        inner = found.num_experts * found.intermediate_size + found.shared_intermediate_size
+        mixture = self.hidden_size * (3 * inner + found.num_experts)
+        return found.num_dense_layers * dense + (self.num_layers - found.num_dense_layers) * mixture
 
     def weight_bytes_per_rank(self, tensor_parallel: int) -> int:
         """Bytes of one rank's share, what ranks replicate left out."""
@@ -47,16 +70,25 @@ class ModelGeometry:
 
     def kv_layout(self, tensor_parallel: int, block_size: int) -> KVLayout:
         """Raises ConfigurationError when the model cannot be split that way."""
-        if self.num_heads % tensor_parallel or self.intermediate_size % tensor_parallel:
-            raise ConfigurationError(
-                f"tensor_parallel {tensor_parallel} must divide {self.num_heads} attention heads and "
-                f"an intermediate size of {self.intermediate_size}"
-            )
+        if self.num_heads % tensor_parallel:
+            raise ConfigurationError(f"tensor_parallel {tensor_parallel} must divide {self.num_heads} attention heads")
+        for size in self._inner_sizes():
+            if size % tensor_parallel:
+                raise ConfigurationError(
+                    f"tensor_parallel {tensor_parallel} must divide an intermediate size of {size}"
+                )
         if max(tensor_parallel, self.num_kv_heads) % min(tensor_parallel, self.num_kv_heads):
             raise ConfigurationError(
                 f"tensor_parallel {tensor_parallel} must divide {self.num_kv_heads} KV heads, or be a multiple of them"
             )
         return KVLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, self.dtype, tensor_parallel)
+
+    def _inner_sizes(self) -> Iterator[int]:
+        if self.experts is None or self.experts.num_dense_layers:
+            yield self.intermediate_size
+        if self.experts is not None:
+            yield self.experts.intermediate_size
+            yield self.experts.shared_intermediate_size
 
 
 def read_geometry(folder: Path, dtype: str | None = None) -> ModelGeometry:
@@ -71,20 +103,37 @@ def read_geometry(folder: Path, dtype: str | None = None) -> ModelGeometry:
     missing = [name for name in _REQUIRED if not isinstance(config.get(name), int)]
     if missing:
         raise ConfigurationError(f"{file} names no {', '.join(missing)}")
-    heads = config["num_attention_heads"]
-    chosen = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return geometry_of(config, dtype)
+
+
+def geometry_of(config: Mapping[str, Any], dtype: str | None = None) -> ModelGeometry:
+    """Of what config.json holds, or of a configuration with its defaults filled in. Raises ConfigurationError."""
+    heads, kind = config["num_attention_heads"], str(config.get("model_type"))
+    chosen = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if chosen not in MODEL_DTYPES:
         raise ConfigurationError(f"dtype {chosen!r} is not supported; supported are {', '.join(MODEL_DTYPES)}")
-    default_head_dim = _HEAD_DIM_OF_TYPE.get(str(config.get("model_type")), config["hidden_size"] // heads)
     return ModelGeometry(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or default_head_dim,
+        head_dim=config.get("head_dim") or _HEAD_DIM_OF_TYPE.get(kind, config["hidden_size"] // heads),
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", kind in _TIED_TYPES)),
         max_model_len=config["max_position_embeddings"],
         dtype=chosen,
+        experts=_experts_of(config),
     )
+
+
+def _experts_of(config: Mapping[str, Any]) -> ExpertGeometry | None:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    number = next((int(config[name]) for name in names if config.get(name)), 0)
+    if not number:
+        return None
+    layers, step = range(config["num_hidden_layers"]), int(config.get("decoder_sparse_step") or 1)
+    dense = set(config.get("mlp_only_layers") or ()) | {layer for layer in layers if (layer + 1) % step}
+    size = int(config.get("moe_intermediate_size") or config["intermediate_size"])
+    num_dense = max(len(dense), int(config.get("first_k_dense_replace") or 0))
+    return ExpertGeometry(number, size, size * int(config.get("n_shared_experts") or 0), num_dense)

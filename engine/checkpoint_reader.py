@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import ConfigurationError
-from engine.checkpoint import ModelSpec, weight_files
+from engine.checkpoint import weight_files
+from engine.model_spec import ModelSpec
 from engine.parameters import Parameter, Part
 from engine.weights import TORCH_DTYPES
 

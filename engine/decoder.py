@@ -1,4 +1,4 @@
-"""The forward pass of a decoder-only transformer on one rank: embedding, blocks, logits.
+"""The forward pass of a decoder-only transformer on one rank: embedding, layers, logits.
 
 Shapes: T rows (tokens of the step), N of them draw; V rows of the vocabulary on this rank.
 """
@@ -7,27 +7,38 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm
 
 from core.kv_layout import KVLayout
 from engine.attention import AttentionStep
-from engine.checkpoint import ModelSpec
+from engine.attention_math import AttentionRule
+from engine.model_spec import AttentionSpec, ModelSpec
 from engine.rank_group import RankGroup
 from engine.rope import inverse_frequencies, rotary_angles, rotate
+from engine.rope_spec import Rope
 from engine.step_inputs import StepInputs
-from engine.weights import BlockWeights, ModelWeights
+from engine.weights import AttentionWeights, ModelWeights
+
+Angles = dict[Rope, tuple[Tensor, Tensor]]  # of a step's positions
 
 
 class Decoder:
-    """One rank's share of the model. Every block ends both of its halves with an all-reduce."""
+    """One rank's share of the model. Every layer ends both of its halves with an all-reduce."""
 
     def __init__(self, spec: ModelSpec, layout: KVLayout, weights: ModelWeights, group: RankGroup) -> None:
         self._spec = spec
+        self._decoder = spec.decoder
         self._weights = weights
         self._group = group
-        self._num_query_heads = spec.num_heads // layout.tensor_parallel
+        self._num_query_heads = spec.decoder.num_heads // layout.tensor_parallel
         self._num_kv_heads = layout.heads_per_rank
-        self._frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(weights.embedding.device)
+        device = weights.embedding.device
+        ropes = dict.fromkeys(layer.attention.rope for layer in spec.decoder.layers)
+        self._frequencies = {rope: inverse_frequencies(rope).to(device) for rope in ropes}
+        self._rules = [
+            _rule(layer.attention, own.attention)
+            for layer, own in zip(spec.decoder.layers, weights.layers, strict=True)
+        ]
 
     def forward(self, inputs: StepInputs, attention: AttentionStep, layer_done: Callable[[int], None]) -> Tensor | None:
         """Logits of the rows that draw, [N, vocabulary] in float32, on the first rank; None elsewhere or if N is 0.
@@ -35,42 +46,61 @@ class Decoder:
         `layer_done(layer)` is called when that layer's KV is written on all ranks (queued, on CUDA).
         """
         hidden = self._embed(inputs.token_ids)
-        angles = rotary_angles(inputs.positions, self._frequencies, hidden.dtype)
-        for layer, block in enumerate(self._weights.blocks):
-            hidden = hidden + self._attend(layer, block, self._norm(hidden, block.input_norm), angles, attention)
-            layer_done(layer)
-            hidden = hidden + self._feed_forward(block, self._norm(hidden, block.mlp_norm))
+        angles = {
+            rope: rotary_angles(inputs.positions, frequencies, rope, hidden.dtype)
+            for rope, frequencies in self._frequencies.items()
+        }
+        for index, layer in enumerate(self._weights.layers):
+            attended = self._attend(index, layer.attention, self._norm(hidden, layer.attention_norm), angles, attention)
+            hidden = hidden + self._norm_if(attended, layer.attention_norm_after)
+            layer_done(index)
+            fed = self._group.all_reduce(layer.mlp(self._norm(hidden, layer.mlp_norm)))
+            hidden = hidden + self._norm_if(fed, layer.mlp_norm_after)
         if not inputs.draws:
             return None
         drawn = self._norm(hidden.index_select(0, inputs.draw_rows), self._weights.final_norm)
         logits = self._group.gather_columns(self._weights.head(drawn))
-        return None if logits is None else logits[:, : self._spec.vocab_size].float()
+        return None if logits is None else self._capped(logits[:, : self._spec.vocab_size].float())
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         table = self._weights.embedding
         if self._group.size == 1:
-            return embedding(token_ids, table)
-        local = token_ids - self._group.rank * table.shape[0]
-        elsewhere = (local < 0) | (local >= table.shape[0])
-        rows = embedding(local.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0.0)
-        return self._group.all_reduce(rows)
+            rows = embedding(token_ids, table)
+        else:
+            local = token_ids - self._group.rank * table.shape[0]
+            elsewhere = (local < 0) | (local >= table.shape[0])
+            rows = embedding(local.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0.0)
+            rows = self._group.all_reduce(rows)
+        scale = self._decoder.embedding_scale
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
 
     def _attend(
-        self, layer: int, block: BlockWeights, x: Tensor, angles: tuple[Tensor, Tensor], attention: AttentionStep
+        self, index: int, weights: AttentionWeights, x: Tensor, angles: Angles, attention: AttentionStep
     ) -> Tensor:
-        num_rotated = self._num_query_heads + self._num_kv_heads
-        heads = block.qkv(x).view(len(x), num_rotated + self._num_kv_heads, self._spec.head_dim)
+        spec, num_rotated = self._decoder.layers[index].attention, self._num_query_heads + self._num_kv_heads
+        heads = weights.qkv(x).view(len(x), num_rotated + self._num_kv_heads, self._decoder.head_dim)
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
-        if block.query_norm is not None and block.key_norm is not None:
-            queries = self._norm(rotated[:, : self._num_query_heads], block.query_norm)
-            rotated = torch.cat((queries, self._norm(rotated[:, self._num_query_heads :], block.key_norm)), dim=1)
-        rotated = rotate(rotated, *angles)
+        if weights.query_norm is not None and weights.key_norm is not None:
+            queries = self._norm(rotated[:, : self._num_query_heads], weights.query_norm)
+            rotated = torch.cat((queries, self._norm(rotated[:, self._num_query_heads :], weights.key_norm)), dim=1)
+        rotated = rotate(rotated, *angles[spec.rope])
         query, key = rotated[:, : self._num_query_heads], rotated[:, self._num_query_heads :]
-        return self._group.all_reduce(block.output(attention.attend(layer, query, key, value)))
+        attended = attention.attend(index, query, key, value, self._rules[index])
+        return self._group.all_reduce(weights.output(attended))
 
-    def _feed_forward(self, block: BlockWeights, x: Tensor) -> Tensor:
-        gate, up = block.gate_up(x).chunk(2, dim=-1)
-        return self._group.all_reduce(block.down(silu(gate) * up))
+    def _norm_if(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else self._norm(x, weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self._spec.rms_norm_eps)
+        offset, eps = self._decoder.norm_offset, self._decoder.norm_eps
+        if not offset:
+            return rms_norm(x, weight.shape, weight, eps)
+        return rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self._decoder.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def _rule(spec: AttentionSpec, weights: AttentionWeights) -> AttentionRule:
+    return AttentionRule(spec.scale, spec.window, spec.softcap, weights.sinks)

@@ -6,7 +6,7 @@ import torch
 
 from core.kv_budget import blocks_within, gpu_kv_bytes
 from core.kv_layout import KVLayout
-from engine.checkpoint import ModelSpec
+from engine.model_spec import ModelSpec
 from engine.shared_memory import SharedMemory
 from engine.weights import TORCH_DTYPES
 

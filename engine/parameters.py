@@ -1,7 +1,8 @@
 """What one rank holds of a model: its parameters in the order in which they are loaded, cut out of stored tensors.
 
 Column-split matrices (QKV, gate/up, embedding, head) are cut along their outputs, row-split ones (attention output,
-MLP down) along their inputs. KV heads are replicated when there are more ranks than heads.
+MLP down) along their inputs. KV heads are replicated when there are more ranks than heads. Experts are split like other
+MLPs, or, as whole experts, shared out between the ranks.
 """
 
 import hashlib
@@ -12,7 +13,9 @@ from math import prod
 from torch import Tensor
 
 from core.kv_layout import DTYPE_BYTES, KVLayout
-from engine.checkpoint import ModelSpec
+from engine.model_spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
+from engine.models.registry import FAMILIES
+from engine.stored_names import StoredNames
 
 WHOLE = range(0)  # the full extent of a dimension
 
@@ -49,17 +52,36 @@ class Parameter:
 ReadParameters = Callable[[Sequence[Parameter]], Iterator[Tensor]]  # in their order, on the rank's device
 
 
-def list_parameters(spec: ModelSpec, layout: KVLayout, rank: int) -> tuple[Parameter, ...]:
-    """All of rank `rank`, the largest last. Embedding and head hold the rows [rank * rows, (rank + 1) * rows) of the
+@dataclass(frozen=True)
+class Share:
+    """Which part of a model one rank holds."""
+
+    rank: int
+    layout: KVLayout
+    whole_experts: bool = False
+
+    def of(self, total: int) -> range:
+        """The rank's part of so many rows, columns or experts."""
+        size = self.layout.tensor_parallel
+        return range(total * self.rank // size, total * (self.rank + 1) // size)
+
+    def experts(self, total: int) -> range:
+        """Those that the rank has a part of."""
+        return self.of(total) if self.whole_experts else range(total)
+
+
+def list_parameters(spec: ModelSpec, share: Share) -> tuple[Parameter, ...]:
+    """All of one rank, the largest last. Embedding and head hold the rows [rank * rows, (rank + 1) * rows) of the
     vocabulary.
     """
-    found = [
-        parameter for index in range(spec.num_layers) for parameter in _block_parameters(index, spec, layout, rank)
-    ]
+    names = FAMILIES[spec.architecture].names
+    found: list[Parameter] = []
+    for index in range(spec.num_layers):
+        found += _Layer(spec, share, names, index).parameters()
     found.append(_stacked("final_norm", Part("model.norm.weight", (spec.hidden_size,))))
-    found.append(_vocabulary("embedding", "model.embed_tokens.weight", spec, layout, rank))
+    found.append(_vocabulary("embedding", "model.embed_tokens.weight", spec, share))
     if not spec.tie_word_embeddings:
-        found.append(_vocabulary("head", "lm_head.weight", spec, layout, rank))
+        found.append(_vocabulary("head", "lm_head.weight", spec, share))
     return tuple(found)
 
 
@@ -68,54 +90,115 @@ def fingerprint(parameters: Sequence[Parameter]) -> str:
     return hashlib.blake2b(repr(parameters).encode(), digest_size=16).hexdigest()
 
 
-def _block_parameters(index: int, spec: ModelSpec, layout: KVLayout, rank: int) -> Iterator[Parameter]:
-    stored, block = f"model.layers.{index}.", f"blocks.{index}."
-    features, hidden, inner, size = spec.features, spec.hidden_size, spec.intermediate_size, layout.tensor_parallel
-    query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    heads = layout.heads_of_rank(rank)
-    query_rows, mlp_rows = _share(query_size, rank, size), _share(inner, rank, size)
-    kv_rows = range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
+class _Layer:
+    """The parameters of one decoder layer."""
 
-    def norm(name: str, stored_name: str, length: int) -> Parameter:
-        return _stacked(block + name, Part(f"{stored}{stored_name}.weight", (length,)))
+    def __init__(self, spec: ModelSpec, share: Share, names: StoredNames, index: int) -> None:
+        self._spec = spec
+        self._share = share
+        self._names = names
+        self._layer = spec.decoder.layers[index]
+        self._stored = f"model.layers.{index}."
+        self._name = f"layers.{index}."
 
-    def column_split(name: str, parts: Sequence[tuple[str, int, range]], bias: bool) -> Iterator[Parameter]:
-        yield _stacked(block + name, *(Part(f"{stored}{n}.weight", (full, hidden), rows) for n, full, rows in parts))
-        if bias:
-            yield _stacked(
-                f"{block}{name}_bias", *(Part(f"{stored}{n}.bias", (full,), rows) for n, full, rows in parts)
+    def parameters(self) -> Iterator[Parameter]:
+        """In the order in which weights are put together."""
+        names, hidden, layer = self._names, self._spec.hidden_size, self._layer
+        yield self._vector("attention_norm", f"{names.attention_norm}.weight", hidden)
+        yield from self._attention(layer.attention)
+        if layer.norms_after:
+            yield self._vector("attention_norm_after", f"{names.attention_norm_after}.weight", hidden)
+        yield self._vector("mlp_norm", f"{names.mlp_norm}.weight", hidden)
+        if isinstance(layer.mlp, MoeSpec):
+            yield from self._mixture(layer.mlp)
+        else:
+            inner = self._share.of(layer.mlp.intermediate_size)
+            yield from self._mlp("", names.gate_up, names.down, layer.mlp, inner, self._share.rank == 0)
+        if layer.norms_after:
+            yield self._vector("mlp_norm_after", f"{names.mlp_norm_after}.weight", hidden)
+
+    def _attention(self, attention: AttentionSpec) -> Iterator[Parameter]:
+        decoder, names, share = self._spec.decoder, self._names, self._share
+        head_dim, heads = decoder.head_dim, share.layout.heads_of_rank(share.rank)
+        query_size, kv_size = decoder.num_heads * head_dim, decoder.num_kv_heads * head_dim
+        query_rows, kv_rows = share.of(query_size), range(heads.start * head_dim, heads.stop * head_dim)
+        sizes, rows = (query_size, kv_size, kv_size), (query_rows, kv_rows, kv_rows)
+        yield from self._column_split("qkv", names.qkv, sizes, rows, attention.qkv_bias)
+        if attention.qk_norm:
+            yield self._vector("query_norm", f"{names.query_norm}.weight", head_dim)
+            yield self._vector("key_norm", f"{names.key_norm}.weight", head_dim)
+        if attention.has_sinks:
+            yield self._vector("sinks", names.sinks, decoder.num_heads, share.of(decoder.num_heads))
+        has_bias = attention.output_bias and share.rank == 0
+        yield from self._row_split("output", names.output, query_size, query_rows, has_bias)
+
+    def _mixture(self, mixture: MoeSpec) -> Iterator[Parameter]:
+        names, share, router = self._names, self._share, mixture.router
+        yield self._matrix("router", f"{names.router}.weight", router.num_experts, self._spec.hidden_size)
+        if router.bias:
+            yield self._vector("router_bias", f"{names.router}.bias", router.num_experts)
+        if router.has_correction:
+            yield self._vector("correction", f"{names.router}.e_score_correction_bias", router.num_experts)
+        size = mixture.expert.intermediate_size
+        inner = range(size) if share.whole_experts else share.of(size)
+        adds_bias = share.whole_experts or share.rank == 0
+        for expert in share.experts(router.num_experts):
+            gate_up = tuple(name.format(expert) for name in names.expert_gate_up)
+            down = names.expert_down.format(expert)
+            yield from self._mlp(f"experts.{expert}.", gate_up, down, mixture.expert, inner, adds_bias)
+        if mixture.shared is not None:
+            inner = share.of(mixture.shared.intermediate_size)
+            yield from self._mlp(
+                "shared.", names.shared_gate_up, names.shared_down, mixture.shared, inner, share.rank == 0
             )
 
-    def row_split(name: str, stored_name: str, full: int, columns: range, bias: bool) -> Iterator[Parameter]:
-        yield _stacked(block + name, Part(f"{stored}{stored_name}.weight", (hidden, full), columns=columns))
-        if bias and rank == 0:  # the ranks' products are summed, so only one of them adds the bias
-            yield _stacked(f"{block}{name}_bias", Part(f"{stored}{stored_name}.bias", (hidden,)))
+    def _mlp(
+        self, name: str, gate_up: tuple[str, ...], down: str, mlp: MlpSpec, inner: range, adds_bias: bool
+    ) -> Iterator[Parameter]:
+        size = mlp.intermediate_size
+        yield from self._column_split(f"{name}gate_up", gate_up, (size, size), (inner, inner), mlp.bias)
+        yield from self._row_split(f"{name}down", down, size, inner, mlp.bias and adds_bias)
 
-    yield norm("input_norm", "input_layernorm", hidden)
-    qkv = [("self_attn.q_proj", query_size, query_rows)]
-    qkv += [(f"self_attn.{name}_proj", kv_size, kv_rows) for name in ("k", "v")]
-    yield from column_split("qkv", qkv, features.qkv_bias)
-    if features.qk_norm:
-        yield norm("query_norm", "self_attn.q_norm", spec.head_dim)
-        yield norm("key_norm", "self_attn.k_norm", spec.head_dim)
-    yield from row_split("output", "self_attn.o_proj", query_size, query_rows, features.output_bias)
-    yield norm("mlp_norm", "post_attention_layernorm", hidden)
-    gate_up = [(f"mlp.{name}_proj", inner, mlp_rows) for name in ("gate", "up")]
-    yield from column_split("gate_up", gate_up, features.mlp_bias)
-    yield from row_split("down", "mlp.down_proj", inner, mlp_rows, features.mlp_bias)
+    def _column_split(
+        self, name: str, stored: tuple[str, ...], sizes: Sequence[int], rows: Sequence[range], has_bias: bool
+    ) -> Iterator[Parameter]:
+        """Matrices of so many outputs each, of which the rank takes rows; stored apart, or stacked as one."""
+        firsts = [0] * len(sizes)
+        if len(stored) == 1:
+            firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+            stored, sizes = stored * len(sizes), [sum(sizes)] * len(sizes)
+        taken = [range(first + part.start, first + part.stop) for first, part in zip(firsts, rows, strict=True)]
+        found = list(zip(stored, sizes, taken, strict=True))
+        hidden = self._spec.hidden_size
+        yield self._stack(name, *(Part(f"{self._stored}{at}.weight", (size, hidden), part) for at, size, part in found))
+        if has_bias:
+            biases = (Part(f"{self._stored}{at}.bias", (size,), part) for at, size, part in found)
+            yield self._stack(f"{name}_bias", *biases)
+
+    def _row_split(self, name: str, stored: str, size: int, columns: range, has_bias: bool) -> Iterator[Parameter]:
+        """The ranks' products are summed, so only one of them adds the bias."""
+        hidden = self._spec.hidden_size
+        yield self._stack(name, Part(f"{self._stored}{stored}.weight", (hidden, size), columns=columns))
+        if has_bias:
+            yield self._vector(f"{name}_bias", f"{stored}.bias", hidden)
+
+    def _vector(self, name: str, stored: str, size: int, rows: range = WHOLE) -> Parameter:
+        return self._stack(name, Part(self._stored + stored, (size,), rows))
+
+    def _matrix(self, name: str, stored: str, rows: int, columns: int) -> Parameter:
+        return self._stack(name, Part(self._stored + stored, (rows, columns)))
+
+    def _stack(self, name: str, *parts: Part) -> Parameter:
+        return _stacked(self._name + name, *parts)
 
 
-def _vocabulary(name: str, stored_name: str, spec: ModelSpec, layout: KVLayout, rank: int) -> Parameter:
-    num_rows = -(-spec.vocab_size // layout.tensor_parallel)
-    rows = range(min(rank * num_rows, spec.vocab_size), min((rank + 1) * num_rows, spec.vocab_size))
-    parts = (Part(stored_name, (spec.vocab_size, spec.hidden_size), rows),) if rows else ()
+def _vocabulary(name: str, stored: str, spec: ModelSpec, share: Share) -> Parameter:
+    num_rows = -(-spec.vocab_size // share.layout.tensor_parallel)
+    rows = range(min(share.rank * num_rows, spec.vocab_size), min((share.rank + 1) * num_rows, spec.vocab_size))
+    parts = (Part(stored, (spec.vocab_size, spec.hidden_size), rows),) if rows else ()
     return Parameter(name, (num_rows, spec.hidden_size), parts)
 
 
 def _stacked(name: str, *parts: Part) -> Parameter:
     taken = [part.taken for part in parts]
     return Parameter(name, (sum(rows for rows, *_ in taken), *taken[0][1:]), parts)
-
-
-def _share(total: int, rank: int, size: int) -> range:
-    return range(total * rank // size, total * (rank + 1) // size)

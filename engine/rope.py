@@ -1,41 +1,54 @@
-"""Rotary position embedding (Su et al., 2021), with Llama 3's frequency scaling.
+"""Rotary position embedding (Su et al., 2021) with the scaling rules of rope_spec.
 
-Shapes: T tokens, H heads, D head size.
+Shapes: T tokens, H heads, D head size, R <= D rotated elements.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+from engine.rope_spec import Llama3Scaling, LongScaling, Rope, YarnScaling
 
 
-@dataclass(frozen=True)
-class Rope:
-    """How positions become angles; `scaling` is None, a linear factor, or Llama 3's rule."""
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """Radians per position of each rotated pair, [R / 2] in float32."""
+    exponents = torch.arange(0, rope.rotated, 2, dtype=torch.int64).float() / rope.rotated
+    frequencies = 1.0 / rope.theta**exponents
+    match rope.scaling:
+        case None:
+            return frequencies
+        case float(factor):
+            return frequencies / factor
+        case LongScaling(factors):
+            return 1.0 / (torch.tensor(factors) * rope.theta**exponents)
+        case Llama3Scaling():
+            return _llama3(frequencies, rope.scaling)
+        case YarnScaling():
+            return _yarn(frequencies, rope.scaling, rope)
+    raise AssertionError(rope.scaling)
 
-    theta: float
-    scaling: Llama3Scaling | float | None = None
+
+def rotary_angles(positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, R] of int64 positions [T]; the sines of the first half are negated for `rotate`."""
+    angles = positions.float()[:, None] * frequencies  # [T, R / 2]
+    cosines, sines = angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
+    return (
+        torch.cat((cosines, cosines), dim=-1).to(dtype)[:, None],
+        torch.cat((-sines, sines), dim=-1).to(dtype)[:, None],
+    )
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position of each rotated pair, [D / 2] in float32."""
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if rope.scaling is None:
-        return frequencies
-    if isinstance(rope.scaling, float):
-        return frequencies / rope.scaling
-    scaling = rope.scaling
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotates the first R elements of heads [T, H, D]: pair i is made of the elements i and i + R / 2."""
+    size = cosines.shape[-1]
+    if size < heads.shape[-1]:
+        return torch.cat((rotate(heads[..., :size], cosines, sines), heads[..., size:]), dim=-1)
+    swapped = heads.roll(size // 2, dims=-1)
+    return (heads * cosines).addcmul_(swapped, sines)
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -44,17 +57,16 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, D] of int64 positions [T]; the sines of the first half are negated for `rotate`."""
-    angles = positions.float()[:, None] * frequencies  # [T, D / 2]
-    cosines, sines = angles.cos(), angles.sin()
-    return (
-        torch.cat((cosines, cosines), dim=-1).to(dtype)[:, None],
-        torch.cat((-sines, sines), dim=-1).to(dtype)[:, None],
-    )
+def _yarn(frequencies: Tensor, scaling: YarnScaling, rope: Rope) -> Tensor:
+    def pair_that_turns(times: float) -> float:
+        """Index of the pair that turns so often within the original length, a real number."""
+        wavelength = scaling.original_max_positions / (times * 2 * math.pi)
+        return rope.rotated * math.log(wavelength) / (2 * math.log(rope.theta))
 
-
-def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotates heads [T, H, D]: pair i is made of the elements i and i + D / 2."""
-    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return (heads * cosines).addcmul_(swapped, sines)
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0.0), min(high, rope.rotated - 1.0)
+    pairs = torch.arange(len(frequencies), dtype=torch.float32)
+    stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    return stretched * frequencies / scaling.factor + (1 - stretched) * frequencies

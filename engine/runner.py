@@ -17,10 +17,10 @@ from core.sampling import TokenLogprobs
 from engine.attention import TorchAttention
 from engine.batch import Draw, SequenceStep, StepBatch, StepResult
 from engine.batch_codec import decode_batch, encode_batch
-from engine.checkpoint import ModelSpec
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
-from engine.parameters import ReadParameters, list_parameters
+from engine.model_spec import ModelSpec
+from engine.parameters import ReadParameters, Share, list_parameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
 from engine.step_inputs import DrawAt, lay_out
@@ -59,6 +59,7 @@ class ModelRunner:
         group: RankGroup,
         device: torch.device,
         num_threads: int,
+        whole_experts: bool = False,
     ) -> None:
         assert layout.tensor_parallel == group.size
         torch.set_num_threads(num_threads)
@@ -69,12 +70,13 @@ class ModelRunner:
         self._device = device
         self._require_agreement()
         with torch.inference_mode():
-            parameters = list_parameters(spec, layout, group.rank)
+            share = Share(group.rank, layout, whole_experts)
+            parameters = list_parameters(spec, share)
             named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
-            self.weights = assemble(spec, group.rank, named)
+            self.weights = assemble(spec, share, named)
         self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
-        self._attention = TorchAttention(self.kv_cache.tensor, spec.num_heads // layout.tensor_parallel)
+        self._attention = TorchAttention(self.kv_cache.tensor, spec.decoder.num_heads // layout.tensor_parallel)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 

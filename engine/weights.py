@@ -7,8 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.checkpoint import ModelSpec
+from engine.experts import Experts, MixtureOfExperts
 from engine.linear import Linear
+from engine.mlp import ACTIVATIONS, Mlp
+from engine.model_spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
+from engine.parameters import Share
+from engine.router import Router
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -16,17 +20,26 @@ StoredAs = Callable[[], Tensor]  # a parameter as it was loaded, which may have 
 
 
 @dataclass(frozen=True)
-class BlockWeights:
-    """One decoder block of one rank."""
+class AttentionWeights:
+    """One layer's attention on one rank."""
 
-    input_norm: Tensor
     qkv: Linear
     query_norm: Tensor | None
     key_norm: Tensor | None
+    sinks: Tensor | None
     output: Linear
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer of one rank."""
+
+    attention_norm: Tensor
+    attention: AttentionWeights
+    attention_norm_after: Tensor | None
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp | MixtureOfExperts
+    mlp_norm_after: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,19 @@ class ModelWeights:
     """
 
     embedding: Tensor  # [rows, hidden]
-    blocks: tuple[BlockWeights, ...]
+    layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     head: Linear  # hidden -> rows
     parameters: tuple[StoredAs, ...]  # in the order of `list_parameters`
+
+
+def assemble(spec: ModelSpec, share: Share, named: Iterator[tuple[str, Tensor]]) -> ModelWeights:
+    """`named`: parameters and their names, in the order of `list_parameters`."""
+    loading = _Loading(named)
+    layers = tuple(_layer(loading, layer, share, f"layers.{index}.") for index, layer in enumerate(spec.decoder.layers))
+    final_norm, embedding = loading.tensor("final_norm"), loading.tensor("embedding")
+    head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
+    return ModelWeights(embedding, layers, final_norm, head, tuple(loading.taken))
 
 
 class _Loading:
@@ -52,8 +74,12 @@ class _Loading:
     def tensor(self, name: str) -> Tensor:
         """Kept as it is."""
         tensor = self._next(name)
-        self.taken.append(lambda: tensor)
+        self.taken.append(partial(_same, tensor))
         return tensor
+
+    def tensor_if(self, wanted: bool, name: str) -> Tensor | None:
+        """None unless wanted."""
+        return self.tensor(name) if wanted else None
 
     def linear(self, name: str, has_bias: bool) -> Linear:
         """May be repacked, so the parameter passed in is not kept."""
@@ -68,28 +94,47 @@ class _Loading:
         return tensor
 
 
-def assemble(spec: ModelSpec, rank: int, named: Iterator[tuple[str, Tensor]]) -> ModelWeights:
-    """`named`: parameters and their names, in the order of `list_parameters`."""
-    loading, features = _Loading(named), spec.features
-    is_first = rank == 0
-    blocks = []
-    for index in range(spec.num_layers):
-        name = f"blocks.{index}."
-        blocks.append(
-            BlockWeights(
-                input_norm=loading.tensor(f"{name}input_norm"),
-                qkv=loading.linear(f"{name}qkv", features.qkv_bias),
-                query_norm=loading.tensor(f"{name}query_norm") if features.qk_norm else None,
-                key_norm=loading.tensor(f"{name}key_norm") if features.qk_norm else None,
-                output=loading.linear(f"{name}output", features.output_bias and is_first),
-                mlp_norm=loading.tensor(f"{name}mlp_norm"),
-                gate_up=loading.linear(f"{name}gate_up", features.mlp_bias),
-                down=loading.linear(f"{name}down", features.mlp_bias and is_first),
-            )
-        )
-    final_norm, embedding = loading.tensor("final_norm"), loading.tensor("embedding")
-    head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
-    return ModelWeights(embedding, tuple(blocks), final_norm, head, tuple(loading.taken))
+def _layer(loading: _Loading, layer: LayerSpec, share: Share, name: str) -> LayerWeights:
+    """Dataclass arguments are evaluated in the order of the parameters."""
+    return LayerWeights(
+        attention_norm=loading.tensor(f"{name}attention_norm"),
+        attention=_attention(loading, layer.attention, share, name),
+        attention_norm_after=loading.tensor_if(layer.norms_after, f"{name}attention_norm_after"),
+        mlp_norm=loading.tensor(f"{name}mlp_norm"),
+        mlp=_mixture(loading, layer.mlp, share, name)
+        if isinstance(layer.mlp, MoeSpec)
+        else _mlp(loading, layer.mlp, name, share.rank == 0),
+        mlp_norm_after=loading.tensor_if(layer.norms_after, f"{name}mlp_norm_after"),
+    )
+
+
+def _attention(loading: _Loading, attention: AttentionSpec, share: Share, name: str) -> AttentionWeights:
+    return AttentionWeights(
+        qkv=loading.linear(f"{name}qkv", attention.qkv_bias),
+        query_norm=loading.tensor_if(attention.qk_norm, f"{name}query_norm"),
+        key_norm=loading.tensor_if(attention.qk_norm, f"{name}key_norm"),
+        sinks=loading.tensor_if(attention.has_sinks, f"{name}sinks"),
+        output=loading.linear(f"{name}output", attention.output_bias and share.rank == 0),
+    )
+
+
+def _mlp(loading: _Loading, mlp: MlpSpec, name: str, adds_bias: bool) -> Mlp:
+    gate_up = loading.linear(f"{name}gate_up", mlp.bias)
+    return Mlp(gate_up, loading.linear(f"{name}down", mlp.bias and adds_bias), ACTIVATIONS[mlp.activation])
+
+
+def _mixture(loading: _Loading, mixture: MoeSpec, share: Share, name: str) -> MixtureOfExperts:
+    spec = mixture.router
+    router = Router(
+        spec,
+        loading.tensor(f"{name}router"),
+        loading.tensor_if(spec.bias, f"{name}router_bias"),
+        loading.tensor_if(spec.has_correction, f"{name}correction"),
+    )
+    numbers, adds_bias = share.experts(spec.num_experts), share.whole_experts or share.rank == 0
+    experts = [_mlp(loading, mixture.expert, f"{name}experts.{number}.", adds_bias) for number in numbers]
+    shared = None if mixture.shared is None else _mlp(loading, mixture.shared, f"{name}shared.", share.rank == 0)
+    return MixtureOfExperts(router, Experts(numbers.start, experts), shared)
 
 
 def _same(tensor: Tensor) -> Tensor:

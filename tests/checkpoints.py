@@ -4,7 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 SHARED = {
     "vocab_size": 384,
@@ -15,6 +27,7 @@ SHARED = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "bos_token_id": None,
+    "pad_token_id": None,
     "eos_token_id": 7,
     "initializer_range": 0.2,
 }
@@ -26,28 +39,68 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+WINDOW = 40  # neither a multiple of a block nor a divisor of a chunk
+LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
 
-
-def _config(name: str, changes: dict[str, Any]) -> PreTrainedConfig:
-    settings = SHARED | changes
-    if name == "llama":
-        return LlamaConfig(**{"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE} | settings)
-    if name == "qwen2":
-        return Qwen2Config(**{"tie_word_embeddings": True} | settings)
-    return Qwen3Config(**{"head_dim": 32, "tie_word_embeddings": False} | settings)
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": False}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": WINDOW,
+            "layer_types": LOCAL_AND_GLOBAL,
+            "tie_word_embeddings": False,  # tied, so small a model repeats its input
+        },
+    ),
+    "phi3": (
+        Phi3Config,
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+}
 
 
 def make_checkpoint(
     folder: Path, name: str, *, shard_size: str = "5GB", dtype: str = "float32", **changes: Any
 ) -> Path:
-    """Writes `name` ("llama", "qwen2" or "qwen3") with fixed random weights; biases and norms are random too."""
+    """Writes a model of family `name` with fixed random weights; biases and norms are random too."""
     torch.manual_seed(sum(name.encode()))
-    model = AutoModelForCausalLM.from_config(_config(name, changes))
+    kind, settings = FAMILIES[name]
+    model = AutoModelForCausalLM.from_config(kind(**SHARED | settings | changes))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
+            if parameter_name.endswith(("bias", "sinks")):
                 parameter.normal_(0, 0.2)
             elif "norm" in parameter_name:
-                parameter.normal_(1, 0.2)
+                parameter.normal_(0 if name.startswith("gemma") else 1, 0.2)  # Gemma's count from one
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
     return folder

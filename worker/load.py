@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import ModelSpec, load_model_spec
+from engine.checkpoint import load_model_spec
 from engine.kv_cache import decide_num_blocks
+from engine.model_spec import ModelSpec
 from engine.runner import ModelRunner
 from engine.tensor_parallel import connect_ranks
 from worker.rank_weights import RankWeights
@@ -25,13 +26,13 @@ def load_engine(spec: RankSpec, weights: RankWeights) -> LoadedEngine:
     """Blocks until weights are in place and the first step has run. Raises ConfigurationError, PeerLost."""
     pool = spec.pool
     device = torch.device(pool.device)
-    model = load_model_spec(Path(spec.model.path), pool.dtype or spec.model.dtype)
+    model = load_model_spec(Path(spec.model.path), pool.dtype or spec.model.dtype, spec.model.max_model_len)
     layout = model.kv_layout(pool.tensor_parallel, spec.block_size)
     num_blocks = decide_num_blocks(model, layout, device, pool.num_blocks, pool.kv_cache_mib, pool.memory_fraction)
     group = connect_ranks(spec.store_address, spec.rank, pool.tensor_parallel, device, spec.group_host)
     num_threads = pool.resources_per_rank.num_threads
     with weights.reading(model, layout) as read:
-        runner = ModelRunner(model, read, layout, num_blocks, group, device, num_threads)
+        runner = ModelRunner(model, read, layout, num_blocks, group, device, num_threads, pool.whole_experts)
     if spec.rank == 0:
         runner.warm_up()
     return LoadedEngine(model, runner)

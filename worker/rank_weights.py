@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from core.kv_layout import Compatibility, KVLayout
-from engine.checkpoint import ModelSpec
 from engine.checkpoint_reader import CheckpointReader
-from engine.parameters import ReadParameters, fingerprint, list_parameters
+from engine.model_spec import ModelSpec
+from engine.parameters import ReadParameters, Share, fingerprint, list_parameters
 from engine.weights import TORCH_DTYPES, ModelWeights
 from kv_transfer.channels.select import Connect
 from kv_transfer.outbound import MayRead
@@ -95,7 +95,7 @@ class RankWeights:
 
     def _describe(self, model: ModelSpec, layout: KVLayout) -> tuple[WeightImage, Compatibility]:
         """Equal compatibility means equal images of equal bytes."""
-        parameters = list_parameters(model, layout, self._spec.rank)
+        parameters = list_parameters(model, Share(self._spec.rank, layout, self._spec.pool.whole_experts))
         name = self._spec.model.name or Path(self._spec.model.path).name
         image = f"rank {self._spec.rank} of {layout.tensor_parallel}, {fingerprint(parameters)}"
         return WeightImage(parameters, model.dtype), Compatibility(name, model.revision, model.dtype, 1, image)

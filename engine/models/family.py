@@ -1,33 +1,53 @@
-"""What a family module says about its decoder blocks; everything else is the same in all families."""
+"""What a family's module says about its models; everything else is the same in all families."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from core.errors import ConfigurationError
+from engine.model_spec import Activation, DecoderSpec
+from engine.rope_spec import Rope, read_rope
+from engine.stored_names import StoredNames
 
-def supports_all(_config: Any) -> str:
-    """For families without options that the engine lacks."""
-    return ""
+LIKE_LLAMA = StoredNames()
 
-
-@dataclass(frozen=True)
-class BlockFeatures:
-    """How one family's decoder block departs from the plain one."""
-
-    head_dim: int
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm of every query and key head before the rotation
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its architecture's name in config.json, and how to read the features off a parsed config.
+    """A model family: its architecture's name in config.json, how to read its models off a parsed config, and how its
+    checkpoints name their tensors.
 
-    `unsupported` returns what of the config this engine cannot compute, or an empty text.
+    `read` gets the config and the longest context that is served; it raises ConfigurationError for what of the config
+    this engine cannot compute.
     """
 
     architecture: str
-    features: Callable[[Any], BlockFeatures]
-    unsupported: Callable[[Any], str] = supports_all
+    read: Callable[[Any, int], DecoderSpec]
+    names: StoredNames = LIKE_LLAMA
+
+
+def read_activation(name: str) -> Activation:
+    """Of `hidden_act`. Raises ConfigurationError."""
+    if name not in _ACTIVATIONS:
+        raise ConfigurationError(f"activation {name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def head_dim_of(config: Any) -> int:
+    """Elements of one attention head."""
+    return int(vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads)
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """For each layer, how many positions a token sees; None: all."""
+    found = vars(config)
+    window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
+    kinds = found.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def rope_of(config: Any, max_positions: int) -> Rope:
+    """The one of all layers."""
+    return read_rope(config.rope_parameters, head_dim_of(config), max_positions)

@@ -1,6 +1,19 @@
 """The supported architectures."""
 
-from engine.models import llama, qwen2, qwen3
+from engine.models import gemma, llama, mixtral, phi3, qwen
 from engine.models.family import Family
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        llama.FAMILY,
+        llama.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        qwen.QWEN3_MOE,
+        mixtral.FAMILY,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        phi3.FAMILY,
+    )
+}

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from core.errors import ConfigurationError
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
-from engine.parameters import list_parameters
+from engine.parameters import Share, list_parameters
 from engine.parsed_config import parsed_config
 from engine.rank_group import SingleRank
 from engine.rope import inverse_frequencies
@@ -31,16 +31,19 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def load(folder: Path) -> None:
     spec = load_model_spec(folder)
-    parameters = list_parameters(spec, spec.kv_layout(SingleRank.size, 16), 0)
+    parameters = list_parameters(spec, Share(0, spec.kv_layout(SingleRank.size, 16)))
     for _ in CheckpointReader(folder, spec, CPU).read(parameters):
         pass
 
 
 def test_spec_holds_what_the_config_says(tmp_path: Path):
     spec = load_model_spec(make_checkpoint(tmp_path, "qwen3", dtype="bfloat16"))
-    assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (3, 64, 4, 2, 32)
+    decoder = spec.decoder
+    sizes = (spec.num_layers, spec.hidden_size, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
+    assert sizes == (3, 64, 4, 2, 32)
     assert (spec.dtype, spec.max_model_len, spec.vocab_size, spec.eos_token_ids) == ("bfloat16", 1024, 384, {7})
-    assert spec.features.qk_norm and not spec.features.qkv_bias and not spec.tie_word_embeddings
+    attention = decoder.layers[0].attention
+    assert attention.qk_norm and not attention.qkv_bias and not spec.tie_word_embeddings
     assert spec.kv_layout(1, 16).block_bytes_per_rank == 3 * 16 * 2 * 2 * 32 * 2
     assert load_model_spec(tmp_path, "float32").dtype == "float32"
 
@@ -60,7 +63,7 @@ def test_frequencies_equal_those_of_transformers(tmp_path: Path, kind: str):
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
     make_checkpoint(tmp_path, "llama", head_dim=64, rope_parameters=rope)
     config = AutoConfig.from_pretrained(tmp_path)
-    ours = inverse_frequencies(load_model_spec(tmp_path).rope, 64)
+    ours = inverse_frequencies(load_model_spec(tmp_path).decoder.layers[0].attention.rope)
     if kind == "default":
         expected = 5e5 ** (-torch.arange(0, 64, 2).double() / 64)
     else:
@@ -83,17 +86,16 @@ def test_revision_tells_weights_apart(tmp_path: Path):
     ("change", "message"),
     [
         (
-            {"architectures": ["MistralForCausalLM"]},
-            "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            {"architectures": ["MambaForCausalLM"]},
+            "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "supported are default, linear"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+            "supported are default, linear",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"dtype": "float64"}, "'float64' is not supported"),
-        (
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
-            "sliding-window",
-        ),
     ],
 )
 def test_what_is_not_supported_is_refused(tmp_path: Path, change: dict[str, Any], message: str):

@@ -38,18 +38,26 @@ def test_a_product_is_that_of_float64_but_for_one_rounding(dtype, rows, with_bia
 
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_that_of_float64_but_for_rounding(dtype):
+@pytest.mark.parametrize(("window", "softcap", "has_sinks"), [(None, None, False), (23, None, True), (150, 3.0, False)])
+def test_attention_is_that_of_float64_but_for_rounding(dtype, window, softcap, has_sinks):
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(*shape, generator=generator).to(dtype)
                            for shape in ((150, 6, 32), (2, 170, 32), (2, 170, 32)))  # fmt: skip
     wide_keys, wide_values = (t.double().repeat_interleave(3, dim=0) for t in (keys, values))
     scores = torch.einsum("rqd,qcd->qrc", query.double(), wide_keys) / 32**0.5
-    later = torch.ones(150, 170, dtype=torch.bool).triu_(21)
-    expected = torch.einsum("qrc,qcd->rqd", scores.masked_fill(later, float("-inf")).softmax(-1), wide_values)
-    got = attention_math.attend_causal(query, keys, values).view(150, 6, 32)
-    last = attention_math.attend_single(
-        query[-1:], keys[None], values[None], torch.zeros(1, 1, 1, 170, dtype=torch.bool)
-    )
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    unseen = torch.ones(150, 170, dtype=torch.bool).triu_(21)
+    if window is not None:
+        unseen |= torch.ones(150, 170, dtype=torch.bool).tril_(20 - window)
+    sinks = torch.randn(6, generator=generator).to(dtype) if has_sinks else None
+    scores = scores.masked_fill(unseen, float("-inf"))
+    columns = torch.zeros(6, 150, 0) if sinks is None else sinks.double().view(6, 1, 1).expand(6, 150, 1)
+    weights = torch.cat((scores, columns), dim=-1).softmax(-1)[..., :170]
+    expected = torch.einsum("qrc,qcd->rqd", weights, wide_values)
+    rule = attention_math.AttentionRule(32**-0.5, window, softcap, sinks)
+    got = attention_math.attend_causal(query, keys, values, rule).view(150, 6, 32)
+    last = attention_math.attend_single(query[-1:], keys[None], values[None], unseen[-1].view(1, 1, 1, 170), rule)
     tolerance = 8 * torch.finfo(dtype).eps
     assert got.dtype == last.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

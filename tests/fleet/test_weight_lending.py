@@ -14,7 +14,7 @@ from core.messages.to_lender import BorrowWeights, FillWindow, GiveBackWeights
 from core.security import UNGUARDED
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
-from engine.parameters import list_parameters
+from engine.parameters import Share, list_parameters
 from kv_transfer.channels.select import make_connectors
 from rpc import methods
 from rpc.client import RpcClient
@@ -57,7 +57,7 @@ class Borrowing:
         self.image, self.weights = weights._describe(model, layout)
         if revision:
             self.weights = replace(self.weights, weights_revision=revision)
-        self.parameters = list_parameters(model, layout, 0)
+        self.parameters = list_parameters(model, Share(0, layout))
         self.disk = CheckpointReader(checkpoint, model, CPU)
         self.borrower = WeightBorrower(
             asyncio.get_running_loop(),
