@@ -11,7 +11,8 @@ from torch import Tensor
 from core.errors import ConfigurationError
 from engine.checkpoint import weight_files
 from engine.model_spec import ModelSpec
-from engine.parameters import Parameter, Part
+from engine.parameters import Parameter
+from engine.stored_encodings import DECODERS
 from engine.weights import TORCH_DTYPES
 
 
@@ -35,23 +36,16 @@ class CheckpointReader:
         tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
         row = 0
         for part in parameter.parts:
-            stored = self._part(part)  # maps the file: its pages are read as they are copied
+            stored = DECODERS[part.encoding](part, self._slice)  # maps the file: its pages are read as they are copied
             tensor[row : row + len(stored)] = stored
             row += len(stored)
         tensor[row:] = 0
         return tensor
 
-    def _part(self, part: Part) -> Tensor:
-        if part.name not in self._files:
-            raise ConfigurationError(f"the checkpoint has no tensor {part.name!r}")
-        stored = self._files[part.name].get_slice(part.name)
-        if tuple(stored.get_shape()) != part.shape:
-            raise ConfigurationError(
-                f"tensor {part.name!r} has shape {tuple(stored.get_shape())}, the config asks {part.shape}"
-            )
-        rows = slice(part.rows.start, part.rows.stop) if part.rows else slice(None)
-        columns = (slice(part.columns.start, part.columns.stop),) if part.columns else ()
-        return stored[(rows, *columns)]  # type: ignore[no-any-return]
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise ConfigurationError(f"the checkpoint has no tensor {name!r}")
+        return self._files[name].get_slice(name)
 
     def _open(self) -> None:
         for file in weight_files(self._path):

@@ -22,12 +22,13 @@ WHOLE = range(0)  # the full extent of a dimension
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a stored tensor, whose full shape must be `shape`."""
+    """A rectangle of a stored matrix or vector, whose full shape, once decoded, must be `shape`."""
 
     name: str
     shape: tuple[int, ...]
     rows: range = WHOLE
     columns: range = WHOLE
+    encoding: str = "plain"  # see stored_encodings
 
     @property
     def taken(self) -> tuple[int, ...]:
