@@ -25,6 +25,7 @@ from worker.spec import RankSpec
 
 BLOCK_SIZE = 16
 START_TIMEOUT_S = 300.0
+SAID = "weights came from: "
 _READ_BYTES = 2**24
 
 
@@ -63,7 +64,7 @@ async def time_start(way: Way, spec: RankSpec, lender: str, checkpoint: Path, fo
     started = time.perf_counter()
     async with rank_processes([rank], START_TIMEOUT_S):
         ready_s = time.perf_counter() - started
-    said = [line.split("weights in ")[1] for line in rank.log().splitlines() if "weights in " in line]
+    said = [line.split(SAID)[1] for line in rank.log().splitlines() if SAID in line]
     return Start(way.name, ready_s, said[0] if said else "")
 
 

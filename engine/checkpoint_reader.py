@@ -1,6 +1,8 @@
 """Reads parameters from a safetensors checkpoint, only the slices that the rank needs."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from engine.parameters import Parameter
 from engine.stored_encodings import DECODERS
 from engine.weights import TORCH_DTYPES
 
+_NUM_READERS = 4
+
 
 class CheckpointReader:
     """Tensors by name over all files, cast and moved as they are read. Files are opened at the first read."""
@@ -26,11 +30,24 @@ class CheckpointReader:
         self._files: dict[str, Any] = {}
 
     def read(self, parameters: Sequence[Parameter]) -> Iterator[Tensor]:
-        """Raises ConfigurationError naming a missing or misshapen tensor, or a file that is none of safetensors."""
+        """Several at a time, since disks answer many readers faster than one.
+
+        Raises ConfigurationError naming a missing or misshapen tensor, or a file that is none of safetensors.
+        """
         if not self._files:
             self._open()
-        for parameter in parameters:
-            yield self._parameter(parameter)
+        reading: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checkpoint") as readers:
+            try:
+                for parameter in parameters:
+                    if len(reading) == _NUM_READERS:
+                        yield reading.popleft().result()
+                    reading.append(readers.submit(self._parameter, parameter))
+                while reading:
+                    yield reading.popleft().result()
+            finally:
+                for future in reading:
+                    future.cancel()
 
     def _parameter(self, parameter: Parameter) -> Tensor:
         tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)

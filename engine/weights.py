@@ -61,6 +61,7 @@ def assemble(spec: ModelSpec, share: Share, named: Iterator[tuple[str, Tensor]])
     layers = tuple(_layer(loading, layer, share, f"layers.{index}.") for index, layer in enumerate(spec.decoder.layers))
     final_norm, embedding = loading.tensor("final_norm"), loading.tensor("embedding")
     head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
+    assert next(named, None) is None, "parameters are left over"
     return ModelWeights(embedding, layers, final_norm, head, tuple(loading.taken))
 
 

@@ -23,6 +23,7 @@ from worker.spec import RankSpec
 from worker.weight_borrower import WeightBorrower
 from worker.weight_image import StoredImage, WeightImage
 from worker.weight_lender import WeightLender
+from worker.weight_progress import ReadingProgress
 from worker.weight_sources import WeightSources
 from worker.weight_windows import WeightWindows
 
@@ -46,7 +47,7 @@ class RankWeights:
         """Reads from disk, and from a lender where that is faster."""
         spec, disk = self._spec, CheckpointReader(Path(self._spec.model.path), model, self._device)
         if not spec.weight_lenders or spec.transfer.weights_from == "disk":
-            yield disk.read
+            yield ReadingProgress(disk.read, model.dtype).read
             return
         image, weights = self._describe(model, layout)
         borrower = WeightBorrower(
@@ -62,12 +63,11 @@ class RankWeights:
         )
         stretch_bytes = int(spec.transfer.weights_trial_mib * 2**20)
         sources = WeightSources(disk.read, borrower.read, model.dtype, stretch_bytes, time.monotonic)
-        started = time.monotonic()
         try:
-            yield sources.read
+            yield ReadingProgress(sources.read, model.dtype).read
         finally:
             borrower.close()
-        logger.info("weights in %.2f s: %s", time.monotonic() - started, sources.summary())
+        logger.info("weights came from: %s", sources.summary())
 
     def lend(self, model: ModelSpec, layout: KVLayout, loaded: ModelWeights, server: RpcServer) -> None:
         """Binds the calls by which others borrow."""
