@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.arithmetic import arithmetic_dtype
 
 _ROWS_PER_PRODUCT = 128  # of a chunk: its scores stay in cache, and half of the square above the diagonal is skipped
+_SCORES_PER_PRODUCT = 1 << 24  # at most: behind a long context fewer rows are taken together
+_LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRu
     values = values.contiguous()[:, None]
     sinks = None if rule.sinks is None else rule.sinks.view(num_heads, -1, 1, 1)
     parts = []
-    for start in range(0, rows, _ROWS_PER_PRODUCT):
-        end = min(start + _ROWS_PER_PRODUCT, rows)
+    num_together = _rows_together(query.shape[1], keys.shape[1])
+    for start in range(0, rows, num_together):
+        end = min(start + num_together, rows)
         seen = slice(0 if rule.window is None else max(0, first + start - rule.window + 1), first + end)
         scores = _capped(torch.matmul(grouped[:, :, start:end], columns[..., seen]), rule)
         above = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).triu_(1)
@@ -71,6 +74,10 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRu
         parts.append(torch.matmul(_softmax(scores, sinks), values[:, :, seen]))  # [H, G, rows, D]
     attended = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
     return attended.permute(2, 0, 1, 3).reshape(rows, -1).to(dtype)
+
+
+def _rows_together(num_query_heads: int, context: int) -> int:
+    return min(_ROWS_PER_PRODUCT, max(_LEAST_ROWS, _SCORES_PER_PRODUCT // (num_query_heads * context)))
 
 
 def _capped(scores: Tensor, rule: AttentionRule) -> Tensor:
