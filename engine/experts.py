@@ -1,4 +1,4 @@
-"""Experts of one rank, multiplied in groups: rows are sorted by expert, every expert takes its run of rows at once.
+"""Experts of one rank on a CPU: rows are sorted by expert, every expert that is wanted takes its run of rows at once.
 
 Shapes: T rows, k experts per row.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.grouped_experts import GroupedExperts
 from engine.mlp import Mlp
 from engine.router import Router
 
@@ -41,7 +42,7 @@ class MixtureOfExperts:
     """This rank's part of every expert, or its share of whole experts: the ranks' results are to be summed."""
 
     router: Router
-    experts: Experts
+    experts: Experts | GroupedExperts
     shared: Mlp | None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class ModelRunner:
             share = Share(group.rank, layout, whole_experts)
             parameters = list_parameters(spec, share)
             named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
-            self.weights = assemble(spec, share, named)
+            self.weights = assemble(spec, share, device, named)
         self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
         self._attention = TorchAttention(self.kv_cache.tensor, spec.decoder.num_heads // layout.tensor_parallel)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import weights
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.plain_engine import PlainEngine, greedy, make_runner
 from tests.engine.rank_threads import rank_threads
@@ -36,3 +38,14 @@ def test_ranks_with_whole_experts_draw_what_one_draws(alone, size):
     checkpoint, expected = alone
     with rank_threads(checkpoint, size, whole_experts=True) as runner:
         assert draw(runner) == expected
+
+
+@pytest.mark.parametrize("alone", ["mixtral", "qwen3_moe"], indirect=True)
+def test_stacked_experts_draw_the_same_and_can_be_lent(alone, monkeypatch):
+    checkpoint, expected = alone
+    apart = make_runner(checkpoint, num_blocks=512)
+    monkeypatch.setattr(weights, "multiplies_in_groups", lambda _device: True)
+    stacked = make_runner(checkpoint, num_blocks=512)
+    assert draw(stacked) == expected
+    for ours, theirs in zip(stacked.weights.parameters, apart.weights.parameters, strict=True):
+        assert torch.equal(ours(), theirs())
