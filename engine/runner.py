@@ -76,7 +76,7 @@ class ModelRunner:
             self.weights = assemble(spec, share, named)
         self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
-        self._attention = TorchAttention(self.kv_cache.tensor, spec.decoder.num_heads // layout.tensor_parallel)
+        self._attention = TorchAttention(self.kv_cache.tensor)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 
