@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,47 @@ class ExpertGeometry:
 
 
 @dataclass(frozen=True)
+class LatentGeometry:
+    """Multi-head latent attention: what is cached of a token are `kv_lora_rank` numbers, of which every head makes its
+    key and value, and a rotated key part that all heads share.
+    """
+
+    q_lora_rank: int | None  # of what queries are made of; None: of the hidden state itself
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def latent_size(self) -> int:
+        """Numbers cached per token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def query_size(self) -> int:
+        """Of one head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def made_size(self) -> int:
+        """Of one head: its key without the rotated part, and its value."""
+        return self.qk_nope_head_dim + self.v_head_dim
+
+    def num_parameters(self, hidden_size: int, num_heads: int) -> int:
+        """Weights of one layer."""
+        queries = self.query_size * num_heads
+        made_of = hidden_size if self.q_lora_rank is None else self.q_lora_rank
+        down = self.latent_size + (self.q_lora_rank or 0)
+        heads = queries * made_of + num_heads * (self.made_size * self.kv_lora_rank + self.v_head_dim * hidden_size)
+        return hidden_size * down + heads
+
+
+@dataclass(frozen=True)
 class ModelGeometry:
-    """Numbers of config.json. `max_model_len` counts prompt and output tokens."""
+    """Numbers of config.json. `max_model_len` counts prompt and output tokens.
+
+    Of latents, `num_kv_heads` and `head_dim` are those of their KVLayout.
+    """
 
     num_layers: int
     hidden_size: int
@@ -46,11 +85,15 @@ class ModelGeometry:
     max_model_len: int
     dtype: str
     experts: ExpertGeometry | None = None
+    latents: LatentGeometry | None = None
 
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, biases and norms left out."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        if self.latents is None:
+            attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        else:
+            attention = self.latents.num_parameters(self.hidden_size, self.num_heads)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * attention + self._mlp_parameters + embeddings
 
@@ -81,7 +124,9 @@ class ModelGeometry:
             raise ConfigurationError(
                 f"tensor_parallel {tensor_parallel} must divide {self.num_kv_heads} KV heads, or be a multiple of them"
             )
-        return KVLayout(self.num_layers, self.num_kv_heads, self.head_dim, block_size, self.dtype, tensor_parallel)
+        is_latent = self.latents is not None
+        sizes = self.num_layers, self.num_kv_heads, self.head_dim
+        return KVLayout(*sizes, block_size, self.dtype, tensor_parallel, is_latent)
 
     def _inner_sizes(self) -> Iterator[int]:
         if self.experts is None or self.experts.num_dense_layers:
@@ -112,19 +157,33 @@ def geometry_of(config: Mapping[str, Any], dtype: str | None = None) -> ModelGeo
     chosen = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if chosen not in MODEL_DTYPES:
         raise ConfigurationError(f"dtype {chosen!r} is not supported; supported are {', '.join(MODEL_DTYPES)}")
+    latents = latents_of(config)
+    head_dim = config.get("head_dim") or _HEAD_DIM_OF_TYPE.get(kind, config["hidden_size"] // heads)
     return ModelGeometry(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or _HEAD_DIM_OF_TYPE.get(kind, config["hidden_size"] // heads),
+        num_kv_heads=1 if latents else config.get("num_key_value_heads") or heads,
+        head_dim=latents.latent_size if latents else head_dim,
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings", kind in _TIED_TYPES)),
         max_model_len=config["max_position_embeddings"],
         dtype=chosen,
         experts=_experts_of(config),
+        latents=latents,
     )
+
+
+def latents_of(config: Mapping[str, Any]) -> LatentGeometry | None:
+    """None unless attention is over latents. Raises ConfigurationError naming a size that is none."""
+    if config.get("kv_lora_rank") is None:
+        return None
+    sizes: dict[str, Any] = {field.name: config.get(field.name) for field in fields(LatentGeometry)}
+    for name, size in sizes.items():
+        if not ((isinstance(size, int) and size > 0) or (size is None and name == "q_lora_rank")):
+            raise ConfigurationError(f"{name} is {size!r}; latent attention needs a positive size")
+    return LatentGeometry(**sizes)
 
 
 def _experts_of(config: Mapping[str, Any]) -> ExpertGeometry | None:

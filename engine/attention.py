@@ -1,19 +1,15 @@
-"""Attention over the paged KV cache: the interface, and its implementation in plain torch.
+"""Attention over the paged KV cache: the interface, and its implementation for keys and values in plain torch.
 
-Shapes: T rows (tokens of the step), Q query heads, H KV heads, G = Q / H, D head size, S tokens per block.
+Shapes: T rows (tokens of the step), Q query heads, H KV heads, D head size.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from engine.attention_math import AttentionRule, attend_causal, attend_single
-from engine.batch import SequenceStep
-from engine.step_inputs import StepInputs, int_tensor
-
-GATHER_BYTES = 4 << 20  # of KV copied together for single-token sequences: stays in a CPU's cache
+from engine.step_context import Chunk, PagedCache, SingleGroup, StepContext
+from engine.step_inputs import StepInputs
 
 
 class AttentionStep(Protocol):
@@ -34,167 +30,35 @@ class AttentionBackend(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _SingleGroup:
-    """Single-token sequences of similar length: rows [first, first + count), padded to one number of blocks."""
-
-    first: int
-    count: int
-    num_blocks: int
-    gather_rows: Tensor  # [2 * count * H * num_blocks]
-    hidden: Tensor  # [count, 1, 1, num_blocks * S]: what the sequence does not see
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Several tokens of one sequence: rows [first, first + count), the last of `context` gathered positions."""
-
-    first: int
-    count: int
-    context: int
-    gather_rows: Tensor | None  # [2 * H * blocks]; None: nothing is cached, the rows' own KV is the context
-
-
-@dataclass(frozen=True)
-class _View:
-    """What all layers of one window see of a step's sequences."""
-
-    groups: list[_SingleGroup]
-    chunks: list[_Chunk]
-
-
 class TorchAttention:
     """Gathers blocks into contiguous keys and values, then plain products. Runs on CPU and CUDA."""
 
-    def __init__(self, cache: Tensor, num_query_heads: int) -> None:
-        """`cache`: [layers, blocks, 2, H, S, D]."""
-        layers, blocks, _, self.num_heads, self.block_size, self.head_dim = cache.shape
-        self.num_query_heads = num_query_heads
-        self.device, self.dtype = cache.device, cache.dtype
-        self.head_blocks = cache.view(layers, blocks * 2 * self.num_heads, self.block_size * self.head_dim)
-        self.slots = cache.view(layers, blocks * 2 * self.num_heads * self.block_size, self.head_dim)
+    def __init__(self, cache: Tensor) -> None:
+        """`cache`: [layers, blocks, 2, H, S, D], S tokens per block."""
+        self._cache = PagedCache(cache)
 
     def plan(self, inputs: StepInputs) -> "TorchAttentionStep":
-        """Index tensors of one step; what depends on a window is made when a layer with it comes."""
-        return TorchAttentionStep(self, inputs, self._slot_rows(inputs))
-
-    def view(self, inputs: StepInputs, window: int | None) -> _View:
-        """Blocks behind the window of every row of a sequence are never touched."""
-        groups = [self._single_group(group, first, window) for first, group in self._similar(inputs, window)]
-        chunks, first = [], inputs.num_single
-        for sequence in inputs.sequences[inputs.num_single :]:
-            chunks.append(self._chunk(sequence, first, window))
-            first += len(sequence.token_ids)
-        return _View(groups, chunks)
-
-    def _similar(self, inputs: StepInputs, window: int | None) -> list[tuple[int, list[SequenceStep]]]:
-        """Splits the single-token sequences (sorted by length) where padding would double the work or memory."""
-        bytes_per_block = 2 * self.num_heads * self.block_size * self.head_dim * self.dtype.itemsize
-        limit = max(1, GATHER_BYTES // bytes_per_block)
-        groups: list[tuple[int, list[SequenceStep]]] = []
-        for row, sequence in enumerate(inputs.sequences[: inputs.num_single]):
-            blocks = len(self._blocks(sequence, window))
-            group = groups[-1][1] if groups else []
-            if group and blocks <= 2 * len(self._blocks(group[0], window)) + 2 and blocks * (len(group) + 1) <= limit:
-                group.append(sequence)
-            else:
-                groups.append((row, [sequence]))
-        return groups
-
-    def _blocks(self, sequence: SequenceStep, window: int | None) -> range:
-        """Numbers of the sequence's blocks that hold what its rows see."""
-        end = sequence.first_position + len(sequence.token_ids)
-        first = 0 if window is None else max(0, sequence.first_position - window + 1)
-        return range(first // self.block_size, -(-end // self.block_size))
-
-    def _gather_rows(self, block_tables: Tensor) -> Tensor:
-        """Rows of `head_blocks` in the order [2, sequences, H, blocks] for tables [sequences, blocks]."""
-        kv = torch.arange(2, device=self.device).view(2, 1, 1, 1)
-        head = torch.arange(self.num_heads, device=self.device).view(1, 1, -1, 1)
-        return ((block_tables[None, :, None, :] * 2 + kv) * self.num_heads + head).flatten()
-
-    def _single_group(self, group: list[SequenceStep], first: int, window: int | None) -> _SingleGroup:
-        seen = [self._blocks(sequence, window) for sequence in group]
-        num_blocks = max(map(len, seen))
-        tables = [
-            _padded(s.block_table[blocks.start : blocks.stop], num_blocks)
-            for s, blocks in zip(group, seen, strict=True)
-        ]
-        offsets = [blocks.start * self.block_size for blocks in seen]
-        ends = [sequence.first_position + 1 - offset for sequence, offset in zip(group, offsets, strict=True)]
-        bounds = int_tensor((ends, [0 if window is None else end - window for end in ends]), self.device)[..., None]
-        positions = torch.arange(num_blocks * self.block_size, device=self.device)
-        hidden = (positions >= bounds[0]) | (positions < bounds[1])
-        gather_rows = self._gather_rows(int_tensor(tables, self.device))
-        return _SingleGroup(first, len(group), num_blocks, gather_rows, hidden[:, None, None])
-
-    def _chunk(self, sequence: SequenceStep, first: int, window: int | None) -> _Chunk:
-        count = len(sequence.token_ids)
-        if sequence.first_position == 0:
-            return _Chunk(first, count, count, None)
-        blocks = self._blocks(sequence, window)
-        context = sequence.first_position + count - blocks.start * self.block_size
-        table = int_tensor([sequence.block_table[blocks.start : blocks.stop]], self.device)
-        return _Chunk(first, count, context, self._gather_rows(table))
-
-    def _slot_rows(self, inputs: StepInputs) -> Tensor:
-        """Rows of `slots` [2, T * H] that take the new keys and values."""
-        blocks = [
-            sequence.block_table[position // self.block_size]
-            for sequence in inputs.sequences
-            for position in range(sequence.first_position, sequence.first_position + len(sequence.token_ids))
-        ]
-        kv = torch.arange(2, device=self.device).view(2, 1, 1)
-        head = torch.arange(self.num_heads, device=self.device)
-        rows = (int_tensor(blocks, self.device)[None, :, None] * 2 + kv) * self.num_heads + head
-        return (rows * self.block_size + (inputs.positions % self.block_size)[None, :, None]).flatten(1)
+        """See AttentionBackend."""
+        return TorchAttentionStep(StepContext(self._cache, inputs))
 
 
 class TorchAttentionStep:
     """See TorchAttention."""
 
-    def __init__(self, backend: TorchAttention, inputs: StepInputs, slot_rows: Tensor) -> None:
-        self._backend = backend
-        self._inputs = inputs
-        self._slot_rows = slot_rows
-        self._views: dict[int | None, _View] = {}  # by window
+    def __init__(self, context: StepContext) -> None:
+        self._context = context
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """See AttentionStep."""
-        head_dim = self._backend.head_dim
-        slots = self._backend.slots[layer]
-        slots.index_copy_(0, self._slot_rows[0], key.reshape(-1, head_dim))
-        slots.index_copy_(0, self._slot_rows[1], value.reshape(-1, head_dim))
-        view = self._view(rule.window)
-        parts = [self._attend_singles(layer, query, group, rule) for group in view.groups]
-        parts += [self._attend_chunk(layer, query, key, value, chunk, rule) for chunk in view.chunks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        context = self._context
+        context.write(layer, key, value)
 
-    def _view(self, window: int | None) -> _View:
-        if window not in self._views:
-            self._views[window] = self._backend.view(self._inputs, window)
-        return self._views[window]
+        def singles(group: SingleGroup) -> Tensor:
+            keys, values = context.of_singles(layer, group)
+            return attend_single(query[group.rows], keys, values, group.hidden, rule)
 
-    def _attend_singles(self, layer: int, query: Tensor, group: _SingleGroup, rule: AttentionRule) -> Tensor:
-        backend = self._backend
-        rows = query[group.first : group.first + group.count]
-        context = group.num_blocks * backend.block_size
-        gathered = backend.head_blocks[layer].index_select(0, group.gather_rows)
-        keys, values = gathered.view(2, group.count, backend.num_heads, context, backend.head_dim).unbind()
-        return attend_single(rows, keys, values, group.hidden, rule)
+        def chunk(one: Chunk) -> Tensor:
+            keys, values = context.of_chunk(layer, one, key, value)
+            return attend_causal(query[one.rows], keys, values, rule)
 
-    def _attend_chunk(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, chunk: _Chunk, rule: AttentionRule
-    ) -> Tensor:
-        backend = self._backend
-        rows = slice(chunk.first, chunk.first + chunk.count)
-        if chunk.gather_rows is None:
-            return attend_causal(query[rows], key[rows].transpose(0, 1), value[rows].transpose(0, 1), rule)
-        gathered = backend.head_blocks[layer].index_select(0, chunk.gather_rows)
-        keys, values = gathered.view(2, backend.num_heads, -1, backend.head_dim)[:, :, : chunk.context].unbind()
-        return attend_causal(query[rows], keys, values, rule)
-
-
-def _padded(block_table: tuple[int, ...], num_blocks: int) -> list[int]:
-    table = list(block_table[:num_blocks])
-    return table + table[:1] * (num_blocks - len(table))
+        return context.view(rule.window).attend(singles, chunk)

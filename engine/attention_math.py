@@ -1,6 +1,7 @@
 """Softmax attention over contiguous keys and values, with the queries of a KV head taken together.
 
-Shapes: n sequences, R rows (queries) of one sequence, Q query heads, H KV heads, G = Q / H, C context, D head size.
+Shapes: n sequences, R rows (queries) of one sequence, Q query heads, H KV heads, G = Q / H, C context, D head size;
+that of values, and so of results, may be another one.
 Scores and weights are stored in the model's dtype; products and softmax accumulate in float32. On a CPU without matrix
 units this is 3 to 7 times faster than scaled_dot_product_attention for one query per sequence, and 1.2 to 1.8 times for
 a causal chunk.
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.arithmetic import arithmetic_dtype
+from engine.latent_up import LatentUp
 
+_LARGEST_FUSED_HEAD = 256  # of fused kernels
 _ROWS_PER_PRODUCT = 128  # of a chunk: its scores stay in cache, and half of the square above the diagonal is skipped
 _SCORES_PER_PRODUCT = 1 << 24  # at most: behind a long context fewer rows are taken together
 _LEAST_ROWS = 8
@@ -27,6 +30,7 @@ class AttentionRule:
     window: int | None = None  # positions that a query sees, its own included
     softcap: float | None = None
     sinks: Tensor | None = None  # [Q]
+    up: LatentUp | None = None  # where the cache holds latents
 
     @property
     def is_plain(self) -> bool:
@@ -49,7 +53,7 @@ def attend_single(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, r
 
 def attend_causal(query: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> Tensor:
     """The last R of C positions, [R, Q, D], each over itself and what precedes it in [H, C, D]: [R, Q * D]."""
-    if query.device.type == "cuda" and rule.is_plain:
+    if query.device.type == "cuda" and rule.is_plain and query.shape[-1] <= _LARGEST_FUSED_HEAD:
         return _attend_causal_fused(query, keys, values, rule)
     dtype, query, keys, values = _in_arithmetic(query, keys, values)
     rows, num_heads, head_dim = len(query), keys.shape[0], query.shape[-1]

@@ -72,8 +72,10 @@ def _supported_architecture(config: Any) -> str:
     found = next((name for name in names if name in FAMILIES), None)
     if found is None:
         raise ConfigurationError(f"architectures {names} are not supported; supported are {', '.join(FAMILIES)}")
-    if "quantization_config" in vars(config):
-        raise ConfigurationError(f"{found} with quantised weights is not supported")
+    quantised = vars(config).get("quantization_config")
+    if quantised is not None and quantised.get("quant_method") not in FAMILIES[found].quantised:
+        method = quantised.get("quant_method")
+        raise ConfigurationError(f"{found} with quantised weights (quant_method {method!r}) is not supported")
     return found
 
 

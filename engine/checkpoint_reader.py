@@ -25,7 +25,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path, spec: ModelSpec, device: torch.device) -> None:
         self._path = path
-        self._dtype = TORCH_DTYPES[spec.dtype]
+        self._dtype = spec.dtype
         self._device = device
         self._files: dict[str, Any] = {}
 
@@ -50,7 +50,8 @@ class CheckpointReader:
                     future.cancel()
 
     def _parameter(self, parameter: Parameter) -> Tensor:
-        tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+        dtype = TORCH_DTYPES[parameter.dtype or self._dtype]
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=self._device)
         row = 0
         for part in parameter.parts:
             stored = DECODERS[part.encoding](part, self._slice)  # maps the file: its pages are read as they are copied

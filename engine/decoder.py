@@ -12,14 +12,15 @@ from torch.nn.functional import embedding, rms_norm
 from core.kv_layout import KVLayout
 from engine.attention import AttentionStep
 from engine.attention_math import AttentionRule
-from engine.model_spec import AttentionSpec, ModelSpec
+from engine.model_spec import AttentionSpec, LayerSpec, ModelSpec
 from engine.rank_group import RankGroup
 from engine.rope import inverse_frequencies, rotary_angles, rotate
 from engine.rope_spec import Rope
 from engine.step_inputs import StepInputs
-from engine.weights import AttentionWeights, ModelWeights
+from engine.weights import AttentionWeights, LatentAttentionWeights, LayerWeights, ModelWeights
 
 Angles = dict[Rope, tuple[Tensor, Tensor]]  # of a step's positions
+QueryKeyValue = tuple[Tensor, Tensor, Tensor]  # see AttentionStep
 
 
 class Decoder:
@@ -35,10 +36,7 @@ class Decoder:
         device = weights.embedding.device
         ropes = dict.fromkeys(layer.attention.rope for layer in spec.decoder.layers)
         self._frequencies = {rope: inverse_frequencies(rope).to(device) for rope in ropes}
-        self._rules = [
-            _rule(layer.attention, own.attention)
-            for layer, own in zip(spec.decoder.layers, weights.layers, strict=True)
-        ]
+        self._rules = [_rule(layer, own) for layer, own in zip(spec.decoder.layers, weights.layers, strict=True)]
 
     def forward(self, inputs: StepInputs, attention: AttentionStep, layer_done: Callable[[int], None]) -> Tensor | None:
         """Logits of the rows that draw, [N, vocabulary] in float32, on the first rank; None elsewhere or if N is 0.
@@ -75,18 +73,43 @@ class Decoder:
         return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
 
     def _attend(
-        self, index: int, weights: AttentionWeights, x: Tensor, angles: Angles, attention: AttentionStep
+        self,
+        index: int,
+        weights: AttentionWeights | LatentAttentionWeights,
+        x: Tensor,
+        angles: Angles,
+        attention: AttentionStep,
     ) -> Tensor:
-        spec, num_rotated = self._decoder.layers[index].attention, self._num_query_heads + self._num_kv_heads
+        turned = angles[self._decoder.layers[index].attention.rope]
+        if isinstance(weights, LatentAttentionWeights):
+            query, key, value = self._latents(weights, x, *turned)
+        else:
+            query, key, value = self._heads(weights, x, *turned)
+        attended = attention.attend(index, query, key, value, self._rules[index])
+        return self._group.all_reduce(weights.output(attended))
+
+    def _heads(self, weights: AttentionWeights, x: Tensor, cosines: Tensor, sines: Tensor) -> QueryKeyValue:
+        num_rotated = self._num_query_heads + self._num_kv_heads
         heads = weights.qkv(x).view(len(x), num_rotated + self._num_kv_heads, self._decoder.head_dim)
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
         if weights.query_norm is not None and weights.key_norm is not None:
             queries = self._norm(rotated[:, : self._num_query_heads], weights.query_norm)
             rotated = torch.cat((queries, self._norm(rotated[:, self._num_query_heads :], weights.key_norm)), dim=1)
-        rotated = rotate(rotated, *angles[spec.rope])
-        query, key = rotated[:, : self._num_query_heads], rotated[:, self._num_query_heads :]
-        attended = attention.attend(index, query, key, value, self._rules[index])
-        return self._group.all_reduce(weights.output(attended))
+        rotated = rotate(rotated, cosines, sines)
+        return rotated[:, : self._num_query_heads], rotated[:, self._num_query_heads :], value
+
+    def _latents(self, weights: LatentAttentionWeights, x: Tensor, cosines: Tensor, sines: Tensor) -> QueryKeyValue:
+        """See LatentAttentionStep."""
+        spec, sizes = weights.spec, weights.spec.sizes
+        latent, key, query = weights.down(x).tensor_split((sizes.kv_lora_rank, sizes.latent_size), dim=-1)
+        if weights.query_norm is not None and weights.query_up is not None:
+            query = weights.query_up(rms_norm(query, weights.query_norm.shape, weights.query_norm, spec.norm_eps))
+        plain, turning = query.view(len(x), self._num_query_heads, -1).tensor_split((sizes.qk_nope_head_dim,), dim=-1)
+        turning = torch.cat((turning, key[:, None]), dim=1)
+        turned = rotate(turning, cosines, sines, interleaved=spec.rope.interleaved)
+        latent = rms_norm(latent, weights.latent_norm.shape, weights.latent_norm, spec.norm_eps)[:, None]
+        query = torch.cat((plain, turned[:, :-1]), dim=-1)
+        return query, torch.cat((latent, turned[:, -1:]), dim=-1), latent
 
     def _norm_if(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else self._norm(x, weight)
@@ -102,5 +125,9 @@ class Decoder:
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-def _rule(spec: AttentionSpec, weights: AttentionWeights) -> AttentionRule:
-    return AttentionRule(spec.scale, spec.window, spec.softcap, weights.sinks)
+def _rule(layer: LayerSpec, weights: LayerWeights) -> AttentionRule:
+    spec, own = layer.attention, weights.attention
+    if isinstance(own, LatentAttentionWeights):
+        return AttentionRule(spec.scale, up=own.up)
+    assert isinstance(spec, AttentionSpec)
+    return AttentionRule(spec.scale, spec.window, spec.softcap, own.sinks)

@@ -1,4 +1,4 @@
-"""One rank's paged KV memory: [num_layers, num_blocks, 2, heads_per_rank, block_size, head_dim] (2: K, V)."""
+"""One rank's paged KV memory: [num_layers, num_blocks, num_planes, heads_per_rank, block_size, head_dim]."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ class KVCache:
         self.layout = layout
         self.heads = layout.heads_of_rank(rank)
         self._memory = SharedMemory(num_blocks * layout.block_bytes_per_rank, device, "KV cache")
-        shape = (layout.num_layers, num_blocks, 2, layout.heads_per_rank, layout.block_size, layout.head_dim)
-        self.tensor = self._memory.bytes.view(TORCH_DTYPES[layout.dtype]).view(shape)
+        block = (layout.num_planes, layout.heads_per_rank, layout.block_size, layout.head_dim)
+        self.tensor = self._memory.bytes.view(TORCH_DTYPES[layout.dtype]).view(layout.num_layers, num_blocks, *block)
 
     @property
     def path(self) -> Path | None:

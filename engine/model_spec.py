@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.kv_layout import KVLayout
-from core.model_geometry import ModelGeometry
+from core.model_geometry import LatentGeometry, ModelGeometry
 from engine.rope_spec import Rope
 
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
@@ -22,6 +22,16 @@ class AttentionSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False  # RMS norm of every query and key head before the rotation
+
+
+@dataclass(frozen=True)
+class LatentAttentionSpec:
+    """Softmax attention over keys and values made of latents, which the KV cache holds in their place."""
+
+    rope: Rope
+    scale: float  # of query-key products
+    sizes: LatentGeometry
+    norm_eps: float = 1e-6  # of latents and of what queries are made of
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class MoeSpec:
 class LayerSpec:
     """One decoder layer."""
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec
     mlp: MlpSpec | MoeSpec
     norms_after: bool = False  # both halves' outputs are normed, too, before they are added
 
@@ -72,12 +82,13 @@ class DecoderSpec:
 
     layers: tuple[LayerSpec, ...]
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: int  # of the KV cache
+    head_dim: int  # of the KV cache
     norm_eps: float
     norm_offset: float = 0.0  # added to the weights of norms
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    encoding: str = "plain"  # of the matrices of layers, routers left out; see stored_encodings
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ MLPs, or, as whole experts, shared out between the ranks.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
 
 from core.kv_layout import DTYPE_BYTES, KVLayout
-from engine.model_spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
+from engine.model_spec import AttentionSpec, LatentAttentionSpec, MlpSpec, ModelSpec, MoeSpec
 from engine.models.registry import FAMILIES
 from engine.stored_names import StoredNames
 
@@ -44,10 +44,11 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    dtype: str | None = None  # None: the model's
 
     def num_bytes(self, dtype: str) -> int:
-        """Of memory."""
-        return prod(self.shape) * DTYPE_BYTES[dtype]
+        """Of memory, in a model of that dtype."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype or dtype]
 
 
 ReadParameters = Callable[[Sequence[Parameter]], Iterator[Tensor]]  # in their order, on the rank's device
@@ -106,7 +107,10 @@ class _Layer:
         """In the order in which weights are put together."""
         names, hidden, layer = self._names, self._spec.hidden_size, self._layer
         yield self._vector("attention_norm", f"{names.attention_norm}.weight", hidden)
-        yield from self._attention(layer.attention)
+        if isinstance(layer.attention, LatentAttentionSpec):
+            yield from self._latent_attention(layer.attention)
+        else:
+            yield from self._attention(layer.attention)
         if layer.norms_after:
             yield self._vector("attention_norm_after", f"{names.attention_norm_after}.weight", hidden)
         yield self._vector("mlp_norm", f"{names.mlp_norm}.weight", hidden)
@@ -133,13 +137,31 @@ class _Layer:
         has_bias = attention.output_bias and share.rank == 0
         yield from self._row_split("output", names.output, query_size, query_rows, has_bias)
 
+    def _latent_attention(self, attention: LatentAttentionSpec) -> Iterator[Parameter]:
+        """What comes down to latents is the same on every rank, what goes up to heads is split by head."""
+        names, share, sizes = self._names, self._share, attention.sizes
+        num_heads, rank, hidden = self._spec.decoder.num_heads, sizes.q_lora_rank, self._spec.hidden_size
+        queries, made = num_heads * sizes.query_size, num_heads * sizes.made_size
+        down = self._part(names.latent_down, (sizes.latent_size, hidden))
+        if rank is None:
+            yield self._stack("latent_down", down, self._part(names.query, (queries, hidden), share.of(queries)))
+        else:
+            yield self._stack("latent_down", down, self._part(names.query_down, (rank, hidden)))
+            yield self._vector("query_norm", f"{names.query_down_norm}.weight", rank)
+            yield self._stack("query_up", self._part(names.query_up, (queries, rank), share.of(queries)))
+        yield self._vector("latent_norm", f"{names.latent_norm}.weight", sizes.kv_lora_rank)
+        yield self._stack("latent_up", self._part(names.latent_up, (made, sizes.kv_lora_rank), share.of(made)))
+        values = num_heads * sizes.v_head_dim
+        yield from self._row_split("output", names.output, values, share.of(values), has_bias=False)
+
     def _mixture(self, mixture: MoeSpec) -> Iterator[Parameter]:
         names, share, router = self._names, self._share, mixture.router
         yield self._matrix("router", f"{names.router}.weight", router.num_experts, self._spec.hidden_size)
         if router.bias:
             yield self._vector("router_bias", f"{names.router}.bias", router.num_experts)
         if router.has_correction:
-            yield self._vector("correction", f"{names.router}.e_score_correction_bias", router.num_experts)
+            correction = self._vector("correction", f"{names.router}.e_score_correction_bias", router.num_experts)
+            yield replace(correction, dtype="float32")
         size = mixture.expert.intermediate_size
         inner = range(size) if share.whole_experts else share.of(size)
         adds_bias = share.whole_experts or share.rank == 0
@@ -171,7 +193,7 @@ class _Layer:
         taken = [range(first + part.start, first + part.stop) for first, part in zip(firsts, rows, strict=True)]
         found = list(zip(stored, sizes, taken, strict=True))
         hidden = self._spec.hidden_size
-        yield self._stack(name, *(Part(f"{self._stored}{at}.weight", (size, hidden), part) for at, size, part in found))
+        yield self._stack(name, *(self._part(at, (size, hidden), part) for at, size, part in found))
         if has_bias:
             biases = (Part(f"{self._stored}{at}.bias", (size,), part) for at, size, part in found)
             yield self._stack(f"{name}_bias", *biases)
@@ -179,9 +201,13 @@ class _Layer:
     def _row_split(self, name: str, stored: str, size: int, columns: range, has_bias: bool) -> Iterator[Parameter]:
         """The ranks' products are summed, so only one of them adds the bias."""
         hidden = self._spec.hidden_size
-        yield self._stack(name, Part(f"{self._stored}{stored}.weight", (hidden, size), columns=columns))
+        yield self._stack(name, self._part(stored, (hidden, size), columns=columns))
         if has_bias:
             yield self._vector(f"{name}_bias", f"{stored}.bias", hidden)
+
+    def _part(self, stored: str, shape: tuple[int, int], rows: range = WHOLE, columns: range = WHOLE) -> Part:
+        """Of a matrix as the checkpoint encodes them."""
+        return Part(f"{self._stored}{stored}.weight", shape, rows, columns, self._spec.decoder.encoding)
 
     def _vector(self, name: str, stored: str, size: int, rows: range = WHOLE) -> Parameter:
         return self._stack(name, Part(self._stored + stored, (size,), rows))

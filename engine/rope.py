@@ -30,22 +30,30 @@ def inverse_frequencies(rope: Rope) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, R] of int64 positions [T]; the sines of the first half are negated for `rotate`."""
+    """Cosines and sines [T, 1, R] of int64 positions [T]; sines of the first elements of pairs are negated."""
     angles = positions.float()[:, None] * frequencies  # [T, R / 2]
     cosines, sines = angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
+    dim = -1 if rope.interleaved else -2  # elements of a pair: next to each other, or halves apart
     return (
-        torch.cat((cosines, cosines), dim=-1).to(dtype)[:, None],
-        torch.cat((-sines, sines), dim=-1).to(dtype)[:, None],
+        torch.stack((cosines, cosines), dim).flatten(-2).to(dtype)[:, None],
+        torch.stack((-sines, sines), dim).flatten(-2).to(dtype)[:, None],
     )
 
 
-def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotates the first R elements of heads [T, H, D]: pair i is made of the elements i and i + R / 2."""
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotates the first R elements of heads [T, H, D]: pair i is made of the elements i and i + R / 2, or, interleaved,
+    2i and 2i + 1.
+    """
     size = cosines.shape[-1]
     if size < heads.shape[-1]:
-        return torch.cat((rotate(heads[..., :size], cosines, sines), heads[..., size:]), dim=-1)
-    swapped = heads.roll(size // 2, dims=-1)
+        rotated = rotate(heads[..., :size], cosines, sines, interleaved=interleaved)
+        return torch.cat((rotated, heads[..., size:]), dim=-1)
+    swapped = _neighbours_swapped(heads) if interleaved else heads.roll(size // 2, dims=-1)
     return (heads * cosines).addcmul_(swapped, sines)
+
+
+def _neighbours_swapped(heads: Tensor) -> Tensor:
+    return heads.view(*heads.shape[:-1], -1, 2).flip(-1).flatten(-2)
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -48,6 +48,7 @@ class Rope:
     rotated: int  # the first elements of a head that are rotated
     scaling: Scaling | None = None
     magnitude: float = 1.0  # of cosines and sines
+    interleaved: bool = False  # neighbours make a pair, not elements of two halves
 
 
 def read_rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:

@@ -8,7 +8,7 @@ from engine.model_spec import RouterSpec
 
 
 class Router:
-    """Scores in float32; the same on every rank."""
+    """Logits and scores in float32; the same on every rank."""
 
     def __init__(self, spec: RouterSpec, weight: Tensor, bias: Tensor | None, correction: Tensor | None) -> None:
         """`weight` [N, hidden], `bias` and `correction` [N]."""
@@ -20,7 +20,8 @@ class Router:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, k], and their weights [T, k] in float32."""
         spec = self._spec
-        logits = linear(x, self._weight, self._bias).float()
+        bias = None if self._bias is None else self._bias.float()
+        logits = linear(x.float(), self._weight.float(), bias)
         scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(dim=-1)
         wanted = scores if self._correction is None else scores + self._correction.float()
         if spec.num_groups > 1:

@@ -14,11 +14,12 @@ from torch import Tensor
 from core.errors import ConfigurationError, PeerLost
 from core.kv_layout import KVLayout
 from core.sampling import TokenLogprobs
-from engine.attention import TorchAttention
+from engine.attention import AttentionBackend, TorchAttention
 from engine.batch import Draw, SequenceStep, StepBatch, StepResult
 from engine.batch_codec import decode_batch, encode_batch
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
+from engine.latent_attention import LatentAttention
 from engine.model_spec import ModelSpec
 from engine.parameters import ReadParameters, Share, list_parameters
 from engine.rank_group import RankGroup
@@ -76,7 +77,8 @@ class ModelRunner:
             self.weights = assemble(spec, share, device, named)
         self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
-        self._attention = TorchAttention(self.kv_cache.tensor, spec.decoder.num_heads // layout.tensor_parallel)
+        attention = LatentAttention if layout.latent else TorchAttention
+        self._attention: AttentionBackend = attention(self.kv_cache.tensor)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 

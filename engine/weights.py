@@ -9,9 +9,10 @@ from torch import Tensor
 
 from engine.experts import Experts, MixtureOfExperts
 from engine.grouped_experts import GroupedExperts
+from engine.latent_up import LatentUp
 from engine.linear import Linear
 from engine.mlp import ACTIVATIONS, Mlp
-from engine.model_spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
+from engine.model_spec import AttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
 from engine.parameters import Share
 from engine.router import Router
 
@@ -32,11 +33,24 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class LatentAttentionWeights:
+    """One layer's attention over latents on one rank. Queries come down, are normed and go up, or are made at once."""
+
+    spec: LatentAttentionSpec
+    down: Linear  # hidden -> latent, key part to be rotated, queries or what they are made of
+    query_norm: Tensor | None
+    query_up: Linear | None
+    latent_norm: Tensor
+    up: LatentUp
+    output: Linear
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer of one rank."""
 
     attention_norm: Tensor
-    attention: AttentionWeights
+    attention: AttentionWeights | LatentAttentionWeights
     attention_norm_after: Tensor | None
     mlp_norm: Tensor
     mlp: Mlp | MixtureOfExperts
@@ -111,7 +125,9 @@ def _layer(loading: _Loading, layer: LayerSpec, share: Share, name: str) -> Laye
     """Dataclass arguments are evaluated in the order of the parameters."""
     return LayerWeights(
         attention_norm=loading.tensor(f"{name}attention_norm"),
-        attention=_attention(loading, layer.attention, share, name),
+        attention=_latent_attention(loading, layer.attention, name)
+        if isinstance(layer.attention, LatentAttentionSpec)
+        else _attention(loading, layer.attention, share, name),
         attention_norm_after=loading.tensor_if(layer.norms_after, f"{name}attention_norm_after"),
         mlp_norm=loading.tensor(f"{name}mlp_norm"),
         mlp=_mixture(loading, layer.mlp, share, name)
@@ -128,6 +144,22 @@ def _attention(loading: _Loading, attention: AttentionSpec, share: Share, name: 
         key_norm=loading.tensor_if(attention.qk_norm, f"{name}key_norm"),
         sinks=loading.tensor_if(attention.has_sinks, f"{name}sinks"),
         output=loading.linear(f"{name}output", attention.output_bias and share.rank == 0),
+    )
+
+
+def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: str) -> LatentAttentionWeights:
+    sizes = attention.sizes
+    goes_up = sizes.q_lora_rank is not None
+    return LatentAttentionWeights(
+        attention,
+        down=loading.linear(f"{name}latent_down", has_bias=False),
+        query_norm=loading.tensor_if(goes_up, f"{name}query_norm"),
+        query_up=loading.linear(f"{name}query_up", has_bias=False) if goes_up else None,
+        latent_norm=loading.tensor(f"{name}latent_norm"),
+        up=LatentUp(
+            loading.tensor(f"{name}latent_up").view(-1, sizes.made_size, sizes.kv_lora_rank), sizes.qk_nope_head_dim
+        ),
+        output=loading.linear(f"{name}output", has_bias=False),
     )
 
 

@@ -9,6 +9,7 @@ Heads are model-wide numbers until the last moment. With 4 KV heads, a source of
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 
 from core.errors import Incompatible
 from core.kv_layout import DTYPE_BYTES, KVLayout
@@ -65,8 +66,13 @@ def require_exchangeable(ours: KVLayout, theirs: KVLayout) -> None:
 
 
 def source_ranks(source: KVLayout, destination: KVLayout, destination_rank: int) -> tuple[int, ...]:
-    """The ranks of a source that hold the heads of one rank, in order of heads. Raises Incompatible."""
+    """The ranks of a source that hold the heads of one rank, in order of heads; of latents, those that it takes its
+    share from (see plan_stages). Raises Incompatible.
+    """
     require_exchangeable(source, destination)
+    if source.latent:
+        apart = gcd(source.tensor_parallel, destination.tensor_parallel)
+        return tuple(range(destination_rank % apart, source.tensor_parallel, apart))
     wanted = destination.heads_of_rank(destination_rank)
     return tuple(rank for rank, _ in _runs_of_heads(source, wanted, destination_rank))
 

@@ -1,11 +1,14 @@
 """Small random checkpoints of every supported family, written by transformers itself."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -38,6 +41,28 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.2,
+    "original_max_position_embeddings": 256,
+}
+LATENTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
 }
 WINDOW = 40  # neither a multiple of a block nor a divisor of a chunk
 LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -86,6 +111,14 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        LATENTS | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        LATENTS | {"q_lora_rank": 48, "n_shared_experts": 1, "rope_parameters": YARN_ROPE},
+    ),
 }
 
 
@@ -97,7 +130,7 @@ def make_checkpoint(
     kind, settings = FAMILIES[name]
     model = AutoModelForCausalLM.from_config(kind(**SHARED | settings | changes))
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in chain(model.named_parameters(), model.named_buffers()):
             if parameter_name.endswith(("bias", "sinks")):
                 parameter.normal_(0, 0.2)
             elif "norm" in parameter_name:

@@ -13,7 +13,7 @@ from core.kv_layout import Compatibility, KVLayout
 from engine.checkpoint_reader import CheckpointReader
 from engine.model_spec import ModelSpec
 from engine.parameters import ReadParameters, Share, fingerprint, list_parameters
-from engine.weights import TORCH_DTYPES, ModelWeights
+from engine.weights import ModelWeights
 from kv_transfer.channels.select import Connect
 from kv_transfer.outbound import MayRead
 from rpc import methods
@@ -58,7 +58,7 @@ class RankWeights:
             make_windows=lambda number, may_read: self._windows(number, weights, may_read),
             image=image,
             weights=weights,
-            dtype=TORCH_DTYPES[model.dtype],
+            dtype=model.dtype,
             device=self._device,
         )
         stretch_bytes = int(spec.transfer.weights_trial_mib * 2**20)

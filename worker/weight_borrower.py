@@ -17,6 +17,7 @@ from core.messages.fleet import Empty
 from core.messages.to_lender import BorrowWeights, FillWindow, GiveBackWeights, LentWeights
 from core.messages.to_rank import SlabHeader
 from engine.parameters import Parameter
+from engine.weights import TORCH_DTYPES
 from kv_transfer.outbound import MayRead
 from rpc import methods
 from rpc.client import RpcClient
@@ -38,7 +39,7 @@ class WeightBorrower:
         make_windows: Callable[[int, MayRead], WeightWindows],
         image: WeightImage,
         weights: Compatibility,
-        dtype: torch.dtype,
+        dtype: str,
         device: torch.device,
     ) -> None:
         """`lenders`: host:port of ranks that may have these weights, tried in turn."""
@@ -63,7 +64,8 @@ class WeightBorrower:
         runs = self._runs(first, last)
         run = torch.empty(0, dtype=torch.uint8, device=self._device)
         for parameter in parameters:
-            tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+            dtype = TORCH_DTYPES[parameter.dtype or self._dtype]
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=self._device)
             rest = bytes_of(tensor)
             while len(rest):
                 if not len(run):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from cluster.check.agreement import disagreements, dtype_of
 from cluster.check.node_types import NodeType, require_room
-from cluster.check.rank_memory import RankMemory, count_channels, gib, size_rank
+from cluster.check.rank_memory import RankMemory, count_channels, count_sibling_channels, gib, size_rank
 from core.config import BatonConfig, PoolConfig
 from core.errors import ConfigurationError
 from core.kv_layout import KVLayout
@@ -93,7 +93,10 @@ def _channels(config: BatonConfig, layouts: dict[str, KVLayout]) -> dict[str, in
     if layouts["prefill"].dtype != layouts["decode"].dtype:
         return dict.fromkeys(layouts, 0)  # a problem already
     to_decode, to_prefill = count_channels(layouts["prefill"], layouts["decode"])
-    return {"prefill": to_decode * config.decode.max_replicas, "decode": to_prefill * config.prefill.max_replicas}
+    return {
+        "prefill": to_decode * config.decode.max_replicas,
+        "decode": to_prefill * config.prefill.max_replicas + count_sibling_channels(layouts["decode"]),
+    }
 
 
 def _layout(name: str, pool: PoolConfig, config: BatonConfig, geometry: ModelGeometry) -> KVLayout:

@@ -80,11 +80,16 @@ def largest_channel_bytes(transfer: TransferConfig, layout: KVLayout, device: De
 
 def count_channels(prefill: KVLayout, decode: KVLayout) -> tuple[int, int]:
     """Channels of the busiest prefill rank to one decode replica, and of the busiest decode rank to one prefill
-    replica: pairs of ranks whose KV heads overlap.
+    replica: pairs of ranks whose KV heads, or shares of latents, overlap.
     """
     sources = [set(source_ranks(prefill, decode, rank)) for rank in range(decode.tensor_parallel)]
     senders = [sum(rank in found for found in sources) for rank in range(prefill.tensor_parallel)]
     return max(senders), max(map(len, sources))
+
+
+def count_sibling_channels(layout: KVLayout) -> int:
+    """Channels of a rank to and from the others of its replica, among which latents are handed on."""
+    return 2 * (layout.tensor_parallel - 1) if layout.latent else 0
 
 
 def gib(num_bytes: int) -> str:

@@ -26,6 +26,7 @@ class Family:
     architecture: str
     read: Callable[[Any, int], DecoderSpec]
     names: StoredNames = LIKE_LLAMA
+    quantised: tuple[str, ...] = ()  # values of `quant_method` whose weights can be read
 
 
 def read_activation(name: str) -> Activation:

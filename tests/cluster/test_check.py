@@ -15,13 +15,27 @@ from cluster.check.rank_memory import count_channels, largest_channel_bytes
 from cluster.cli import app
 from core.config import BatonConfig, TransferConfig, parse_config
 from core.errors import ConfigurationError
-from core.model_geometry import ModelGeometry, read_geometry
+from core.model_geometry import ExpertGeometry, LatentGeometry, ModelGeometry, read_geometry
 from engine.checkpoint import load_model_spec
 from tests.checkpoints import make_checkpoint
 
 FOLDER = Path(__file__).parent.parent.parent / "ray_configs"
 LLAMA_8B = ModelGeometry(32, 4096, 32, 8, 128, 14336, 128256, False, 131072, "bfloat16")
 LLAMA_70B = replace(LLAMA_8B, num_layers=80, hidden_size=8192, num_heads=64, intermediate_size=28672)
+DEEPSEEK_V3 = ModelGeometry(
+    num_layers=61,
+    hidden_size=7168,
+    num_heads=128,
+    num_kv_heads=1,
+    head_dim=576,
+    intermediate_size=18432,
+    vocab_size=129280,
+    tie_word_embeddings=False,
+    max_model_len=163840,
+    dtype="bfloat16",
+    experts=ExpertGeometry(256, 2048, 2048, num_dense_layers=3),
+    latents=LatentGeometry(1536, 512, 128, 64, 128),
+)
 GIB = 2**30
 
 
@@ -99,9 +113,11 @@ def test_what_one_channel_takes(channel, device, num_bytes):
     ("prefill", "decode", "channels"),
     [(1, 1, (1, 1)), (4, 8, (2, 1)), (8, 4, (1, 2)), (16, 8, (1, 1)), (8, 16, (2, 1))],
 )
-def test_channels_join_ranks_whose_heads_overlap(prefill, decode, channels):
-    layouts = (LLAMA_70B.kv_layout(tensor_parallel, 16) for tensor_parallel in (prefill, decode))
+def test_channels_join_ranks_whose_heads_or_shares_of_latents_overlap(prefill, decode, channels):
+    layouts = [LLAMA_70B.kv_layout(tensor_parallel, 16) for tensor_parallel in (prefill, decode)]
     assert count_channels(*layouts) == channels
+    latents = [DEEPSEEK_V3.kv_layout(tensor_parallel, 16) for tensor_parallel in (prefill, decode)]
+    assert count_channels(*latents) == (max(1, decode // prefill), max(1, prefill // decode))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +168,20 @@ def test_weights_that_exceed_a_gpu_are_refused():
     assert h200 == {}
 
 
+def test_latents_are_small_and_whole_on_every_rank_while_heads_are_split():
+    assert round(DEEPSEEK_V3.num_parameters / 1e9) == 671
+    for tensor_parallel in (1, 8, 16):
+        layout = DEEPSEEK_V3.kv_layout(tensor_parallel, 16)
+        assert layout.latent and layout.block_bytes_per_rank == 16 * 61 * 576 * 2
+    config = on_gpus({"tensor_parallel": 16, "num_blocks": 8192}, {"tensor_parallel": 16, "num_blocks": 8192})
+    plan = make_plan(config, DEEPSEEK_V3, None, Hardware(host_bytes=24 * GIB, memory_gib=192))
+    prefill, decode = plan.pools
+    assert decode.rank.kv_bytes == 8192 * 16 * 61 * 576 * 2
+    assert (prefill.rank.num_channels, decode.rank.num_channels) == (1, 1 + 2 * 15)
+    refused = problems(on_gpus({"tensor_parallel": 3}), DEEPSEEK_V3)["prefill.tensor_parallel"]
+    assert "3 must divide 128 attention heads" in refused
+
+
 def test_kv_heads_must_split_too():
     odd = replace(LLAMA_8B, num_heads=24, num_kv_heads=8, intermediate_size=14592)
     assert "must divide 8 KV heads" in problems(on_gpus({"tensor_parallel": 3}), odd)["prefill.tensor_parallel"]
@@ -199,7 +229,7 @@ def test_own_hosts_have_no_node_types():
         read_node_types(yaml.safe_load((FOLDER / "clusters" / "on_premise.yaml").read_text()))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"])
 def test_what_check_reads_is_what_the_engine_loads(tmp_path, family):
     folder = make_checkpoint(tmp_path, family, shard_size="100KB")
     spec = load_model_spec(folder)

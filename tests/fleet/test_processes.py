@@ -51,6 +51,8 @@ SETTINGS = [
     (2, 1, "gloo", "qwen3"),
     (2, 2, "gloo", "qwen2"),
     (1, 1, "shared_memory", "qwen3"),
+    (1, 2, "tcp", "deepseek_v3"),
+    (2, 2, "shared_memory", "deepseek_v2"),
 ]
 MORE_SETTINGS = [
     (prefill_tp, decode_tp, channel, family)

@@ -168,6 +168,7 @@ def test_latents_cross_once_and_reach_every_rank(source_tp, destination_tp, size
     assert set(sent.values()) == {num_tokens // 2 // source_tp} and len(sent) == source_tp
     handed_on = Counter()
     for rank, stage in enumerate(stages):
+        assert {copy.source_rank for copy in stage.from_source} == set(source_ranks(source, destination, rank))
         assert rank not in {copy.source_rank for copy in stage.from_siblings}
         for copy in stage.from_siblings:
             handed_on[copy.source_rank] += len(copy.source.blocks)

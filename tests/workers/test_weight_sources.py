@@ -82,6 +82,7 @@ def test_what_the_disk_lacks_is_an_error():
 def test_an_image_is_its_parameters_one_after_another():
     image = WeightImage((Parameter("a", (2, 3), ()), Parameter("b", (4,), ()), Parameter("c", (1,), ())), "bfloat16")
     assert image.num_bytes == 22
+    assert WeightImage((Parameter("a", (2, 3), (), "float32"), Parameter("b", (4,), ())), "bfloat16").num_bytes == 32
     assert image.place((Parameter("b", (4,), ()), Parameter("c", (1,), ()))) == (12, 22)
     assert list(image.pieces(10, 11)) == [Piece(0, 10, 12), Piece(1, 0, 8), Piece(2, 0, 1)]
     assert list(image.pieces(20, 100)) == [Piece(2, 0, 2)]
