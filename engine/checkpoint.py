@@ -33,6 +33,7 @@ def load_model_spec(path: Path, dtype: str | None = None, max_model_len: int | N
         tie_word_embeddings=config.tie_word_embeddings,
         max_model_len=geometry.max_model_len,
         dtype=geometry.dtype,
+        quant_method=_quant_method(config, architecture),
         eos_token_ids=_eos_token_ids(path, config.eos_token_id),
         revision=checkpoint_revision(path),
         geometry=geometry,
@@ -72,9 +73,19 @@ def _supported_architecture(config: Any) -> str:
     found = next((name for name in names if name in FAMILIES), None)
     if found is None:
         raise ConfigurationError(f"architectures {names} are not supported; supported are {', '.join(FAMILIES)}")
-    if "quantization_config" in vars(config):
-        raise ConfigurationError(f"{found} with quantised weights is not supported")
     return found
+
+
+def _quant_method(config: Any, architecture: str) -> str | None:
+    """None where weights are stored plainly."""
+    found, readable = vars(config).get("quantization_config"), FAMILIES[architecture].quantised
+    if found is None:
+        return None
+    method = found.get("quant_method")
+    if method not in readable:
+        known = f"; supported is {', '.join(readable)}" if readable else ""
+        raise ConfigurationError(f"{architecture} with quantised weights ({method}) is not supported{known}")
+    return str(method)
 
 
 def _eos_token_ids(path: Path, from_config: int | list[int] | None) -> frozenset[int]:

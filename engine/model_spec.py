@@ -8,6 +8,7 @@ from core.model_geometry import ModelGeometry
 from engine.rope_spec import Rope
 
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of clamped_swiglu
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ModelSpec:
     tie_word_embeddings: bool
     max_model_len: int
     dtype: str
+    quant_method: str | None  # how the weights are stored, to be decoded into `dtype`; None: plainly
     eos_token_ids: frozenset[int]
     revision: str  # equal for equal configuration and weights; see `checkpoint_revision`
     geometry: ModelGeometry  # what memory and splitting depend on

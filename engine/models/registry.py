@@ -1,6 +1,6 @@
 """The supported architectures."""
 
-from engine.models import gemma, llama, mixtral, phi3, qwen
+from engine.models import gemma, gpt_oss, llama, mixtral, phi3, qwen
 from engine.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,5 +15,6 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA2,
         gemma.GEMMA3,
         phi3.FAMILY,
+        gpt_oss.FAMILY,
     )
 }

@@ -30,7 +30,7 @@ def test_ranks_draw_what_one_draws(alone, size):
         assert draw(runner) == expected
 
 
-@pytest.mark.parametrize("alone", ["mixtral", "qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("alone", ["mixtral", "qwen3_moe", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_with_whole_experts_draw_what_one_draws(alone, size):
     checkpoint, expected = alone
