@@ -17,7 +17,13 @@ _REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
-_HEAD_DIM_OF_TYPE = {"qwen3": 128, "qwen3_moe": 128, "gemma2": 256, "gemma3_text": 256}  # if config.json has none
+_HEAD_DIM_OF_TYPE = {
+    "qwen3": 128,
+    "qwen3_moe": 128,
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "gpt_oss": 64,
+}  # if config.json has none
 _TIED_TYPES = ("gemma2", "gemma3_text")  # unless config.json says otherwise
 
 
@@ -154,7 +160,8 @@ def read_geometry(folder: Path, dtype: str | None = None) -> ModelGeometry:
 def geometry_of(config: Mapping[str, Any], dtype: str | None = None) -> ModelGeometry:
     """Of what config.json holds, or of a configuration with its defaults filled in. Raises ConfigurationError."""
     heads, kind = config["num_attention_heads"], str(config.get("model_type"))
-    chosen = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    unnamed = "bfloat16" if config.get("quantization_config") else "float32"
+    chosen = dtype or str(config.get("dtype") or config.get("torch_dtype") or unnamed).removeprefix("torch.")
     if chosen not in MODEL_DTYPES:
         raise ConfigurationError(f"dtype {chosen!r} is not supported; supported are {', '.join(MODEL_DTYPES)}")
     latents = latents_of(config)

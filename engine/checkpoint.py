@@ -23,6 +23,7 @@ def load_model_spec(path: Path, dtype: str | None = None, max_model_len: int | N
     """
     config = parsed_config(path)
     architecture = _supported_architecture(config)
+    _require_readable(config, architecture)
     geometry = geometry_of(vars(config), dtype)
     limit = min(max_model_len or geometry.max_model_len, geometry.max_model_len)
     return ModelSpec(
@@ -72,11 +73,16 @@ def _supported_architecture(config: Any) -> str:
     found = next((name for name in names if name in FAMILIES), None)
     if found is None:
         raise ConfigurationError(f"architectures {names} are not supported; supported are {', '.join(FAMILIES)}")
-    quantised = vars(config).get("quantization_config")
-    if quantised is not None and quantised.get("quant_method") not in FAMILIES[found].quantised:
-        method = quantised.get("quant_method")
-        raise ConfigurationError(f"{found} with quantised weights (quant_method {method!r}) is not supported")
     return found
+
+
+def _require_readable(config: Any, architecture: str) -> None:
+    found, readable = vars(config).get("quantization_config"), FAMILIES[architecture].quantised
+    if found is not None and found.get("quant_method") not in readable:
+        method, known = found.get("quant_method"), f"; supported is {', '.join(readable)}" if readable else ""
+        raise ConfigurationError(
+            f"{architecture} with quantised weights (quant_method {method!r}) is not supported{known}"
+        )
 
 
 def _eos_token_ids(path: Path, from_config: int | list[int] | None) -> frozenset[int]:

@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from engine.linear import Linear
-from engine.model_spec import Activation
-
-_SWIGLU_ALPHA, _SWIGLU_LIMIT = 1.702, 7.0  # of gpt-oss
+from engine.model_spec import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 
 
 def _silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,8 +20,8 @@ def _gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=_SWIGLU_LIMIT), up.clamp(-_SWIGLU_LIMIT, _SWIGLU_LIMIT)
-    return (up + 1) * (gate * torch.sigmoid(_SWIGLU_ALPHA * gate))
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (up + 1) * (gate * torch.sigmoid(SWIGLU_ALPHA * gate))
 
 
 Activate = Callable[[Tensor, Tensor], Tensor]  # (gate, up)

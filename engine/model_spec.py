@@ -8,6 +8,7 @@ from core.model_geometry import LatentGeometry, ModelGeometry
 from engine.rope_spec import Rope
 
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of clamped_swiglu
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class MoeSpec:
     router: RouterSpec
     expert: MlpSpec
     shared: MlpSpec | None = None
+    fused_encoding: str = "plain"  # of stored tensors that hold all experts; see stored_encodings
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ MLPs, or, as whole experts, shared out between the ranks.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 from torch import Tensor
@@ -22,13 +23,15 @@ WHOLE = range(0)  # the full extent of a dimension
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a stored matrix or vector, whose full shape, once decoded, must be `shape`."""
+    """A rectangle of a stored matrix or vector, whose full shape, once decoded, must be `shape`; `rows` may step."""
 
     name: str
     shape: tuple[int, ...]
     rows: range = WHOLE
     columns: range = WHOLE
     encoding: str = "plain"  # see stored_encodings
+    expert: int = 0
+    num_experts: int = 0  # whose matrices the tensor holds, along a dimension that comes first; 0: it holds this alone
 
     @property
     def taken(self) -> tuple[int, ...]:
@@ -166,6 +169,9 @@ class _Layer:
         inner = range(size) if share.whole_experts else share.of(size)
         adds_bias = share.whole_experts or share.rank == 0
         for expert in share.experts(router.num_experts):
+            if names.fused_gate_up:
+                yield from self._fused_expert(expert, mixture, inner, adds_bias)
+                continue
             gate_up = tuple(name.format(expert) for name in names.expert_gate_up)
             down = names.expert_down.format(expert)
             yield from self._mlp(f"experts.{expert}.", gate_up, down, mixture.expert, inner, adds_bias)
@@ -174,6 +180,20 @@ class _Layer:
             yield from self._mlp(
                 "shared.", names.shared_gate_up, names.shared_down, mixture.shared, inner, share.rank == 0
             )
+
+    def _fused_expert(self, expert: int, mixture: MoeSpec, inner: range, adds_bias: bool) -> Iterator[Parameter]:
+        """Out of tensors that hold all experts, in which the outputs of gate and up take turns."""
+        hidden, size, has_bias = self._spec.hidden_size, mixture.expert.intermediate_size, mixture.expert.bias
+        gate_up, down = self._stored + self._names.fused_gate_up, self._stored + self._names.fused_down
+        name, part = f"experts.{expert}.", partial(Part, expert=expert, num_experts=mixture.router.num_experts)
+        matrix = partial(part, encoding=mixture.fused_encoding)
+        turns = [range(2 * inner.start + turn, 2 * inner.stop, 2) for turn in (0, 1)]
+        yield self._stack(f"{name}gate_up", *(matrix(gate_up, (2 * size, hidden), rows) for rows in turns))
+        if has_bias:
+            yield self._stack(f"{name}gate_up_bias", *(part(f"{gate_up}_bias", (2 * size,), rows) for rows in turns))
+        yield self._stack(f"{name}down", matrix(down, (hidden, size), columns=inner))
+        if has_bias and adds_bias:
+            yield self._stack(f"{name}down_bias", part(f"{down}_bias", (hidden,)))
 
     def _mlp(
         self, name: str, gate_up: tuple[str, ...], down: str, mlp: MlpSpec, inner: range, adds_bias: bool

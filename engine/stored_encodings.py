@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from core.errors import ConfigurationError
+from engine.mxfp4 import BLOCK_BYTES, BLOCK_WEIGHTS, dequantise
 from engine.parameters import Part
 
 OpenSlice = Callable[[str], Any]  # a stored tensor by its name, to be sliced; raises ConfigurationError when absent
@@ -15,15 +16,8 @@ _FP8_BLOCK = 128  # rows, and columns
 
 
 def read_plain(part: Part, open_slice: OpenSlice) -> Tensor:
-    """As it is stored. Raises ConfigurationError naming a misshapen tensor."""
-    stored = open_slice(part.name)
-    if tuple(stored.get_shape()) != part.shape:
-        raise ConfigurationError(
-            f"tensor {part.name!r} has shape {tuple(stored.get_shape())}, the config asks {part.shape}"
-        )
-    rows = slice(part.rows.start, part.rows.stop) if part.rows else slice(None)
-    columns = (slice(part.columns.start, part.columns.stop),) if part.columns else ()
-    return stored[(rows, *columns)]  # type: ignore[no-any-return]
+    """As it is stored. Raises ConfigurationError naming a misshapen tensor, as all do."""
+    return _take(part, open_slice, "", part.shape, part.rows, part.columns)
 
 
 def read_fp8_blocks(part: Part, open_slice: OpenSlice) -> Tensor:
@@ -56,4 +50,42 @@ def _fp8_blocks_of(elements: range) -> range:
     return range(elements.start // _FP8_BLOCK, -(-elements.stop // _FP8_BLOCK))
 
 
-DECODERS: dict[str, Decode] = {"plain": read_plain, "fp8_blocks": read_fp8_blocks}
+def read_transposed(part: Part, open_slice: OpenSlice) -> Tensor:
+    """Of a matrix that is stored as [inputs, outputs]."""
+    return _take(part, open_slice, "", part.shape[::-1], part.columns, part.rows).T
+
+
+def read_mxfp4(part: Part, open_slice: OpenSlice) -> Tensor:
+    """Only the blocks that hold some of the part's columns are read and decoded."""
+    outputs, inputs = part.shape
+    columns = part.columns or range(inputs)
+    taken = range(columns.start // BLOCK_WEIGHTS, _num_blocks(columns.stop))
+    shape = (outputs, _num_blocks(inputs))
+    blocks = _take(part, open_slice, "_blocks", (*shape, BLOCK_BYTES), part.rows, taken)
+    scales = _take(part, open_slice, "_scales", shape, part.rows, taken)
+    first = columns.start - taken.start * BLOCK_WEIGHTS
+    return dequantise(blocks, scales)[:, first : first + len(columns)]
+
+
+def _take(part: Part, open_slice: OpenSlice, suffix: str, shape: tuple[int, ...], *ranges: range) -> Tensor:
+    """Ranges of a matrix or vector that must have that shape; of the part's expert, where the tensor holds several."""
+    name, expected = part.name + suffix, (part.num_experts, *shape) if part.num_experts else shape
+    stored = open_slice(name)
+    if tuple(stored.get_shape()) != expected:
+        raise ConfigurationError(f"tensor {name!r} has shape {tuple(stored.get_shape())}, the config asks {expected}")
+    if suffix and stored.get_dtype() != "U8":
+        raise ConfigurationError(f"tensor {name!r} holds {stored.get_dtype()}, not the bytes (U8) of MXFP4")
+    slices = [slice(taken.start, taken.stop, taken.step) if taken else slice(None) for taken in ranges[: len(shape)]]
+    return stored[(part.expert, *slices) if part.num_experts else tuple(slices)]  # type: ignore[no-any-return]
+
+
+def _num_blocks(weights: int) -> int:
+    return -(-weights // BLOCK_WEIGHTS)
+
+
+DECODERS: dict[str, Decode] = {
+    "plain": read_plain,
+    "transposed": read_transposed,
+    "fp8_blocks": read_fp8_blocks,
+    "mxfp4": read_mxfp4,
+}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class StoredNames:
     """Without `.weight` and `.bias`. Of several names, the tensors are stacked; one name holds them stacked already.
 
-    In names of experts, {} stands for the expert's number.
+    In names of experts, {} stands for the expert's number. Fused, one tensor holds them all.
     """
 
     attention_norm: str = "input_layernorm"
@@ -31,5 +31,7 @@ class StoredNames:
     router: str = "mlp.gate"
     expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     expert_down: str = "mlp.experts.{}.down_proj"
+    fused_gate_up: str = ""  # [expert, inputs, outputs], gate and up in turn; without a suffix, its bias with `_bias`
+    fused_down: str = ""
     shared_gate_up: tuple[str, ...] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
     shared_down: str = "mlp.shared_experts.down_proj"

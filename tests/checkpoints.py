@@ -1,16 +1,19 @@
 """Small random checkpoints of every supported family, written by transformers itself."""
 
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -63,6 +66,13 @@ LATENTS = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
+}
+YARN_ROPE_UNTRUNCATED = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "truncate": False,
+    "original_max_position_embeddings": 256,
 }
 WINDOW = 40  # neither a multiple of a block nor a divisor of a chunk
 LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -119,6 +129,17 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         DeepseekV3Config,
         LATENTS | {"q_lora_rank": 48, "n_shared_experts": 1, "rope_parameters": YARN_ROPE},
     ),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "head_dim": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": LOCAL_AND_GLOBAL,
+            "rope_parameters": YARN_ROPE_UNTRUNCATED,
+        },
+    ),
 }
 
 
@@ -136,4 +157,22 @@ def make_checkpoint(
             elif "norm" in parameter_name:
                 parameter.normal_(0 if name.startswith("gemma") else 1, 0.2)  # Gemma's count from one
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def make_mxfp4_checkpoint(folder: Path) -> Path:
+    """Of gpt-oss as it is published: random blocks and scales in place of the experts' matrices, all else in bfloat16,
+    and no dtype in config.json.
+    """
+    file = make_checkpoint(folder, "gpt_oss", dtype="bfloat16") / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        num_experts, inputs, outputs = tensors.pop(name).shape
+        shape = (num_experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(121, 125, shape, dtype=torch.uint8)  # weights of about 0.2
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     return folder

@@ -3,6 +3,7 @@
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from core.errors import ConfigurationError
 
@@ -21,6 +22,13 @@ def _count(file: Path) -> int:
             if header_bytes > file.stat().st_size:
                 raise ValueError("it is cut short")
             header = json.loads(stream.read(header_bytes))
-        return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        return sum(_weights(name, tensor) for name, tensor in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"cannot read {file}: it is cut short or no safetensors file") from error
+
+
+def _weights(name: str, tensor: dict[str, Any]) -> int:
+    """MXFP4 packs two weights into each byte of its blocks, which are decoded on load; scales are not kept."""
+    if tensor["dtype"] == "U8" and name.endswith(("_blocks", "_scales")):
+        return 2 * prod(tensor["shape"]) if name.endswith("_blocks") else 0
+    return prod(tensor["shape"])

@@ -17,7 +17,7 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gel
 @dataclass(frozen=True)
 class Family:
     """A model family: its architecture's name in config.json, how to read its models off a parsed config, and how its
-    checkpoints name their tensors.
+    checkpoints name their tensors. `quantised` lists the quantisation methods whose tensors can be read.
 
     `read` gets the config and the longest context that is served; it raises ConfigurationError for what of the config
     this engine cannot compute.

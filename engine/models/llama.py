@@ -6,7 +6,14 @@ from engine.model_spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec
 from engine.models.family import Family, head_dim_of, read_activation, rope_of, windows_of
 
 
-def read_plain(config: Any, max_positions: int, *, qk_norm: bool = False, qkv_bias: bool | None = None) -> DecoderSpec:
+def read_plain(
+    config: Any,
+    max_positions: int,
+    *,
+    qk_norm: bool = False,
+    qkv_bias: bool | None = None,
+    has_sinks: bool = False,
+) -> DecoderSpec:
     """Decoder layers alike but for their windows; biases as the config says, or on queries, keys and values alone."""
     found = vars(config)
     head_dim, rope = head_dim_of(config), rope_of(config, max_positions)
@@ -21,6 +28,7 @@ def read_plain(config: Any, max_positions: int, *, qk_norm: bool = False, qkv_bi
                 qkv_bias=bias if qkv_bias is None else qkv_bias,
                 output_bias=bias,
                 qk_norm=qk_norm,
+                has_sinks=has_sinks,
             ),
             mlp,
         )

@@ -1,6 +1,6 @@
 """The supported architectures."""
 
-from engine.models import deepseek, gemma, llama, mixtral, phi3, qwen
+from engine.models import deepseek, gemma, gpt_oss, llama, mixtral, phi3, qwen
 from engine.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,5 +17,6 @@ FAMILIES: dict[str, Family] = {
         phi3.FAMILY,
         deepseek.V2,
         deepseek.V3,
+        gpt_oss.FAMILY,
     )
 }

@@ -17,7 +17,7 @@ from core.config import BatonConfig, TransferConfig, parse_config
 from core.errors import ConfigurationError
 from core.model_geometry import ExpertGeometry, LatentGeometry, ModelGeometry, read_geometry
 from engine.checkpoint import load_model_spec
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, make_mxfp4_checkpoint
 
 FOLDER = Path(__file__).parent.parent.parent / "ray_configs"
 LLAMA_8B = ModelGeometry(32, 4096, 32, 8, 128, 14336, 128256, False, 131072, "bfloat16")
@@ -229,7 +229,7 @@ def test_own_hosts_have_no_node_types():
         read_node_types(yaml.safe_load((FOLDER / "clusters" / "on_premise.yaml").read_text()))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "gpt_oss"])
 def test_what_check_reads_is_what_the_engine_loads(tmp_path, family):
     folder = make_checkpoint(tmp_path, family, shard_size="100KB")
     spec = load_model_spec(folder)
@@ -241,6 +241,13 @@ def test_what_check_reads_is_what_the_engine_loads(tmp_path, family):
     shard.write_bytes(shard.read_bytes()[:20])
     with pytest.raises(ConfigurationError, match="cut short"):
         count_parameters(folder)
+
+
+def test_packed_weights_are_counted_as_they_will_be_held(tmp_path):
+    plain, packed = make_checkpoint(tmp_path / "plain", "gpt_oss"), make_mxfp4_checkpoint(tmp_path / "packed")
+    assert count_parameters(packed) == count_parameters(plain)
+    geometry = read_geometry(packed)
+    assert (geometry.dtype, geometry.weight_bytes_per_rank(2)) == ("bfloat16", read_geometry(plain).num_parameters)
 
 
 def test_a_config_json_without_sizes_is_refused(tmp_path):

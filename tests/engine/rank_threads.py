@@ -53,9 +53,11 @@ class ThreadRank:
 
 
 @contextmanager
-def rank_threads(checkpoint: Path, size: int, *, whole_experts: bool = False) -> Iterator[ModelRunner]:
+def rank_threads(
+    checkpoint: Path, size: int, *, whole_experts: bool = False, dtype: str | None = None
+) -> Iterator[ModelRunner]:
     """The first rank's runner; the others follow it until the end."""
-    spec, meeting = load_model_spec(checkpoint), _Meeting(size)
+    spec, meeting = load_model_spec(checkpoint, dtype), _Meeting(size)
     layout, runners, failures = spec.kv_layout(size, BLOCK_SIZE), {}, []
     ready = threading.Barrier(size, timeout=TIMEOUT_S)
 

@@ -32,7 +32,7 @@ def test_ranks_draw_what_one_draws(alone, size):
         assert draw(runner) == expected
 
 
-@pytest.mark.parametrize("alone", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("alone", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_with_whole_experts_draw_what_one_draws(alone, size):
     checkpoint, expected = alone
