@@ -19,6 +19,8 @@ from kv_transfer.channels.protocol import Passage
 
 log = logging.getLogger(__name__)
 
+SHORT_BYTES = 2**20  # moved in 50 to 300 us, which is what it takes to wake a thread and to be woken by it
+
 
 class Abortable(Protocol):
     """What a lane owns: a connection whose blocked calls another thread can end."""

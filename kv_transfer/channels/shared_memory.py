@@ -20,12 +20,11 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
-from kv_transfer.channels.lane import Lane
+from kv_transfer.channels.lane import SHORT_BYTES, Lane
 from kv_transfer.channels.protocol import Landing, Passage, Terms
 from kv_transfer.host_copy import HostPool, copy
 from kv_transfer.spans import require_inside, span_bytes
 
-_SHORT_BYTES = 2**20  # copied in 50 to 150 us, which is what it takes to wake a thread and to be woken by it
 _MADV_POPULATE_READ = 22  # linux/mman.h
 _POPULATE_BYTES = 2**26  # at a time, between looks at the clock
 _POPULATE_S = 0.5  # about 4 GiB when their owner has written them
@@ -55,7 +54,7 @@ class OneSidedReceiver:
 
     def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[Passage]":
         """See ReceiverEnd."""
-        is_short = self._pool.span_bytes(destination) <= _SHORT_BYTES
+        is_short = self._pool.span_bytes(destination) <= SHORT_BYTES
         return self._lane.submit(partial(self._copy, header.source, destination, landing), timeout_s, is_short=is_short)
 
     def abort(self, reason: str) -> None:

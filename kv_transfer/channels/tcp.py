@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
-from kv_transfer.channels.lane import Finish, Lane
+from kv_transfer.channels.lane import SHORT_BYTES, Finish, Lane
 from kv_transfer.channels.protocol import Landing, Passage, Terms
 from kv_transfer.channels.tcp_meeting import Reception, call
 from kv_transfer.channels.tcp_stream import Runs, Stream
@@ -25,7 +25,6 @@ from kv_transfer.wire_format import make_wire_format
 
 _FRAME = struct.Struct("!QQ")  # sequence, bytes that follow
 _SMALL_RUN_BYTES = 4096  # below it, staging costs less than listing every run
-_SHORT_BYTES = 2**18  # given to the socket as fast as to a thread, and a socket inside one host has room for it
 _SCRATCH_BYTES = 2**18
 
 
@@ -92,7 +91,7 @@ class TcpSender(_End):
 
     def send(self, header: SlabHeader, timeout_s: float) -> "Future[Passage]":
         """See SenderEnd."""
-        is_short = span_bytes(self._pool, header.source) <= _SHORT_BYTES
+        is_short = span_bytes(self._pool, header.source) <= SHORT_BYTES
         return self._lane.submit(partial(self._send, header), timeout_s, is_short=is_short)
 
     def _send(self, header: SlabHeader, stream: Stream, deadline: float) -> Passage | Finish:

@@ -16,7 +16,7 @@ from core.errors import TransferFailed
 _LOOK_S = 0.05  # between looks at the abort flag: while connecting nobody can shut the socket down
 _PIECE_BYTES = 2**20  # per system call: what one side has just copied is still in the cache for the other
 _WAKE_BYTES = 2**18  # what a receiver waits for before it runs again
-_LOCAL_BUFFER_BYTES = 2**17  # of a sending socket; Linux doubles it for its own records
+_LOCAL_BUFFER_BYTES = 5 * 2**17  # of a sending socket, doubled by Linux: room for a short slab
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
 
 
@@ -62,7 +62,6 @@ class Stream:
 
     def send(self, runs: Runs, deadline: float) -> None:
         """Returns when the runs may change. Raises TransferFailed or OSError."""
-        self.send_some(runs)
         while runs.num_bytes:
             _wait(self._writable, deadline, self._aborted)
             self.send_some(runs)
@@ -70,8 +69,7 @@ class Stream:
     def send_some(self, runs: Runs) -> None:
         """Sends what there is room for, without waiting. Raises OSError."""
         with suppress(BlockingIOError):
-            while runs.num_bytes:
-                runs.consume(self._socket.sendmsg(runs.ahead()))
+            runs.consume(self._socket.sendmsg(runs.ahead()))
 
     def receive_some(self, views: list[memoryview]) -> int:
         """Fills what has arrived already, without waiting; returns the bytes. Raises TransferFailed or OSError."""
