@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.config import TransferConfig
 from core.kv_layout import KVLayout
 from core.messages.to_rank import Copy, SlabHeader, Span
 from kv_transfer.channels.gloo import gloo_connector
@@ -30,7 +31,7 @@ from kv_transfer.plan import split_into_slabs
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 60.0
-SLAB_BYTES = 8 * 2**20
+SLAB_BYTES = int(TransferConfig().slab_mib * 2**20)
 CHANNELS = ("shared_memory", "tcp", "gloo")
 _LENGTH = struct.Struct("!Q")
 _GRANT = struct.Struct("!BBQ")  # index of a channel, index of a case, sequence number of its first slab
