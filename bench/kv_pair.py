@@ -1,6 +1,7 @@
 """Two processes, a pool each, and every way to move bytes from one to the other: our channels, memcpy, plain TCP.
 
-The other process obeys over a pipe. Plain TCP is a request of 8 bytes answered by the bytes, from pool into pool.
+Both know the cases. The other process obeys requests of a few bytes over TCP: plain TCP's are answered by the bytes,
+from pool into pool, those of a channel are grants and answered over the channel.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.config import TransferConfig
 from core.kv_layout import KVLayout
 from core.messages.to_rank import Copy, SlabHeader, Span
 from kv_transfer.channels.gloo import gloo_connector
@@ -29,11 +31,10 @@ from kv_transfer.plan import split_into_slabs
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 60.0
-SLAB_BYTES = 8 * 2**20
+SLAB_BYTES = int(TransferConfig().slab_mib * 2**20)
 CHANNELS = ("shared_memory", "tcp", "gloo")
 _LENGTH = struct.Struct("!Q")
-
-Order = tuple[str, tuple[SlabHeader, ...]]  # kind, slabs
+_GRANT = struct.Struct("!BBQ")  # index of a channel, index of a case, sequence number of its first slab
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,17 @@ def shared_pool(path: Path, layout: KVLayout, num_blocks: int) -> Tensor:
 class Pair:
     """The receiving process's view of one pool size: measures one case after another."""
 
-    def __init__(self, folder: Path, layout: KVLayout, num_blocks: int) -> None:
+    def __init__(self, folder: Path, layout: KVLayout, num_blocks: int, cases: Sequence[Case]) -> None:
         """Starts the sending process."""
-        self._pipe, far_pipe = multiprocessing.Pipe()
+        self._cases = tuple(cases)
+        pipe, far_pipe = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process
-        self._process = process(target=_send, args=(far_pipe, folder / "sender", layout, num_blocks))
+        self._process = process(target=_send, args=(far_pipe, folder / "sender", layout, num_blocks, self._cases))
         self._process.start()
         self._pool = shared_pool(folder / "receiver", layout, num_blocks)
-        rendezvous, raw_port = self._pipe.recv()
+        rendezvous, port = pipe.recv()
         self._theirs = torch.from_file(str(folder / "sender"), True, self._pool.numel(), dtype=torch.bfloat16)
-        self._raw = socket.create_connection((HOST, raw_port))
-        self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._raw, self._grants = _connect(port), _connect(port)
         self._connectors = _connectors(self._pool, folder / "receiver")
         self._ends: dict[str, ReceiverEnd] = {
             kind: connector.receiver_end(_terms(kind), rendezvous[kind]) for kind, connector in self._connectors.items()
@@ -109,21 +110,23 @@ class Pair:
 
     def close(self) -> None:
         """Ends both processes' ends."""
-        self._pipe.send(None)
+        self._grants.close()
+        self._raw.close()
         for end in self._ends.values():
             end.abort("over")
         for connector in self._connectors.values():
             connector.close()
-        self._raw.close()
         self._process.join()
 
     def _channel(self, kind: str) -> Callable[[Case], float]:
         def move(case: Case) -> float:
-            headers = tuple(SlabHeader(self._next[kind] + i, "b", 1, slab.source) for i, slab in enumerate(case.slabs))
-            self._next[kind] += len(headers)
+            first = self._next[kind]
+            self._next[kind] += len(case.slabs)
+            headers = _headers(case, first)
+            grant = _GRANT.pack(CHANNELS.index(kind), self._cases.index(case), first)
             begun_at = time.perf_counter()
             if kind != "shared_memory":  # one-sided: nobody needs to be told
-                self._pipe.send((kind, headers))
+                self._grants.sendall(grant)
             landing, end = Landing(), self._ends[kind]
             done: list[Future[Passage]] = [
                 end.fetch(header, slab.destination, landing, TIMEOUT_S)
@@ -149,29 +152,29 @@ class Pair:
         return time.perf_counter() - begun_at
 
 
-def _send(pipe: Connection, path: Path, layout: KVLayout, num_blocks: int) -> None:
-    """The other process: sends what the pipe orders until it says None."""
+def _send(pipe: Connection, path: Path, layout: KVLayout, num_blocks: int, cases: Sequence[Case]) -> None:
+    """The other process: sends what it is asked for until nobody asks any more."""
     torch.set_num_threads(1)
     pool = shared_pool(path, layout, num_blocks)
     pool.view(torch.int16).random_()
     connectors = _connectors(pool, path)
     ends: dict[str, SenderEnd] = {kind: made.sender_end(_terms(kind)) for kind, made in connectors.items()}
     listener = socket.create_server((HOST, 0))
-    threading.Thread(target=_answer_raw, args=(listener, pool), daemon=True).start()
     pipe.send(({kind: made.rendezvous for kind, made in connectors.items()}, listener.getsockname()[1]))
-    while (order := pipe.recv()) is not None:
-        kind, headers = order
-        for header in headers:
-            ends[kind].send(header, TIMEOUT_S)
+    raw, grants = (listener.accept()[0] for _ in range(2))
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    threading.Thread(target=_answer_raw, args=(raw, pool), daemon=True).start()
+    while grant := grants.recv(_GRANT.size, socket.MSG_WAITALL):
+        kind, index, first = _GRANT.unpack(grant)
+        for header in _headers(cases[index], first):
+            ends[CHANNELS[kind]].send(header, TIMEOUT_S)
     for end in ends.values():
         end.abort("over")
     for connector in connectors.values():
         connector.close()
 
 
-def _answer_raw(listener: socket.socket, pool: Tensor) -> None:
-    connection, _ = listener.accept()
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _answer_raw(connection: socket.socket, pool: Tensor) -> None:
     while request := connection.recv(_LENGTH.size, socket.MSG_WAITALL):
         connection.sendall(_bytes_of(pool)[: _LENGTH.unpack(request)[0]])
 
@@ -188,6 +191,16 @@ def _case(name: str, layout: KVLayout, source: tuple[int, ...], destination: tup
     spans = (Span(0, layout.num_layers, blocks, 0, layout.heads_per_rank) for blocks in (source, destination))
     slabs = split_into_slabs(Copy(0, *spans), layout, SLAB_BYTES)
     return Case(name, len(source) * layout.block_bytes_per_rank, slabs)
+
+
+def _connect(port: int) -> socket.socket:
+    connection = socket.create_connection((HOST, port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def _headers(case: Case, first: int) -> list[SlabHeader]:
+    return [SlabHeader(first + index, "b", 1, slab.source) for index, slab in enumerate(case.slabs)]
 
 
 def _terms(kind: str) -> Terms:

@@ -3,8 +3,9 @@
 Bounds, measured in the same rounds by the same two processes. In one host: memory bandwidth; every byte is read once
 and written once, so nothing beats one memcpy of as many contiguous bytes, in one thread, out of the other process's
 pool. Over a network stack: a plain TCP socket that answers a request with as many contiguous bytes.
-A channel is timed from its grant to its last slab's landing, control plane aside: two-sided kinds are granted over a
-pipe, a one-sided kind asks nobody. Ratios are medians over rounds of ratios inside a round, since machines are shared.
+A channel is timed from its grant to its last slab's landing, control plane aside: two-sided kinds are granted by a few
+bytes over TCP, as plain TCP is asked; a one-sided kind asks nobody. Ratios are medians over rounds of ratios inside a
+round, since machines are shared.
 
     python -m bench.kv_transfer --largest-mib 1024 --mooncake-python PATH --nixl-python PATH
 """
@@ -78,7 +79,7 @@ def main() -> None:
         for layout, num_blocks, cases in plans:
             with (
                 tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
-                closing(Pair(Path(folder), layout, num_blocks)) as pair,
+                closing(Pair(Path(folder), layout, num_blocks, cases)) as pair,
             ):
                 for case in cases:
                     pair.check(case)

@@ -80,10 +80,10 @@ class TransferConfig(Section):
     weights_from: Literal["fastest", "disk"] = "fastest"  # a replica that starts reads disk or a living replica
     weights_trial_mib: float = Field(default=64.0, gt=0)  # read at a time from the one that is faster at present
     wire_dtype: Literal["", "float8_e4m3fn"] = ""  # what two-sided channels convert KV to; empty: as it is stored
-    slab_mib: float = Field(default=8.0, gt=0)
+    slab_mib: float = Field(default=16.0, gt=0)  # a piece on the wire: what it costs to begin one is a few percent
     layers_per_group: int = Field(default=4, ge=1)  # layers announced together while later ones compute
     last_layers_per_group: int = Field(default=1, ge=1)  # a prompt's last group is halved to this: nothing hides it
-    pair_window_mib: float = Field(default=32.0, gt=0)  # asked for ahead by a rank from one peer
+    pair_window_mib: float = Field(default=64.0, gt=0)  # asked for ahead by a rank from one peer
     rank_window_mib: float = Field(default=128.0, gt=0)  # from all its peers together
     pairs_mib: float = Field(default=2048.0, gt=0)  # of one rank's memory for channels; idle ones make room
     pair_idle_timeout_s: float = Field(default=300.0, gt=0)  # longer idle, a channel is closed when another is made

@@ -12,46 +12,86 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.errors import TransferFailed
 from core.messages.to_rank import Span
+from kv_transfer.runs import runs_of
 
 Bytes = NDArray[np.uint8]
 Place = tuple[slice, ...]
 
 
-def gather(pool: Tensor, span: Span, slab: Tensor) -> None:
+class HostPool:
+    """A pool in host memory as NumPy sees it; views are made once, since making them takes as long as small copies."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self.shape = tuple(pool.shape)
+        self._token_bytes = self.shape[5] * pool.element_size()  # of one head and plane
+        self._pool = pool
+        self._bytes: Bytes = pool.view(torch.uint8).view(*self.shape[:4], -1).numpy()
+        self._flat = self._bytes.reshape(-1).data
+        self._by_parts: dict[int, Bytes] = {}
+
+    def span_bytes(self, span: Span) -> int:
+        """See spans.span_bytes."""
+        num_tokens = span.block_tokens or self.shape[4]
+        return span.num_layers * len(span.blocks) * self.shape[2] * span.num_heads * num_tokens * self._token_bytes
+
+    def part(self, span: Span) -> Bytes:
+        """[layers of the span, B, P, heads of the span, R, bytes of a run], a view."""
+        num_parts = self.shape[4] // span.block_tokens if span.block_tokens else 1
+        held = self._by_parts.get(num_parts)
+        if held is None:
+            held = self._by_parts[num_parts] = self._bytes.reshape(*self.shape[:4], num_parts, -1)
+        layers = slice(span.first_layer, span.first_layer + span.num_layers)
+        return held[layers, :, :, span.first_head : span.first_head + span.num_heads]
+
+    def runs(self, span: Span) -> list[memoryview]:
+        """The contiguous parts of a span in the order of a slab; those of neighbouring blocks of a layer are one."""
+        _, num_blocks, num_planes, num_heads, block_size, _ = self.shape
+        flat = self._flat
+        if span.num_heads < num_heads or span.block_tokens not in (0, block_size):
+            parts = runs_of(self._pool, span)
+            ends = parts.starts + parts.lengths
+            return [flat[start:end] for start, end in zip(parts.starts.tolist(), ends.tolist(), strict=True)]
+        block_bytes = num_planes * num_heads * block_size * self._token_bytes  # of a layer
+        of_layer = [
+            (block * block_bytes, (block + last - first) * block_bytes)
+            for first, last, block in _neighbours(span.blocks)
+        ]
+        layer_bytes = num_blocks * block_bytes
+        layers = range(span.first_layer * layer_bytes, (span.first_layer + span.num_layers) * layer_bytes, layer_bytes)
+        return [flat[layer + start : layer + end] for layer in layers for start, end in of_layer]
+
+
+def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
     """See spans.gather."""
-    held = _held(pool, span)
+    held = pool.part(span)
     packed = _packed(slab, held, len(span.blocks))
     for first, last, place in _places(held, span):
         packed[:, first:last] = held[place]
 
 
-def scatter(slab: Tensor, pool: Tensor, span: Span) -> None:
+def scatter(slab: Tensor, pool: HostPool, span: Span) -> None:
     """See spans.scatter."""
-    held = _held(pool, span)
+    held = pool.part(span)
     packed = _packed(slab, held, len(span.blocks))
     for first, last, place in _places(held, span):
         held[place] = packed[:, first:last]
 
 
-def copy(source_pool: Tensor, source: Span, destination_pool: Tensor, destination: Span) -> None:
-    """Copies between spans of equal shape of two pools."""
-    taken, filled = _held(source_pool, source), _held(destination_pool, destination)
+def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destination: Span) -> int:
+    """Copies between spans of equal shape of two pools; returns the bytes. Raises TransferFailed for unequal sizes."""
+    num_bytes = source_pool.span_bytes(source)
+    if num_bytes != destination_pool.span_bytes(destination):
+        raise TransferFailed(f"a copy between spans of unequal size: {source} to {destination}")
+    taken, filled = source_pool.part(source), destination_pool.part(destination)
     if _num_parts(taken) == _num_parts(filled) == 1:
         for first, last, from_block, to_block in _neighbours(source.blocks, destination.blocks):
             filled[:, to_block : to_block + last - first] = taken[:, from_block : from_block + last - first]
-        return
+        return num_bytes
     for from_piece, to_piece in zip(source.blocks, destination.blocks, strict=True):
         filled[_place(filled, to_piece)] = taken[_place(taken, from_piece)]
-
-
-def _held(pool: Tensor, span: Span) -> Bytes:
-    """The pool's bytes [layers of the span, B, P, heads of the span, R, bytes of a run], a view."""
-    num_bytes = pool.shape[4] * pool.shape[5] * pool.element_size()
-    num_parts = pool.shape[4] // (span.block_tokens or pool.shape[4])
-    viewed: Bytes = pool.view(torch.uint8).view(*pool.shape[:4], num_parts, num_bytes // num_parts).numpy()
-    layers = slice(span.first_layer, span.first_layer + span.num_layers)
-    return viewed[layers, :, :, span.first_head : span.first_head + span.num_heads]
+    return num_bytes
 
 
 def _packed(slab: Tensor, held: Bytes, num_pieces: int) -> Bytes:

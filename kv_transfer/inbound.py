@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from kv_transfer.flow_control import Flow, FlowControl, Grants, Slab
 from kv_transfer.link import Identity, Link, Linker, within
 from kv_transfer.peer_control import PeerControl
 from kv_transfer.timeline import Timeline
-from kv_transfer.transfer import Transfer, drop_result
+from kv_transfer.transfer import Transfer, drop_result, when_done
 
 
 @dataclass(eq=False)
@@ -171,10 +172,9 @@ class Inbound:
             self._flow.give_back(fetch.flow, slab)
             fetch.fail(TransferFailed(f"{link.peer} refused a slab of request {header.request_id}"))
             return
-        loop = asyncio.get_running_loop()
         self._linker.use(link)
         future = link.end.fetch(header, slab.copy.destination, fetch.transfer.landing, self._config.data_timeout_s)
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._landed, link, fetch, slab, done))
+        when_done(future, partial(self._landed, link, fetch, slab))
 
     def _landed(self, link: Link, fetch: _Fetch, slab: Slab, future: "Future[Passage]") -> None:
         self._linker.rest(link)

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from kv_transfer.plan import require_exchangeable
 from kv_transfer.session import SenderSession
 from kv_transfer.spans import require_inside
 from kv_transfer.timeline import Timeline
-from kv_transfer.transfer import drop_result
+from kv_transfer.transfer import drop_result, when_done
 
 MayRead = Callable[[SlabHeader], bool]
 
@@ -160,10 +161,8 @@ class Outbound:
         return Connected(self._identity.incarnation, connector.rendezvous, connector.kind, token)
 
     def _send(self, link: _Link, end: SenderEnd, header: SlabHeader) -> None:
-        loop = asyncio.get_running_loop()
         self._pairs.use(link.channel)
-        future = end.send(header, self._config.data_timeout_s)
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._sent, link, header, done))
+        when_done(end.send(header, self._config.data_timeout_s), partial(self._sent, link, header))
 
     def _sent(self, link: _Link, header: SlabHeader, future: "Future[Passage]") -> None:
         self._pairs.rest(link.channel)

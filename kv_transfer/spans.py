@@ -16,6 +16,7 @@ from torch import Tensor
 from core.errors import TransferFailed
 from core.messages.to_rank import Copy, Span
 from kv_transfer import host_copy
+from kv_transfer.host_copy import HostPool
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 _LARGE_BLOCK_BYTES = 2**15  # above it, one call per block costs less than staging its bytes
@@ -23,7 +24,9 @@ _LARGE_BLOCK_BYTES = 2**15  # above it, one call per block costs less than stagi
 
 def span_bytes(pool: Tensor, span: Span) -> int:
     """Size of a span, and of the slab that carries it, in bytes."""
-    return span.num_layers * len(span.blocks) * pool.shape[2] * span.num_heads * _run_bytes(pool, span)
+    _, _, num_planes, _, block_size, head_dim = pool.shape
+    run_bytes = (span.block_tokens or block_size) * head_dim * pool.element_size()
+    return span.num_layers * len(span.blocks) * num_planes * span.num_heads * run_bytes
 
 
 def run_elements(pool: Tensor, span: Span) -> int:
@@ -31,17 +34,18 @@ def run_elements(pool: Tensor, span: Span) -> int:
     return (span.block_tokens or pool.shape[4]) * pool.shape[5]
 
 
-def require_inside(pool: Tensor, span: Span) -> None:
+def require_inside(pool: Tensor | HostPool, span: Span) -> None:
     """Raises TransferFailed when a span is empty, reaches beyond the pool, or cuts its blocks unevenly."""
     num_layers, num_blocks, _, num_heads, block_size, _ = pool.shape
+    piece_tokens = span.block_tokens or block_size
     inside = (
         0 <= span.first_layer < span.first_layer + span.num_layers <= num_layers
         and 0 <= span.first_head < span.first_head + span.num_heads <= num_heads
         and 0 <= span.block_tokens <= block_size
-        and block_size % (span.block_tokens or block_size) == 0
+        and block_size % piece_tokens == 0
         and bool(span.blocks)
         and min(span.blocks) >= 0
-        and max(span.blocks) < num_blocks * _num_pieces(pool, span)
+        and max(span.blocks) < num_blocks * (block_size // piece_tokens)
     )
     if not inside:
         raise TransferFailed(f"span outside of a pool {tuple(pool.shape)}: {span}")
@@ -60,7 +64,7 @@ def require_same_shape(copy: Copy) -> None:
 def gather(pool: Tensor, span: Span, slab: Tensor) -> None:
     """Fills `slab`, uint8 [span_bytes], with a span of `pool`, in the order layer, piece, plane, head, token."""
     if not pool.is_cuda:
-        host_copy.gather(pool, span, slab)
+        host_copy.gather(HostPool(pool), span, slab)
         return
     table, rows = _table(pool, span), _rows(pool, span)
     torch.index_select(table, 0, rows, out=slab.view(table.dtype).view(len(rows), -1))
@@ -69,7 +73,7 @@ def gather(pool: Tensor, span: Span, slab: Tensor) -> None:
 def scatter(slab: Tensor, pool: Tensor, span: Span) -> None:
     """Writes `slab`, uint8 [span_bytes] as `gather` fills it, into a span of `pool`; pieces must be distinct."""
     if not pool.is_cuda:
-        host_copy.scatter(slab, pool, span)
+        host_copy.scatter(slab, HostPool(pool), span)
         return
     table, rows = _table(pool, span), _rows(pool, span)
     table.index_copy_(0, rows, slab.view(table.dtype).view(len(rows), -1))
@@ -82,6 +86,8 @@ def copy_span(source_pool: Tensor, source: Span, destination_pool: Tensor, desti
     when blocks are large. Spans of the same pool may overlap and are gathered first. Raises TransferFailed for spans of
     unequal size.
     """
+    if not source_pool.is_cuda and source_pool is not destination_pool:
+        return host_copy.copy(HostPool(source_pool), source, HostPool(destination_pool), destination)
     num_bytes = span_bytes(source_pool, source)
     if num_bytes != span_bytes(destination_pool, destination):
         raise TransferFailed(f"a copy between spans of unequal size: {source} to {destination}")
@@ -89,9 +95,6 @@ def copy_span(source_pool: Tensor, source: Span, destination_pool: Tensor, desti
         slab = torch.empty(num_bytes, dtype=torch.uint8, device=source_pool.device)
         gather(source_pool, source, slab)
         scatter(slab, destination_pool, destination)
-        return num_bytes
-    if not source_pool.is_cuda:
-        host_copy.copy(source_pool, source, destination_pool, destination)
         return num_bytes
     from_pieces, to_pieces = _by_piece(source_pool, source), _by_piece(destination_pool, destination)
     num_from, num_to = _num_pieces(source_pool, source), _num_pieces(destination_pool, destination)

@@ -1,10 +1,10 @@
 """One fetch order while it runs: its landing, and how it comes to rest."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kv_transfer.channels.protocol import Landing
 
@@ -23,7 +23,9 @@ class Transfer:
 
     async def come_to_rest(self) -> None:
         """Revokes the landing; on return, or when it raises CancelledError, no destination byte will be written."""
-        await finish(asyncio.wrap_future(self.landing.revoke()))
+        quiet = self.landing.revoke()
+        if not quiet.done():
+            await finish(asyncio.wrap_future(quiet))
 
 
 async def finish(awaitable: Awaitable[T]) -> T:
@@ -46,11 +48,10 @@ def drop_result(done: "asyncio.Future[T]") -> None:
         done.exception()
 
 
-def release_from_thread(loop: asyncio.AbstractEventLoop, future: "Future[Any]", *permits: asyncio.Semaphore) -> None:
-    """Gives permits back, in the loop, when a channel's future is done."""
-
-    def release(_: "Future[Any]") -> None:
-        for permit in permits:
-            loop.call_soon_threadsafe(permit.release)
-
-    future.add_done_callback(release)
+def when_done(future: "Future[T]", tell: "Callable[[Future[T]], object]") -> None:
+    """Tells in the running loop that a channel's future is done; the loop need not be woken when it is already."""
+    loop = asyncio.get_running_loop()
+    if future.done():
+        loop.call_soon(tell, future)
+    else:
+        future.add_done_callback(lambda done: loop.call_soon_threadsafe(tell, done))

@@ -82,6 +82,7 @@ PURE = [
     "engine.block_pool",
     "engine.layer_groups",
     "engine.sequence",
+    "kv_transfer.channels.borrowed_time",
     "kv_transfer.flow_control",
     "kv_transfer.lease_book",
     "kv_transfer.pair_book",

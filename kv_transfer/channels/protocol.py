@@ -55,13 +55,12 @@ class Landing:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_writers = 0
-        self._revoked = False
-        self._quiet: Future[None] = Future()
+        self._quiet: Future[None] | None = None  # since it was revoked
 
     def begin_write(self) -> bool:
         """False when revoked: the slab must be discarded. After True the writer must call `end_write`."""
         with self._lock:
-            if self._revoked:
+            if self._quiet is not None:
                 return False
             self._num_writers += 1
             return True
@@ -70,14 +69,14 @@ class Landing:
         """All bytes of one slab are in place, or never will be."""
         with self._lock:
             self._num_writers -= 1
-            if self._revoked and not self._num_writers:
+            if self._quiet is not None and not self._num_writers:
                 self._quiet.set_result(None)
 
     def revoke(self) -> "Future[None]":
         """No write begins from now on; the future is done when those that had begun are over."""
         with self._lock:
-            if not self._revoked:
-                self._revoked = True
+            if self._quiet is None:
+                self._quiet = Future()
                 if not self._num_writers:
                     self._quiet.set_result(None)
             return self._quiet

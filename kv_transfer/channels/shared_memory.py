@@ -20,9 +20,10 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
-from kv_transfer.channels.lane import Lane
+from kv_transfer.channels.lane import SHORT_BYTES, Lane
 from kv_transfer.channels.protocol import Landing, Passage, Terms
-from kv_transfer.spans import copy_span, require_inside, span_bytes
+from kv_transfer.host_copy import HostPool, copy
+from kv_transfer.spans import require_inside, span_bytes
 
 _MADV_POPULATE_READ = 22  # linux/mman.h
 _POPULATE_BYTES = 2**26  # at a time, between looks at the clock
@@ -33,17 +34,17 @@ class _PeerPool:
     """A mapped pool; nothing about it blocks."""
 
     def __init__(self, pool: Tensor) -> None:
-        self.pool = pool
+        self.pool = HostPool(pool)
 
     def abort(self) -> None:
         """Nothing to wake."""
 
 
 class OneSidedReceiver:
-    """Copies each slab from the peer's pool in its turn, in a thread of its own."""
+    """Copies each slab from the peer's pool in its turn; larger ones in a thread of its own."""
 
     def __init__(self, name: str, pool: Tensor, rendezvous: str) -> None:
-        self._pool = pool
+        self._pool = HostPool(pool)
         self._lane: Lane[_PeerPool] = Lane(name, partial(_map_pool, rendezvous, pool.dtype))
 
     @property
@@ -53,7 +54,8 @@ class OneSidedReceiver:
 
     def fetch(self, header: SlabHeader, destination: Span, landing: Landing, timeout_s: float) -> "Future[Passage]":
         """See ReceiverEnd."""
-        return self._lane.submit(partial(self._copy, header.source, destination, landing), timeout_s)
+        is_short = self._pool.span_bytes(destination) <= SHORT_BYTES
+        return self._lane.submit(partial(self._copy, header.source, destination, landing), timeout_s, is_short=is_short)
 
     def abort(self, reason: str) -> None:
         """See ReceiverEnd."""
@@ -66,7 +68,7 @@ class OneSidedReceiver:
         if not landing.begin_write():
             return Passage(0, begun_at, begun_at, begun_at)
         try:
-            num_bytes = copy_span(peer.pool, source, self._pool, destination)
+            num_bytes = copy(peer.pool, source, self._pool, destination)
         finally:
             landing.end_write()
         copied_at = time.monotonic()

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import SlabHeader, Span
-from kv_transfer.channels.lane import Lane
+from kv_transfer.channels.lane import SHORT_BYTES, Finish, Lane
 from kv_transfer.channels.protocol import Landing, Passage, Terms
 from kv_transfer.channels.tcp_meeting import Reception, call
 from kv_transfer.channels.tcp_stream import Runs, Stream
-from kv_transfer.runs import runs_of
+from kv_transfer.host_copy import HostPool
 from kv_transfer.spans import span_bytes
 from kv_transfer.wire_format import make_wire_format
 
@@ -33,7 +33,7 @@ class _Slabs:
 
     def __init__(self, pool: Tensor, wire_dtype: str) -> None:
         self._pool = pool
-        self._bytes = pool.view(torch.uint8).view(-1).numpy().data
+        self._in_host = HostPool(pool)
         self._format = make_wire_format(wire_dtype)
         self._is_as_stored = not wire_dtype
         self._staging = torch.empty(0, dtype=torch.uint8)
@@ -46,11 +46,8 @@ class _Slabs:
         """The runs to send or to fill; None when the slab must be staged."""
         if not self._is_as_stored:
             return None
-        runs = runs_of(self._pool, span)
-        if len(runs.starts) * _SMALL_RUN_BYTES > self.num_bytes(span):
-            return None
-        parts = zip(runs.starts.tolist(), runs.lengths.tolist(), strict=True)
-        return [self._bytes[start : start + length] for start, length in parts]
+        runs = self._in_host.runs(span)
+        return runs if len(runs) * _SMALL_RUN_BYTES <= self._in_host.span_bytes(span) else None
 
     def staging(self, span: Span) -> Tensor:
         """A slab of undefined content, valid until the next call."""
@@ -94,16 +91,22 @@ class TcpSender(_End):
 
     def send(self, header: SlabHeader, timeout_s: float) -> "Future[Passage]":
         """See SenderEnd."""
-        return self._lane.submit(partial(self._send, header), timeout_s)
+        is_short = span_bytes(self._pool, header.source) <= SHORT_BYTES
+        return self._lane.submit(partial(self._send, header), timeout_s, is_short=is_short)
 
-    def _send(self, header: SlabHeader, stream: Stream, deadline: float) -> Passage:
+    def _send(self, header: SlabHeader, stream: Stream, deadline: float) -> Passage | Finish:
         begun_at = time.monotonic()
         frame = _FRAME.pack(header.sequence, self._slabs.num_bytes(header.source))
         runs_to_send = Runs([memoryview(frame), *self._slabs.to_send(header.source)])
         gathered_at = time.monotonic()
         stream.require_peer()
-        stream.send(runs_to_send, deadline)
-        return Passage(span_bytes(self._pool, header.source), begun_at, gathered_at, time.monotonic())
+        stream.send_some(runs_to_send)
+
+        def finish() -> Passage:
+            stream.send(runs_to_send, deadline)
+            return Passage(span_bytes(self._pool, header.source), begun_at, gathered_at, time.monotonic())
+
+        return finish if runs_to_send.num_bytes else finish()
 
 
 class TcpReceiver(_End):

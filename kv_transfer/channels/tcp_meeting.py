@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from core.errors import TransferFailed
 from kv_transfer.channels.protocol import Terms
-from kv_transfer.channels.tcp_stream import Runs, Stream, connect, spare_pacing
+from kv_transfer.channels.tcp_stream import Runs, Stream, connect, suit_one_host
 
 _MAGIC = b"baton-kv"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -70,7 +70,7 @@ class Reception:
                 self._arrived.wait(_LOOK_S)
         stream = Stream(caller.socket, aborted)
         try:
-            spare_pacing(caller.socket)
+            suit_one_host(caller.socket)
             stream.send(Runs([memoryview(_proof(terms, "sender"))]), deadline)
         except BaseException:
             stream.abort()

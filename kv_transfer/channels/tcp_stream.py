@@ -16,6 +16,7 @@ from core.errors import TransferFailed
 _LOOK_S = 0.05  # between looks at the abort flag: while connecting nobody can shut the socket down
 _PIECE_BYTES = 2**20  # per system call: what one side has just copied is still in the cache for the other
 _WAKE_BYTES = 2**18  # what a receiver waits for before it runs again
+_LOCAL_BUFFER_BYTES = 5 * 2**17  # of a sending socket, doubled by Linux: room for a short slab
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
 
 
@@ -62,10 +63,13 @@ class Stream:
     def send(self, runs: Runs, deadline: float) -> None:
         """Returns when the runs may change. Raises TransferFailed or OSError."""
         while runs.num_bytes:
-            try:
-                runs.consume(self._socket.sendmsg(runs.ahead()))
-            except BlockingIOError:
-                _wait(self._writable, deadline, self._aborted)
+            _wait(self._writable, deadline, self._aborted)
+            self.send_some(runs)
+
+    def send_some(self, runs: Runs) -> None:
+        """Sends what there is room for, without waiting. Raises OSError."""
+        with suppress(BlockingIOError):
+            runs.consume(self._socket.sendmsg(runs.ahead()))
 
     def receive_some(self, views: list[memoryview]) -> int:
         """Fills what has arrived already, without waiting; returns the bytes. Raises TransferFailed or OSError."""
@@ -127,9 +131,14 @@ def connect(host: str, port: int, deadline: float, aborted: threading.Event) -> 
         raise
 
 
-def spare_pacing(connection: socket.socket) -> None:
-    """Inside one host there is no congestion to control, and BBR's pacing costs a third of the throughput."""
+def suit_one_host(connection: socket.socket) -> None:
+    """For a sender whose receiver is on the same host.
+
+    There is no congestion to control, and BBR's pacing costs a third of the throughput. Bytes wait in the socket no
+    longer than the receiver needs to wake: a few hundred KiB stay in the caches of both ends, MiBs do not.
+    """
     if sys.platform == "linux" and connection.getpeername()[0] == connection.getsockname()[0]:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER_BYTES)
         with suppress(OSError):  # a kernel without it
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
 

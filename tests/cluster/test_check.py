@@ -80,8 +80,8 @@ def test_a_rank_is_weights_kv_channels_and_a_reserve():
     assert prefill.num_tokens == 28279 * 16
     # a prefill rank feeds both ranks of three decode replicas, a decode rank is fed by two prefill replicas
     assert (prefill.rank.num_channels, decode.rank.num_channels) == (6, 2)
-    assert decode.rank.channel_bytes == 2 * (2 * 8 * 2**20 + 52_000_000)
-    assert prefill.rank.total_bytes == sum((16_059_990_016, 28279 * 2**21, 6 * 68_777_216, GIB))
+    assert decode.rank.channel_bytes == 2 * (2 * 16 * 2**20 + 52_000_000)
+    assert prefill.rank.total_bytes == sum((16_059_990_016, 28279 * 2**21, 6 * 85_554_432, GIB))
     assert prefill.num_ranks == 2 and decode.num_ranks == 6
 
 
@@ -95,13 +95,13 @@ def test_a_channel_that_is_chosen_in_service_fits_any_device(channel):
 @pytest.mark.parametrize(
     ("channel", "device", "num_bytes"),
     [
-        ("auto", "cuda", 2 * 8 * 2**20 + 52_000_000),  # as large as the largest that may be chosen
+        ("auto", "cuda", 2 * 16 * 2**20 + 52_000_000),  # as large as the largest that may be chosen
         ("auto", "cpu", 0),
-        ("measured", "cuda", 2 * 8 * 2**20 + 52_000_000),
-        ("measured", "cpu", 2 * 8 * 2**20),
-        ("cuda_ipc", "cuda", 8 * 2**20),
+        ("measured", "cuda", 2 * 16 * 2**20 + 52_000_000),
+        ("measured", "cpu", 2 * 16 * 2**20),
+        ("cuda_ipc", "cuda", 16 * 2**20),
         ("tcp", "cpu", 0),
-        ("nixl", "cuda", 8 * 2**20),
+        ("nixl", "cuda", 16 * 2**20),
         ("shared_memory", "cpu", 0),
     ],
 )
@@ -128,7 +128,7 @@ def test_channels_join_ranks_whose_heads_or_shares_of_latents_overlap(prefill, d
         (on_gpus({"num_blocks": 64}), "prefill.num_blocks", "64 blocks hold 1024 tokens, fewer than the 8192"),
         (on_gpus({}, {"memory_fraction": 0.18}), "decode.tensor_parallel", "15.0 GiB of weights per rank at"),
         (on_gpus({}, {"memory_fraction": 0.2}), "decode.memory_fraction", "0 MiB for the KV cache hold 0 blocks"),
-        (on_gpus({}, {"num_blocks": 40000}), "decode.num_blocks", "94.1 GiB of 79.1 GiB, with 78.1 GiB of KV"),
+        (on_gpus({}, {"num_blocks": 40000}), "decode.num_blocks", "94.2 GiB of 79.1 GiB, with 78.1 GiB of KV"),
         (on_gpus({}, {"dtype": "float16"}), "decode.dtype", "float16, but prefill has bfloat16"),
         (on_gpus(transfer={"channel": "gloo"}), "transfer.channel", "gloo cannot carry pools on cuda"),
         (on_gpus(transfer={"channel": "tcp"}), "transfer.channel", "tcp cannot carry pools on cuda"),
