@@ -1,8 +1,8 @@
 """What one rank holds of a model: its parameters in the order in which they are loaded, cut out of stored tensors.
 
 Column-split matrices (QKV, gate/up, embedding, head) are cut along their outputs, row-split ones (attention output,
-MLP down) along their inputs. KV heads are replicated when there are more ranks than heads. Experts are split like other
-MLPs, or, as whole experts, shared out between the ranks.
+MLP down) along their inputs. KV heads are replicated when there are more ranks than heads; what comes down to latents
+is the same on every rank. Experts are split like other MLPs, or, as whole experts, shared out between the ranks.
 """
 
 import hashlib

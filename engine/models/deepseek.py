@@ -40,7 +40,7 @@ def _read(read_router: Callable[[Any], RouterSpec], config: Any, max_positions: 
 
 
 def _read_attention(config: Any, max_positions: int) -> LatentAttentionSpec:
-    """YaRN's temperature is a factor of the products here, where angles have none of it: `mscale_all_dim`."""
+    """Of YaRN, `mscale_all_dim` is the temperature of products; angles have what `mscale` differs from it by."""
     sizes, parameters = latents_of(vars(config)), config.rope_parameters
     assert sizes is not None
     rope = read_rope(parameters, sizes.qk_rope_head_dim, max_positions)

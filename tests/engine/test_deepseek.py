@@ -13,6 +13,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from core.errors import ConfigurationError
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
+from engine.latent_up import LatentUp
 from engine.model_spec import LatentAttentionSpec
 from engine.parameters import Part, Share, list_parameters
 from engine.rope_spec import yarn_magnitude
@@ -150,6 +151,21 @@ def test_spec_holds_what_the_config_says(tmp_path):
     layout = spec.kv_layout(4, 16)
     assert (layout.latent, layout.num_kv_heads, layout.head_dim) == (True, 1, 48)
     assert layout.block_bytes_per_rank == 3 * 16 * 48 * 4
+
+
+def test_chunks_of_more_than_170_tokens_expand_latents_of_v3():
+    up = LatentUp(torch.empty(1, 128 + 128, 512), 128)
+    assert not up.expanding_pays(170) and up.expanding_pays(171)
+
+
+def test_absorbed_and_expanded_products_are_the_same():
+    up, query, latents = LatentUp(torch.randn(4, 24 + 16, 32), 24), torch.randn(5, 4, 24 + 8), torch.randn(7, 32 + 8)
+    keys, values = up.expand(latents)
+    absorbed = torch.einsum("thd,cd->htc", up.absorb(query), latents)
+    assert torch.allclose(absorbed, torch.einsum("thd,hcd->htc", query, keys), atol=1e-4)
+    weights = absorbed.softmax(dim=-1)
+    weighed = torch.einsum("htc,cl->thl", weights, latents[:, :32]).flatten(1)
+    assert torch.allclose(up.values_of(weighed), torch.einsum("htc,hcv->thv", weights, values).flatten(1), atol=1e-4)
 
 
 @pytest.mark.parametrize(
