@@ -51,8 +51,8 @@ def _fp8_blocks_of(elements: range) -> range:
 
 
 def read_transposed(part: Part, open_slice: OpenSlice) -> Tensor:
-    """Of a matrix that is stored as [inputs, outputs]."""
-    return _take(part, open_slice, "", part.shape[::-1], part.columns, part.rows).T
+    """Of a matrix that is stored as [inputs, outputs]; torch copies the transpose of what is contiguous in tiles."""
+    return _take(part, open_slice, "", part.shape[::-1], part.columns, part.rows).contiguous().T
 
 
 def read_mxfp4(part: Part, open_slice: OpenSlice) -> Tensor:
