@@ -102,6 +102,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "sliding_window": WINDOW,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 20.0,
+            "tie_word_embeddings": False,  # tied, so small a model repeats its input
         },
     ),
     "gemma3": (
@@ -111,7 +112,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "query_pre_attn_scalar": 24,
             "sliding_window": WINDOW,
             "layer_types": LOCAL_AND_GLOBAL,
-            "tie_word_embeddings": False,  # tied, so small a model repeats its input
+            "tie_word_embeddings": False,
         },
     ),
     "phi3": (
