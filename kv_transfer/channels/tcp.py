@@ -23,7 +23,7 @@ from kv_transfer.host_copy import HostPool
 from kv_transfer.spans import span_bytes
 from kv_transfer.wire_format import make_wire_format
 
-_FRAME = struct.Struct("!QQ")  # sequence, bytes that follow
+_FRAME = struct.Struct("!QQ48x")  # sequence, bytes that follow; a cache line, so that what follows stays aligned
 _SMALL_RUN_BYTES = 4096  # below it, staging costs less than listing every run
 _SCRATCH_BYTES = 2**18
 
