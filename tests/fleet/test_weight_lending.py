@@ -67,7 +67,7 @@ class Borrowing:
             lambda number, may_read: weights._windows(number, self.weights, may_read),
             self.image,
             self.weights,
-            torch.float32,
+            "float32",
             CPU,
         )
 
