@@ -1,6 +1,6 @@
 """Seconds from launching a rank to ready, its weights read from disk or from a living rank of another replica.
 
-Limit: the same start with the checkpoint in the page cache. Before a cold start the kernel is asked to drop the
+Bound: the same start with the checkpoint in the page cache. Before a cold start the kernel is asked to drop the
 checkpoint's pages, which needs no privileges; `cold read` is one thread reading the files after that.
 
     python -m bench.weights --shape 1b --rounds 3

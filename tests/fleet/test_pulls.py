@@ -122,6 +122,7 @@ async def test_loans_that_nobody_gives_back_expire(tiny_llama):
     (prompt,) = random_prompts(10, (64,))
     async with running_fleet(path, 1, 1) as fleet:
         await generate(fleet, "first", prompt, 2)
+        await fleet.until_quiet()
         replica = fleet.replicas["p0"]
         lender = replica.service._context.lender
         lent = lender.lend(Borrow("lost", hash_blocks(tuple(prompt), 16), 0), 0.0)
