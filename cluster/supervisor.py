@@ -193,12 +193,11 @@ class Supervisor:
 
     async def _weight_lenders(self, pool: PoolConfig) -> tuple[tuple[str, ...], ...]:
         """For each rank, whom to ask for its weights; nobody while there is no scheduler that knows."""
-        model = self._config.model
         try:
             fleet = await self._client.call(await self._scheduler_address(), FLEET, Empty(), CALL_TIMEOUT_S)
         except BatonError:
             return ((),) * pool.tensor_parallel
-        name = model.name or Path(model.path).name
+        name = self._config.model.served_name
         return weight_lenders(fleet.replicas, name, pool.tensor_parallel, pool.zone, random.Random())
 
     def _node_zone(self) -> str:

@@ -30,6 +30,11 @@ class ModelConfig(Section):
     dtype: Dtype | None = None  # None takes the checkpoint's own
     max_model_len: int | None = Field(default=None, ge=1)  # prompt + output tokens; None takes the checkpoint's limit
 
+    @property
+    def served_name(self) -> str:
+        """What API requests call it."""
+        return self.name or Path(self.path).name
+
 
 class RankResources(Section):
     """What Ray reserves for each rank of a replica."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from core.errors import Incompatible
 
-TRANSFER_PROTOCOL = 2  # how KV moves between two ranks; the control plane has its own version in core/version.py
+TRANSFER_PROTOCOL = 3  # how KV moves between two ranks; the control plane has its own version in core/version.py
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16")  # what models are loaded and computed in
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # what KV may be stored in

@@ -33,7 +33,10 @@ class Decoder:
         self._group = group
         self._num_query_heads = spec.decoder.num_heads // layout.tensor_parallel
         self._num_kv_heads = layout.heads_per_rank
-        device = weights.embedding.device
+        device, scale = weights.embedding.device, spec.decoder.embedding_scale
+        self._embedding_scale = (
+            None if scale == 1.0 else torch.tensor(scale, dtype=weights.embedding.dtype, device=device)
+        )
         ropes = dict.fromkeys(layer.attention.rope for layer in spec.decoder.layers)
         self._frequencies = {rope: inverse_frequencies(rope).to(device) for rope in ropes}
         self._rules = [_rule(layer, own) for layer, own in zip(spec.decoder.layers, weights.layers, strict=True)]
@@ -69,8 +72,7 @@ class Decoder:
             elsewhere = (local < 0) | (local >= table.shape[0])
             rows = embedding(local.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0.0)
             rows = self._group.all_reduce(rows)
-        scale = self._decoder.embedding_scale
-        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+        return rows if self._embedding_scale is None else rows * self._embedding_scale
 
     def _attend(
         self,
@@ -115,10 +117,7 @@ class Decoder:
         return x if weight is None else self._norm(x, weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        offset, eps = self._decoder.norm_offset, self._decoder.norm_eps
-        if not offset:
-            return rms_norm(x, weight.shape, weight, eps)
-        return rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+        return rms_norm(x.to(weight.dtype), weight.shape, weight, self._decoder.norm_eps).to(x.dtype)
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self._decoder.logit_softcap

@@ -13,17 +13,16 @@ class Router:
     def __init__(self, spec: RouterSpec, weight: Tensor, bias: Tensor | None, correction: Tensor | None) -> None:
         """`weight` [N, hidden], `bias` and `correction` [N]."""
         self._spec = spec
-        self._weight = weight
-        self._bias = bias
-        self._correction = correction
+        self._weight = weight.float()
+        self._bias = None if bias is None else bias.float()
+        self._correction = None if correction is None else correction.float()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, k], and their weights [T, k] in float32."""
         spec = self._spec
-        bias = None if self._bias is None else self._bias.float()
-        logits = linear(x.float(), self._weight.float(), bias)
+        logits = linear(x.float(), self._weight, self._bias)
         scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(dim=-1)
-        wanted = scores if self._correction is None else scores + self._correction.float()
+        wanted = scores if self._correction is None else scores + self._correction
         if spec.num_groups > 1:
             wanted = self._within_best_groups(wanted)
         chosen = wanted.topk(spec.top_k, dim=-1).indices

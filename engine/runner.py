@@ -20,8 +20,9 @@ from engine.batch_codec import decode_batch, encode_batch
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
 from engine.latent_attention import LatentAttention
+from engine.model_parameters import Share, list_parameters
 from engine.model_spec import ModelSpec
-from engine.parameters import ReadParameters, Share, list_parameters
+from engine.parameters import ReadParameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
 from engine.step_inputs import DrawAt, lay_out

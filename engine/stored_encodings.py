@@ -33,8 +33,8 @@ def read_fp8_blocks(part: Part, open_slice: OpenSlice) -> Tensor:
     scales = Part(
         f"{part.name}_scale_inv",
         (-(-part.shape[0] // _FP8_BLOCK), -(-part.shape[1] // _FP8_BLOCK)),
-        _fp8_blocks_of(rows),
-        _fp8_blocks_of(columns),
+        _blocks_around(rows, _FP8_BLOCK),
+        _blocks_around(columns, _FP8_BLOCK),
     )
     factors = read_plain(scales, open_slice).float().repeat_interleave(_FP8_BLOCK, dim=1)
     skipped = columns.start % _FP8_BLOCK
@@ -46,10 +46,6 @@ def read_fp8_blocks(part: Part, open_slice: OpenSlice) -> Tensor:
     return matrix
 
 
-def _fp8_blocks_of(elements: range) -> range:
-    return range(elements.start // _FP8_BLOCK, -(-elements.stop // _FP8_BLOCK))
-
-
 def read_transposed(part: Part, open_slice: OpenSlice) -> Tensor:
     """Of a matrix that is stored as [inputs, outputs]; torch copies the transpose of what is contiguous in tiles."""
     return _take(part, open_slice, "", part.shape[::-1], part.columns, part.rows).contiguous().T
@@ -59,8 +55,8 @@ def read_mxfp4(part: Part, open_slice: OpenSlice) -> Tensor:
     """Only the blocks that hold some of the part's columns are read and decoded."""
     outputs, inputs = part.shape
     columns = part.columns or range(inputs)
-    taken = range(columns.start // BLOCK_WEIGHTS, _num_blocks(columns.stop))
-    shape = (outputs, _num_blocks(inputs))
+    taken = _blocks_around(columns, BLOCK_WEIGHTS)
+    shape = (outputs, -(-inputs // BLOCK_WEIGHTS))
     blocks = _take(part, open_slice, "_blocks", (*shape, BLOCK_BYTES), part.rows, taken)
     scales = _take(part, open_slice, "_scales", shape, part.rows, taken)
     first = columns.start - taken.start * BLOCK_WEIGHTS
@@ -79,8 +75,9 @@ def _take(part: Part, open_slice: OpenSlice, suffix: str, shape: tuple[int, ...]
     return stored[(part.expert, *slices) if part.num_experts else tuple(slices)]  # type: ignore[no-any-return]
 
 
-def _num_blocks(weights: int) -> int:
-    return -(-weights // BLOCK_WEIGHTS)
+def _blocks_around(elements: range, block_size: int) -> range:
+    """The blocks that hold some of the elements."""
+    return range(elements.start // block_size, -(-elements.stop // block_size))
 
 
 DECODERS: dict[str, Decode] = {

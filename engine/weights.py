@@ -12,8 +12,8 @@ from engine.grouped_experts import GroupedExperts
 from engine.latent_up import LatentUp
 from engine.linear import Linear
 from engine.mlp import ACTIVATIONS, Mlp
+from engine.model_parameters import Share
 from engine.model_spec import AttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
-from engine.parameters import Share
 from engine.router import Router
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,9 +72,9 @@ class ModelWeights:
 
 def assemble(spec: ModelSpec, share: Share, device: torch.device, named: Iterator[tuple[str, Tensor]]) -> ModelWeights:
     """`named`: parameters on `device` and their names, in the order of `list_parameters`."""
-    loading = _Loading(named, device)
+    loading = _Loading(named, device, spec.decoder.norm_offset)
     layers = tuple(_layer(loading, layer, share, f"layers.{index}.") for index, layer in enumerate(spec.decoder.layers))
-    final_norm, embedding = loading.tensor("final_norm"), loading.tensor("embedding")
+    final_norm, embedding = loading.norm("final_norm"), loading.tensor("embedding")
     head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
     assert next(named, None) is None, "parameters are left over"
     return ModelWeights(embedding, layers, final_norm, head, tuple(loading.taken))
@@ -83,8 +83,9 @@ def assemble(spec: ModelSpec, share: Share, device: torch.device, named: Iterato
 class _Loading:
     """Takes parameters in their order, as weights ask for them by name."""
 
-    def __init__(self, named: Iterator[tuple[str, Tensor]], device: torch.device) -> None:
+    def __init__(self, named: Iterator[tuple[str, Tensor]], device: torch.device, norm_offset: float) -> None:
         self._named = named
+        self._norm_offset = norm_offset
         self.device = device
         self.taken: list[StoredAs] = []
 
@@ -93,6 +94,15 @@ class _Loading:
         tensor = self._next(name)
         self.taken.append(partial(_same, tensor))
         return tensor
+
+    def norm(self, name: str) -> Tensor:
+        """A norm's weights, offset included: then in float32, since few bits do not hold both."""
+        weight = self.tensor(name)
+        return weight.float() + self._norm_offset if self._norm_offset else weight
+
+    def norm_if(self, wanted: bool, name: str) -> Tensor | None:
+        """None unless wanted."""
+        return self.norm(name) if wanted else None
 
     def tensor_if(self, wanted: bool, name: str) -> Tensor | None:
         """None unless wanted."""
@@ -124,24 +134,24 @@ class _Loading:
 def _layer(loading: _Loading, layer: LayerSpec, share: Share, name: str) -> LayerWeights:
     """Dataclass arguments are evaluated in the order of the parameters."""
     return LayerWeights(
-        attention_norm=loading.tensor(f"{name}attention_norm"),
+        attention_norm=loading.norm(f"{name}attention_norm"),
         attention=_latent_attention(loading, layer.attention, name)
         if isinstance(layer.attention, LatentAttentionSpec)
         else _attention(loading, layer.attention, share, name),
-        attention_norm_after=loading.tensor_if(layer.norms_after, f"{name}attention_norm_after"),
-        mlp_norm=loading.tensor(f"{name}mlp_norm"),
+        attention_norm_after=loading.norm_if(layer.norms_after, f"{name}attention_norm_after"),
+        mlp_norm=loading.norm(f"{name}mlp_norm"),
         mlp=_mixture(loading, layer.mlp, share, name)
         if isinstance(layer.mlp, MoeSpec)
         else _mlp(loading, layer.mlp, name, share.rank == 0),
-        mlp_norm_after=loading.tensor_if(layer.norms_after, f"{name}mlp_norm_after"),
+        mlp_norm_after=loading.norm_if(layer.norms_after, f"{name}mlp_norm_after"),
     )
 
 
 def _attention(loading: _Loading, attention: AttentionSpec, share: Share, name: str) -> AttentionWeights:
     return AttentionWeights(
         qkv=loading.linear(f"{name}qkv", attention.qkv_bias),
-        query_norm=loading.tensor_if(attention.qk_norm, f"{name}query_norm"),
-        key_norm=loading.tensor_if(attention.qk_norm, f"{name}key_norm"),
+        query_norm=loading.norm_if(attention.qk_norm, f"{name}query_norm"),
+        key_norm=loading.norm_if(attention.qk_norm, f"{name}key_norm"),
         sinks=loading.tensor_if(attention.has_sinks, f"{name}sinks"),
         output=loading.linear(f"{name}output", attention.output_bias and share.rank == 0),
     )
@@ -153,9 +163,9 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
     return LatentAttentionWeights(
         attention,
         down=loading.linear(f"{name}latent_down", has_bias=False),
-        query_norm=loading.tensor_if(goes_up, f"{name}query_norm"),
+        query_norm=loading.norm_if(goes_up, f"{name}query_norm"),
         query_up=loading.linear(f"{name}query_up", has_bias=False) if goes_up else None,
-        latent_norm=loading.tensor(f"{name}latent_norm"),
+        latent_norm=loading.norm(f"{name}latent_norm"),
         up=LatentUp(
             loading.tensor(f"{name}latent_up").view(-1, sizes.made_size, sizes.kv_lora_rank), sizes.qk_nope_head_dim
         ),

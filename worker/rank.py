@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from platform import python_version
 
 import torch
@@ -88,7 +87,7 @@ class Rank:
         )
         self._serving = _Serving(engine, loaded, weights, agent, info, None)
         self._bind_transfer(agent)
-        weights.lend(loaded.spec, info.layout, loaded.runner.weights, self._server)
+        weights.lend(loaded.runner.weights, self._server)
         if spec.rank == 0:
             self._serving.role = self._start_role(engine, agent, info)
         else:
@@ -215,7 +214,7 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         rank_addresses=spec.rank_addresses if len(spec.rank_addresses) > 1 else (address,),
         layout=layout,
         compatibility=Compatibility(
-            spec.model.name or Path(spec.model.path).name,
+            spec.model.served_name,
             model.revision,
             layout.dtype,
             spec.block_size,

@@ -11,8 +11,9 @@ import torch
 
 from core.kv_layout import Compatibility, KVLayout
 from engine.checkpoint_reader import CheckpointReader
+from engine.model_parameters import Share, list_parameters
 from engine.model_spec import ModelSpec
-from engine.parameters import ReadParameters, Share, fingerprint, list_parameters
+from engine.parameters import ReadParameters, fingerprint
 from engine.weights import ModelWeights
 from kv_transfer.channels.select import Connect
 from kv_transfer.outbound import MayRead
@@ -23,9 +24,9 @@ from worker.spec import RankSpec
 from worker.weight_borrower import WeightBorrower
 from worker.weight_image import StoredImage, WeightImage
 from worker.weight_lender import WeightLender
-from worker.weight_progress import ReadingProgress
+from worker.weight_progress import reporting
 from worker.weight_sources import WeightSources
-from worker.weight_windows import WeightWindows
+from worker.weight_windows import WeightWindows, window_memory
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,10 @@ class RankWeights:
     def reading(self, model: ModelSpec, layout: KVLayout) -> Iterator[ReadParameters]:
         """Reads from disk, and from a lender where that is faster."""
         spec, disk = self._spec, CheckpointReader(Path(self._spec.model.path), model, self._device)
+        image, weights = self._described = self._describe(model, layout)
         if not spec.weight_lenders or spec.transfer.weights_from == "disk":
-            yield ReadingProgress(disk.read, model.dtype).read
+            yield reporting(disk.read, model.dtype)
             return
-        image, weights = self._describe(model, layout)
         borrower = WeightBorrower(
             loop=self._loop,
             client=self._client,
@@ -64,18 +65,17 @@ class RankWeights:
         stretch_bytes = int(spec.transfer.weights_trial_mib * 2**20)
         sources = WeightSources(disk.read, borrower.read, model.dtype, stretch_bytes, time.monotonic)
         try:
-            yield ReadingProgress(sources.read, model.dtype).read
+            yield reporting(sources.read, model.dtype)
         finally:
             borrower.close()
         logger.info("weights came from: %s", sources.summary())
 
-    def lend(self, model: ModelSpec, layout: KVLayout, loaded: ModelWeights, server: RpcServer) -> None:
-        """Binds the calls by which others borrow."""
-        image, weights = self._describe(model, layout)
+    def lend(self, loaded: ModelWeights, server: RpcServer) -> None:
+        """Binds the calls by which others borrow what was read."""
+        image, weights = self._described
         lender = self._lender = WeightLender(
             weights,
             StoredImage(image, loaded.parameters),
-            self._spec.incarnation,
             lambda number, may_read: self._windows(number, weights, may_read),
             3 * self._spec.transfer.data_timeout_s,
         )
@@ -96,16 +96,16 @@ class RankWeights:
     def _describe(self, model: ModelSpec, layout: KVLayout) -> tuple[WeightImage, Compatibility]:
         """Equal compatibility means equal images of equal bytes."""
         parameters = list_parameters(model, Share(self._spec.rank, layout, self._spec.pool.whole_experts))
-        name = self._spec.model.name or Path(self._spec.model.path).name
         image = f"rank {self._spec.rank} of {layout.tensor_parallel}, {fingerprint(parameters)}"
-        return WeightImage(parameters, model.dtype), Compatibility(name, model.revision, model.dtype, 1, image)
+        return WeightImage(parameters, model.dtype), Compatibility(
+            self._spec.model.served_name, model.revision, model.dtype, 1, image
+        )
 
-    def _windows(self, num_windows: int, weights: Compatibility, may_read: MayRead) -> WeightWindows:
+    async def _windows(self, num_windows: int, weights: Compatibility, may_read: MayRead) -> WeightWindows:
         return WeightWindows(
-            num_windows,
+            await asyncio.to_thread(window_memory, num_windows, self._device),
             spec=self._spec,
             address=self._address,
-            device=self._device,
             weights=weights,
             client=self._client,
             connect=self._connect,

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -18,11 +18,10 @@ from core.messages.to_lender import BorrowWeights, FillWindow, GiveBackWeights, 
 from core.messages.to_rank import SlabHeader
 from engine.parameters import Parameter
 from engine.weights import TORCH_DTYPES
-from kv_transfer.outbound import MayRead
 from rpc import methods
 from rpc.client import RpcClient
 from worker.weight_image import WeightImage, bytes_of
-from worker.weight_windows import WINDOW_BYTES, WeightWindows, fetch_order
+from worker.weight_windows import WINDOW_BYTES, MakeWindows, WeightWindows, fetch_order
 
 Result = TypeVar("Result")
 
@@ -36,7 +35,7 @@ class WeightBorrower:
         client: RpcClient,
         config: TransferConfig,
         lenders: Sequence[str],
-        make_windows: Callable[[int, MayRead], WeightWindows],
+        make_windows: MakeWindows,
         image: WeightImage,
         weights: Compatibility,
         dtype: str,
@@ -77,7 +76,7 @@ class WeightBorrower:
 
     def close(self) -> None:
         """Gives the weights back."""
-        self._wait(self._submit(self._close()))
+        self._submit(self._close()).result()
 
     # ---- the reader's thread ------------------------------------------------------------------------------------
 
@@ -86,7 +85,7 @@ class WeightBorrower:
         starts = range(first, last, WINDOW_BYTES)
         coming = self._submit(self._bring(starts[0], last, 0))
         for number, start in enumerate(starts):
-            self._wait(coming)
+            coming.result()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()  # the window that comes next was read
             if number + 1 < len(starts):
@@ -95,11 +94,8 @@ class WeightBorrower:
             yield self._windows.memory(number % 2)[: min(WINDOW_BYTES, last - start)]
 
     def _submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
+        """Work that has deadlines of its own."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _wait(self, future: "Future[Result]") -> Result:
-        """Raises BatonError; what is waited for has deadlines of its own."""
-        return future.result()
 
     # ---- the event loop -----------------------------------------------------------------------------------------
 
@@ -140,7 +136,7 @@ class WeightBorrower:
                 failure = error
             else:
                 self._lender = lender
-                self._windows = self._make_windows(2, _lends_nothing)
+                self._windows = await self._make_windows(2, _lends_nothing)
                 return
         raise failure
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.errors import StaleMessage, Unavailable
@@ -12,9 +11,8 @@ from core.messages.fleet import Acknowledged, Empty
 from core.messages.to_lender import BorrowWeights, FillWindow, GiveBackWeights, LentWeights
 from core.messages.to_rank import SlabHeader
 from kv_transfer.agent import TransferAgent
-from kv_transfer.outbound import MayRead
 from worker.weight_image import StoredImage
-from worker.weight_windows import WINDOW_BYTES, WeightWindows, blocks_of
+from worker.weight_windows import WINDOW_BYTES, MakeWindows, WeightWindows, blocks_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +32,11 @@ class WeightLender:
         self,
         weights: Compatibility,
         stored: StoredImage,
-        incarnation: int,
-        make_windows: Callable[[int, MayRead], WeightWindows],
+        make_windows: MakeWindows,
         ttl_s: float,
     ) -> None:
         self._weights = weights
         self._stored = stored
-        self._incarnation = incarnation
         self._make_windows = make_windows
         self._ttl_s = ttl_s
         self._loans: dict[str, _Loan] = {}
@@ -68,10 +64,10 @@ class WeightLender:
                 if not self._free:
                     raise Unavailable(f"weights are lent to {MAX_LOANS} ranks already")
                 if self._windows is None:
-                    self._windows = self._make_windows(2 * MAX_LOANS, self._may_read)
+                    self._windows = await self._make_windows(2 * MAX_LOANS, self._may_read)
                     self._expiring = asyncio.create_task(self._expire())
                 loan = self._loans[message.loan_id] = _Loan(self._free.pop(), time.monotonic())
-        return LentWeights(self._incarnation, (blocks_of(2 * loan.number), blocks_of(2 * loan.number + 1)))
+        return LentWeights((blocks_of(2 * loan.number), blocks_of(2 * loan.number + 1)))
 
     async def fill(self, message: FillWindow) -> Empty:
         """Answers when the window holds the bytes. Raises StaleMessage when the loan is over."""

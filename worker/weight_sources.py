@@ -6,11 +6,10 @@ parameters are put in place is as fast as it seems.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 from torch import Tensor
 
-from core.errors import PeerError, Unavailable
+from core.errors import BatonError
 from engine.parameters import Parameter, ReadParameters
 
 
@@ -45,7 +44,7 @@ class WeightSources:
                 for tensor in self._timed(source, stretch):
                     yield tensor
                     num_read += 1
-            except (PeerError, Unavailable) as error:
+            except BatonError as error:
                 if source is not self._peer:
                     raise
                 source.failure = f"{type(error).__name__}: {error}"
@@ -77,14 +76,13 @@ class WeightSources:
         source.seconds_per_byte = max(seconds, 1e-9) / max(num_bytes, 1)
 
     def _stretches(self, parameters: Sequence[Parameter]) -> Iterator[tuple[Parameter, ...]]:
-        left = iter(parameters)
-        while stretch := self._take(left):
-            yield stretch
-
-    def _take(self, left: Iterator[Parameter]) -> tuple[Parameter, ...]:
         taken: list[Parameter] = []
         num_bytes = 0
-        while num_bytes < self._stretch_bytes and (following := tuple(islice(left, 1))):
-            taken += following
-            num_bytes += following[0].num_bytes(self._dtype)
-        return tuple(taken)
+        for parameter in parameters:
+            taken.append(parameter)
+            num_bytes += parameter.num_bytes(self._dtype)
+            if num_bytes >= self._stretch_bytes:
+                yield tuple(taken)
+                taken, num_bytes = [], 0
+        if taken:
+            yield tuple(taken)

@@ -4,6 +4,8 @@ Weights may be packed, or lie anywhere, so the lender copies a run of their imag
 fetches the window as if it were blocks of KV: with the same channels, deadlines, tokens and digests.
 """
 
+from collections.abc import Awaitable, Callable
+
 import torch
 from torch import Tensor
 
@@ -24,23 +26,27 @@ _BLOCKS = WINDOW_BYTES // _BLOCK_BYTES
 _LAYOUT = KVLayout(1, 1, _BLOCK_BYTES // 4, 1, "float32", 1, latent=True)
 
 
+def window_memory(num_windows: int, device: torch.device) -> SharedMemory:
+    """Takes some ms per window. Raises ConfigurationError when there is no memory."""
+    return SharedMemory(num_windows * WINDOW_BYTES, device, "weights on their way")
+
+
 class WeightWindows:
-    """Windows of one rank and the agent that moves them. Raises ConfigurationError when there is no memory."""
+    """Windows of one rank and the agent that moves them."""
 
     def __init__(
         self,
-        num_windows: int,
+        memory: SharedMemory,
         *,
         spec: RankSpec,
         address: str,
-        device: torch.device,
         weights: Compatibility,
         client: RpcClient,
         connect: Connect,
         may_read: MayRead,
     ) -> None:
         config = spec.transfer.model_copy(update={"wire_dtype": ""})
-        self._memory = SharedMemory(num_windows * WINDOW_BYTES, device, "weights on their way")
+        self._memory = memory
         pool = self._memory.bytes.view(torch.float32).view(1, -1, 1, 1, 1, _LAYOUT.head_dim)
         self.agent = TransferAgent(
             address=address,
@@ -62,6 +68,9 @@ class WeightWindows:
         """Nothing is read or written any more."""
         await self.agent.close()
         self._memory.close()
+
+
+MakeWindows = Callable[[int, MayRead], Awaitable[WeightWindows]]  # raises ConfigurationError
 
 
 def blocks_of(window: int) -> tuple[int, ...]:

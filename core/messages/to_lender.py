@@ -46,7 +46,6 @@ class BorrowWeights:
 class LentWeights:
     """The blocks of the lender's window pool through which the weights go: two windows, filled in turn."""
 
-    incarnation: int
     windows: tuple[tuple[int, ...], tuple[int, ...]]
 
 

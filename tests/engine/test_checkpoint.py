@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from core.errors import ConfigurationError
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
-from engine.parameters import Share, list_parameters
+from engine.model_parameters import Share, list_parameters
 from engine.parsed_config import parsed_config
 from engine.rank_group import SingleRank
 from engine.rope import inverse_frequencies

@@ -14,8 +14,9 @@ from core.errors import ConfigurationError
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.latent_up import LatentUp
+from engine.model_parameters import Share, list_parameters
 from engine.model_spec import LatentAttentionSpec
-from engine.parameters import Part, Share, list_parameters
+from engine.parameters import Part
 from engine.rope_spec import yarn_magnitude
 from engine.stored_encodings import read_fp8_blocks
 from tests.checkpoints import make_checkpoint

@@ -15,8 +15,9 @@ from core.errors import ConfigurationError
 from core.model_geometry import geometry_of, read_geometry
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
+from engine.model_parameters import Share, list_parameters
 from engine.mxfp4 import dequantise
-from engine.parameters import Part, Share, list_parameters
+from engine.parameters import Part
 from engine.rope_spec import YarnScaling
 from engine.stored_encodings import DECODERS
 from tests.checkpoints import make_checkpoint, make_mxfp4_checkpoint

@@ -14,7 +14,7 @@ from core.messages.to_lender import BorrowWeights, FillWindow, GiveBackWeights
 from core.security import UNGUARDED
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
-from engine.parameters import Share, list_parameters
+from engine.model_parameters import Share, list_parameters
 from kv_transfer.channels.select import make_connectors
 from rpc import methods
 from rpc.client import RpcClient

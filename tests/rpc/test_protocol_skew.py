@@ -184,5 +184,5 @@ def test_kv_transfer_between_releases_is_judged_by_its_own_version():
     """A pair of an old and a new replica exchanges KV as long as that has not changed, whatever the messages did."""
     old = decode(Compatibility, encode(Compatibility("m", "r", "float32", 16, "h", 1)))
     Compatibility("m", "r", "float32", 16, "h", 1).require_equal(old)
-    with pytest.raises(Incompatible, match="protocol_version differs: 2 here, 1 there"):
+    with pytest.raises(Incompatible, match="protocol_version differs: 3 here, 1 there"):
         Compatibility("m", "r", "float32", 16, "h").require_equal(old)
