@@ -60,6 +60,7 @@ class PoolConfig(Section):
     kv_cache_mib: int = Field(default=256, ge=1)  # per rank, on CPU
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=512, ge=1)
+    steps_in_flight: int | None = Field(default=None, ge=1, le=2)  # None: 2 on GPUs, which then never wait for the host
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
     resources_per_rank: RankResources = RankResources()
     drain_timeout_s: float = Field(default=20.0, ge=0)
@@ -70,6 +71,11 @@ class PoolConfig(Section):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self
+
+    @property
+    def most_steps_in_flight(self) -> int:
+        """Steps that are launched before the first of them is collected."""
+        return self.steps_in_flight or (2 if self.device == "cuda" else 1)
 
     @property
     def replica_cost(self) -> float:

@@ -93,12 +93,10 @@ class DecodeScheduler:
             self.running.append(self.waiting.popleft())
         budget = self.max_num_batched_tokens
         advances: list[Advance] = []
-        decoding_first = sorted(self.running, key=lambda job: job.sequence.num_uncomputed > 1)
+        decoding_first = sorted(self.running, key=lambda job: job.sequence.num_to_launch > 1)
         for job in decoding_first:
-            num_tokens = min(job.sequence.num_uncomputed, budget)
-            if num_tokens == 0:
-                break
-            if job.cancelled or not self._make_room(job, num_tokens, advances):
+            num_tokens = min(job.sequence.num_to_launch, budget)
+            if num_tokens == 0 or job.cancelled or not self._make_room(job, num_tokens, advances):
                 continue
             budget -= num_tokens
             written = tuple(job.sequence.blocks_written_by(num_tokens))
@@ -106,7 +104,8 @@ class DecodeScheduler:
             advances.append(Advance(job, num_tokens, written))
         if not advances:
             return None
-        return DecodeStep(StepBatch(tuple(a.job.sequence.next_step(a.num_tokens) for a in advances)), tuple(advances))
+        launched = (a.job.sequence.launch(a.num_tokens, number) for number, a in enumerate(advances))
+        return DecodeStep(StepBatch(tuple(launched)), tuple(advances))
 
     def finish(self, step: DecodeStep, result: StepResult) -> list[Outcome]:
         """Takes a step's result in; a job that ended has left the batch."""
@@ -138,7 +137,7 @@ class DecodeScheduler:
 
     def _make_room(self, job: DecodeJob, num_tokens: int, advances: list[Advance]) -> bool:
         """Grows the sequence, preempting the newest others that this step does not advance yet, or itself."""
-        end = job.sequence.num_computed + num_tokens
+        end = job.sequence.num_launched + num_tokens
         while job.sequence.num_blocks_lacking(end) > self.pool.num_free:
             taken = {advance.job for advance in advances}
             victim = next(other for other in reversed(self.running) if other not in taken)

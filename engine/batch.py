@@ -1,11 +1,15 @@
 """What one engine step computes, and what comes out of it. Pure: no tensors.
 
 launch(StepBatch) -> in flight -> collect() -> StepResult
+
+A step may be launched while the one before it is in flight, and compute the tokens that this one draws.
 """
 
 from dataclasses import dataclass
 
 from core.sampling import TokenLogprobs
+
+DRAWN = -1  # stands for a token that the step before draws
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,11 @@ class SequenceStep:
     `draw` None: the middle of a prompt, nothing is sampled.
     """
 
-    token_ids: tuple[int, ...]  # at least one
+    token_ids: tuple[int, ...]  # at least one; of a sequence that the step before draws for, DRAWN alone
     first_position: int
     block_tables: tuple[BlockTable, ...]  # by KV group
     draw: Draw | None
+    drawn_by: int | None = None  # this sequence's number in the batch of the step before, if it is DRAWN
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from itertools import islice
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 
 _NO_LOGPROBS = -1
+_NOT_DRAWN = -1
 
 
 def encode_batch(batch: StepBatch) -> list[int]:
@@ -14,7 +15,8 @@ def encode_batch(batch: StepBatch) -> list[int]:
     values = [len(batch.sequences)]
     for sequence in batch.sequences:
         counts = len(sequence.token_ids), len(sequence.block_tables), sequence.first_position
-        values += (*counts, sequence.draw is not None, *sequence.token_ids)
+        drawn_by = _NOT_DRAWN if sequence.drawn_by is None else sequence.drawn_by
+        values += (*counts, sequence.draw is not None, drawn_by, *sequence.token_ids)
         for table in sequence.block_tables:
             values += (table.first, len(table.blocks), *table.blocks)
         if sequence.draw is not None:
@@ -29,10 +31,11 @@ def decode_batch(values: list[int]) -> StepBatch:
 
 
 def _decode_sequence(stream: Iterator[int]) -> SequenceStep:
-    num_tokens, num_tables, first_position, has_draw = islice(stream, 4)
+    num_tokens, num_tables, first_position, has_draw, drawn_by = islice(stream, 5)
     token_ids = tuple(islice(stream, num_tokens))
     block_tables = tuple(_decode_table(stream) for _ in range(num_tables))
-    return SequenceStep(token_ids, first_position, block_tables, _decode_draw(stream) if has_draw else None)
+    draw = _decode_draw(stream) if has_draw else None
+    return SequenceStep(token_ids, first_position, block_tables, draw, None if drawn_by == _NOT_DRAWN else drawn_by)
 
 
 def _decode_table(stream: Iterator[int]) -> BlockTable:

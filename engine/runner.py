@@ -25,7 +25,7 @@ from engine.model_spec import ModelSpec
 from engine.parameters import ReadParameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
-from engine.step_inputs import DrawAt, lay_out
+from engine.step_inputs import DrawAt, StepInputs, int_tensor, lay_out
 from engine.weights import assemble
 
 _STOP, _KEEP_ALIVE, _STEP = range(3)
@@ -47,7 +47,7 @@ class InFlightStep:
 
 
 class ModelRunner:
-    """One rank of a replica: weights, KV cache and the forward pass. Used by one thread at a time.
+    """One rank of a replica: weights, KV cache and the forward pass. Used by one thread, but for `collect`.
 
     `num_threads` is set for the whole process. Raises ConfigurationError when the ranks disagree about model or cache.
     """
@@ -79,6 +79,7 @@ class ModelRunner:
         self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
         attention = LatentAttention if layout.latent else TorchAttention
+        self._last: InFlightStep | None = None
         self._attention: AttentionBackend = attention(self.kv_cache.tensor, layout.kv_groups)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ class ModelRunner:
         return self._execute(batch, on_layers, layer_groups)
 
     def collect(self, step: InFlightStep) -> StepResult:
-        """Waits for a step and returns what it drew."""
+        """Waits for a step and returns what it drew. For any thread; in the order of the launches."""
         for event, first_layer, num_layers in step.written:
             event.synchronize()
             assert step.on_layers is not None
@@ -166,7 +167,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layer_groups: Sequence[int]) -> InFlightStep:
         inputs = lay_out(batch, self._device)
-        step = InFlightStep(len(batch.sequences), inputs.draws, on_layers)
+        self._fill_in(inputs)
+        step = self._last = InFlightStep(len(batch.sequences), inputs.draws, on_layers)
 
         group_sizes = dict(zip(accumulate(layer_groups), layer_groups, strict=True))  # by the layer after the group
 
@@ -187,6 +189,19 @@ class ModelRunner:
         if self._device.type == "cuda":
             step.finished = _recorded_event()
         return step
+
+    def _fill_in(self, inputs: StepInputs) -> None:
+        """Tokens that the step before draws, on the device; of several ranks the first one has them."""
+        if not inputs.drawn:
+            return
+        last = self._last
+        assert last is not None, "nothing was drawn before the first step"
+        tokens = torch.zeros(len(last.draws), dtype=torch.int64, device=self._device)
+        tokens = self._group.all_reduce(tokens if last.drawn is None else tokens + last.drawn.token_ids)
+        number = {at.sequence: number for number, at in enumerate(last.draws)}
+        rows = int_tensor([*inputs.drawn], self._device)
+        taken = int_tensor([number[sequence] for sequence in inputs.drawn.values()], self._device)
+        inputs.token_ids.index_copy_(0, rows, tokens.index_select(0, taken))
 
 
 def _recorded_event() -> torch.cuda.Event:

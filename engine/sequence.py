@@ -1,8 +1,8 @@
 """A sequence and its blocks: what is computed, what is cached, what the next step computes. Pure.
 
-    token_ids  [ prompt ............................. | output ... ]
-    computed   [ KV in blocks ....... |  to compute   ]
-                                      ^ num_computed
+    token_ids  [ prompt ............................. | output ... | being drawn ]
+    computed   [ KV in blocks ....... | in flight ... | to launch ............. ]
+                                      ^ num_computed  ^ num_launched
 
 Both pools' schedulers run sequences; only they differ in when.
 """
@@ -13,7 +13,7 @@ from core.block_hash import hash_block
 from core.kv_groups import deepest_prefix
 from core.kv_layout import KVLayout
 from core.messages.to_decode import Sequence
-from engine.batch import Draw, SequenceStep
+from engine.batch import DRAWN, Draw, SequenceStep
 from engine.block_pool import BlockPool, OutOfBlocks
 from engine.group_blocks import GroupBlocks
 
@@ -32,6 +32,9 @@ class ActiveSequence:
         self.block_size = layout.block_size
         self.groups = [GroupBlocks(i, group, layout.block_size) for i, group in enumerate(layout.kv_groups)]
         self.num_computed = 0
+        self.num_launched = 0  # computed, or being so by steps in flight
+        self.num_drawing = 0  # tokens that steps in flight draw
+        self._drawn_by: int | None = None  # where the last step launched has it, if that draws
         self.num_cached = 0  # prompt tokens found in the prefix cache
         self.num_acquired = 0  # blocks found in the cache
         self.num_promised = 0  # blocks that the pool keeps for the rest of the prompt
@@ -51,6 +54,18 @@ class ActiveSequence:
         """Known tokens whose KV is still missing; at least one while the sequence runs."""
         return len(self.token_ids) - self.num_computed
 
+    @property
+    def num_known_to_launch(self) -> int:
+        """Known tokens that no step was launched for."""
+        return len(self.token_ids) - self.num_launched
+
+    @property
+    def num_to_launch(self) -> int:
+        """As that, with tokens that are being drawn, unless these are the last."""
+        if self.num_drawing and self.num_outputs + self.num_drawing >= self.sampling.max_tokens:
+            return 0
+        return self.num_known_to_launch + self.num_drawing
+
     def acquire_prefix(self) -> None:
         """Takes what a cached prefix leaves in place for the tokens after it, of which at least one is left to compute.
 
@@ -58,7 +73,7 @@ class ActiveSequence:
         """
         usable = self._hashes[: (self.num_prompt - 1) // self.block_size]
         depth = deepest_prefix(self._reaches, usable, self._pool.__contains__)
-        self.num_computed = self.num_cached = depth * self.block_size
+        self.num_computed = self.num_launched = self.num_cached = depth * self.block_size
         self._acquire([range(blocks.first_needed(self.num_computed), depth) for blocks in self.groups])
 
     def acquire_received(self) -> None:
@@ -73,7 +88,7 @@ class ActiveSequence:
         """Takes over blocks, by group, that are owned already and whose content arrived by transfer."""
         for group, arrived in zip(self.groups, blocks, strict=True):
             group.blocks += arrived
-        self.num_computed = num_computed
+        self.num_computed = self.num_launched = num_computed
         self._register_full_blocks()
 
     def reserve(self, num_at_once: int) -> None:
@@ -97,15 +112,27 @@ class ActiveSequence:
             raise OutOfBlocks(f"no place for tokens up to {num_tokens}: {self._pool.num_free} blocks are free")
         self._allocate(num_tokens, self.groups)
 
-    def next_step(self, num_tokens: int) -> SequenceStep:
-        """The step that computes the next `num_tokens` known tokens, drawing when it reaches the last of them."""
-        start, end = self.num_computed, self.num_computed + num_tokens
+    def launch(self, num_tokens: int, number: int) -> SequenceStep:
+        """The step, with this number in its batch, that computes the next `num_tokens` tokens, drawing after the last.
+
+        Positions up to there must have a place.
+        """
+        start, end = self.num_launched, self.num_launched + num_tokens
         tables = tuple(blocks.table(end) for blocks in self.groups)
-        return SequenceStep(tuple(self.token_ids[start:end]), start, tables, self._draw(end))
+        token_ids, drawn_by = tuple(self.token_ids[start:end]), None
+        if len(token_ids) < num_tokens:
+            token_ids, drawn_by = (*token_ids, DRAWN), self._drawn_by
+            assert token_ids == (DRAWN,), "what is known is launched before what is being drawn"
+            assert drawn_by is not None
+        draw = self._draw() if end == len(self.token_ids) + self.num_drawing else None
+        self.num_launched = end
+        self.num_drawing += draw is not None
+        self._drawn_by = number if draw is not None else None
+        return SequenceStep(token_ids, start, tables, draw, drawn_by)
 
     def blocks_written_by(self, num_tokens: int) -> list[int]:
-        """Physical blocks that `next_step(num_tokens)` writes."""
-        start, end = self.num_computed, self.num_computed + num_tokens
+        """Physical blocks that the launch of `num_tokens` tokens writes."""
+        start, end = self.num_launched, self.num_launched + num_tokens
         logical = range(start // self.block_size, -(-end // self.block_size))
         return [block for blocks in self.groups for block in blocks.physical(logical)]
 
@@ -119,6 +146,7 @@ class ActiveSequence:
 
     def append(self, token_id: int) -> str | None:
         """Takes a drawn token; "stop" or "length" when it ends the output."""
+        self.num_drawing = max(0, self.num_drawing - 1)  # the first token of a prompt computed elsewhere: none is
         self.token_ids.append(token_id)
         if token_id in self.sampling.stop_token_ids:
             return "stop"
@@ -175,9 +203,7 @@ class ActiveSequence:
             self._pool.promise(num_more)
         self.num_promised += num_more
 
-    def _draw(self, end: int) -> Draw | None:
-        if end < len(self.token_ids):
-            return None
+    def _draw(self) -> Draw:
         s = self.sampling
         return Draw(s.temperature, s.top_p, s.top_k, s.seed, s.num_logprobs)
 

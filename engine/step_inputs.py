@@ -31,6 +31,7 @@ class StepInputs:
     positions: Tensor  # [T] int64
     draws: tuple[DrawAt, ...]
     draw_rows: Tensor  # [N] int64
+    drawn: dict[int, int]  # rows whose token the step before draws: for which sequence of its batch
 
 
 def lay_out(batch: StepBatch, device: torch.device) -> StepInputs:
@@ -40,8 +41,11 @@ def lay_out(batch: StepBatch, device: torch.device) -> StepInputs:
     token_ids: list[int] = []
     positions: list[int] = []
     draws, draw_rows = [], []
+    drawn: dict[int, int] = {}
     for index, sequence in zip(order, sequences, strict=True):
         end = sequence.first_position + len(sequence.token_ids)
+        if sequence.drawn_by is not None:
+            drawn[len(token_ids)] = sequence.drawn_by
         token_ids += sequence.token_ids
         positions += range(sequence.first_position, end)
         if sequence.draw is not None:
@@ -55,6 +59,7 @@ def lay_out(batch: StepBatch, device: torch.device) -> StepInputs:
         positions=rows[1],
         draws=tuple(draws),
         draw_rows=int_tensor(draw_rows, device),
+        drawn=drawn,
     )
 
 

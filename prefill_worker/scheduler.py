@@ -86,6 +86,7 @@ class PrefillScheduler:
     max_num_seqs: int
     max_num_batched_tokens: int
     queue_limit: int
+    steps_in_flight: int = 1  # at most
     waiting: deque[PrefillJob] = field(default_factory=deque)
     running: list[PrefillJob] = field(default_factory=list)
     newly_started: list[tuple[PrefillJob, tuple[range, ...]]] = field(default_factory=list)
@@ -127,9 +128,9 @@ class PrefillScheduler:
         budget = self.max_num_batched_tokens
         chunks = []
         for job in self.running:
-            num_tokens = min(job.sequence.num_uncomputed, budget)
-            if num_tokens == 0:
-                break
+            num_tokens = min(job.sequence.num_known_to_launch, budget)
+            if num_tokens <= 0:
+                continue
             try:
                 chunks.append(self._chunk(job, num_tokens))
             except OutOfBlocks:
@@ -137,8 +138,8 @@ class PrefillScheduler:
             budget -= num_tokens
         if not chunks:
             return None
-        batch = StepBatch(tuple(chunk.job.sequence.next_step(chunk.num_tokens) for chunk in chunks))
-        return PrefillStep(batch, tuple(chunks))
+        launched = (chunk.job.sequence.launch(chunk.num_tokens, number) for number, chunk in enumerate(chunks))
+        return PrefillStep(StepBatch(tuple(launched)), tuple(chunks))
 
     def finish(self, step: PrefillStep, result: StepResult) -> list[Prefilled]:
         """Takes a step's result in; returns the prompts that it completed."""
@@ -167,7 +168,7 @@ class PrefillScheduler:
             job = self.waiting[0]
             try:
                 job.sequence.acquire_prefix()
-                job.sequence.reserve(self.max_num_batched_tokens)
+                job.sequence.reserve(self.steps_in_flight * self.max_num_batched_tokens)
             except OutOfBlocks:
                 job.sequence.release()
                 return
@@ -177,10 +178,11 @@ class PrefillScheduler:
             self.newly_started.append((job, job.take_announceable(job.sequence.num_computed)))
 
     def _chunk(self, job: PrefillJob, num_tokens: int) -> Chunk:
-        job.sequence.grow(job.sequence.num_computed + num_tokens)
+        end = job.sequence.num_launched + num_tokens
+        job.sequence.grow(end)
         written = tuple(job.sequence.blocks_written_by(num_tokens))
         self.pool.begin_write(written)
-        announce = job.take_announceable(job.sequence.num_computed + num_tokens)
+        announce = job.take_announceable(end)
         return Chunk(job, num_tokens, written, announce)
 
     def _drop(self, job: PrefillJob) -> None:

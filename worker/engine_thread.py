@@ -1,17 +1,21 @@
-"""Runs engine steps on a thread of their own, so that JIT, loading and long steps never starve an RPC answer."""
+"""Runs engine steps on threads of their own, so that JIT, loading and long steps never starve an RPC answer.
+
+One thread launches steps, another collects them: the next step is launched while one is in flight.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TypeVar
 
 from core.config import TransferConfig
 from engine.batch import StepBatch, StepResult
 from engine.layer_groups import layer_groups
-from engine.runner import ModelRunner
+from engine.runner import InFlightStep, ModelRunner
 
 Result = TypeVar("Result")
 
@@ -39,38 +43,43 @@ OnLayers = Callable[[LayersComputed], None]
 
 
 class EngineThread:
-    """One step at a time; counters tell how many, and how long the present one has taken."""
+    """Steps in the order of their calls; counters tell how many, and how long the present one has taken."""
 
     def __init__(self, transfer: TransferConfig | None) -> None:
         """`transfer` tells which layers are announced together; None: nothing leaves this rank layer by layer."""
         self.runner: ModelRunner | None = None  # made on this thread, by `run`
         self.num_steps = 0
         self._transfer = transfer
-        self._busy_since = 0.0
+        self._busy_since: dict[int, float] = {}  # by thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._collecting = ThreadPoolExecutor(1, thread_name_prefix="collect")
 
     @property
     def busy_s(self) -> float:
-        """Seconds since the call in progress began; 0 when idle, or waiting for the first rank."""
-        return time.monotonic() - self._busy_since if self._busy_since else 0.0
+        """Seconds since the oldest call in progress began; 0 when idle, or waiting for the first rank."""
+        return max((time.monotonic() - since for since in [*self._busy_since.values()]), default=0.0)
 
     async def execute(self, batch: StepBatch, on_layers: OnLayers) -> Executed:
         """Launches and collects one step. `on_layers` is called on the event loop."""
         loop, runner = asyncio.get_running_loop(), self.runner
         assert runner is not None
         groups = self._layer_groups(batch, runner.layout.num_layers)
+        moments: list[float] = []
 
-        def step() -> Executed:
-            moments = [time.monotonic()]
+        def layers_done(first_layer: int, num_layers: int) -> None:
+            moments.append(time.monotonic())
+            loop.call_soon_threadsafe(on_layers, LayersComputed(first_layer, num_layers, *moments[-2:]))
 
-            def layers_done(first_layer: int, num_layers: int) -> None:
-                moments.append(time.monotonic())
-                loop.call_soon_threadsafe(on_layers, LayersComputed(first_layer, num_layers, *moments[-2:]))
+        def launch() -> Future[Executed]:
+            moments.append(time.monotonic())
+            return self._collecting.submit(collect, runner.launch(batch, layers_done, groups))
 
-            result = runner.collect(runner.launch(batch, layers_done, groups))
+        def collect(step: InFlightStep) -> Executed:
+            with self._busy():
+                result = runner.collect(step)
             return Executed(result, moments[-1], time.monotonic())
 
-        executed = await self.run(step)
+        executed = await asyncio.wrap_future(await self.run(launch))
         self.num_steps += 1
         return executed
 
@@ -105,6 +114,7 @@ class EngineThread:
         """Waits for the step in flight, does one last thing and ends the thread."""
         self._thread.submit(last)
         self._thread.shutdown(wait=True)
+        self._collecting.shutdown(wait=True)
 
     def _layer_groups(self, batch: StepBatch, num_layers: int) -> tuple[int, ...]:
         """Small ones at the end of a step that ends a prompt, since nothing is computed beside their transfer."""
@@ -117,8 +127,8 @@ class EngineThread:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        self._busy_since = time.monotonic()
+        self._busy_since[get_ident()] = time.monotonic()
         try:
             yield
         finally:
-            self._busy_since = 0.0
+            del self._busy_since[get_ident()]

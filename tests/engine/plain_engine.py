@@ -88,10 +88,10 @@ class PlainEngine:
     def _step(self, running: list[_Running]) -> list[_Running]:
         budget, batch, members = self.max_num_batched_tokens, [], []
         for one in running:
-            num_tokens = min(budget, one.sequence.num_uncomputed)
+            num_tokens = min(budget, one.sequence.num_to_launch)
             if num_tokens > 0:
-                one.sequence.grow(one.sequence.num_computed + num_tokens)
-                batch.append(one.sequence.next_step(num_tokens))
+                one.sequence.grow(one.sequence.num_launched + num_tokens)
+                batch.append(one.sequence.launch(num_tokens, len(batch)))
                 members.append(one)
                 budget -= num_tokens
         self.most_held = max(self.most_held, self.pool.num_held)

@@ -73,12 +73,14 @@ async def test_local_prefill_on_decode_gives_the_same_tokens(tiny_llama):
         await fleet.until_quiet()
 
 
-async def test_32_streams_with_disconnects_at_every_phase_leave_nothing(tiny_llama):
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+async def test_32_streams_with_disconnects_at_every_phase_leave_nothing(tiny_llama, steps_in_flight):
     path, model = tiny_llama
+    pool = PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, steps_in_flight=steps_in_flight)
     rng = random.Random(5)
     prompts = random_prompts(6, [rng.randint(1, 200) for _ in range(32)])
     expected = [reference(model, prompt, 24) for prompt in prompts]
-    async with running_fleet(path, 2, 2) as fleet:
+    async with running_fleet(path, 2, 2, pool) as fleet:
 
         async def client(i: int) -> bool:
             generation = Generation(f"r{i}", tuple(prompts[i]), SamplingParams(24, temperature=0.0), 60)

@@ -11,12 +11,13 @@ from tests.fleet.test_fleet import random_prompts, reference
 SMALL = PoolConfig(num_blocks=40, max_num_seqs=16, max_num_batched_tokens=64)
 
 
-@pytest.mark.parametrize("num_decode", [1, 2])
-async def test_sixteen_long_outputs_in_a_cache_for_four_all_finish(tiny_llama, num_decode):
+@pytest.mark.parametrize(("num_decode", "steps_in_flight"), [(1, 1), (2, 1), (1, 2)])
+async def test_sixteen_long_outputs_in_a_cache_for_four_all_finish(tiny_llama, num_decode, steps_in_flight):
     path, model = tiny_llama
+    pool = SMALL.model_copy(update={"steps_in_flight": steps_in_flight})
     prompts = random_prompts(4, (20,) * 16)
     expected = [reference(model, prompt, 150) for prompt in prompts]
-    async with running_fleet(path, 1, num_decode, pool=SMALL) as fleet:
+    async with running_fleet(path, 1, num_decode, pool=pool) as fleet:
         requests = [generate(fleet, f"r{i}", prompt, 150) for i, prompt in enumerate(prompts)]
         assert await asyncio.gather(*requests) == expected
         await fleet.until_quiet()
