@@ -1,8 +1,9 @@
 """How fast KV blocks move from one process's pool to another's, by channel, size and layout.
 
-Bounds, measured in the same rounds by the same two processes. In one host: memory bandwidth; every byte is read once
-and written once, so nothing beats one memcpy of as many contiguous bytes, in one thread, out of the other process's
-pool. Over a network stack: a plain TCP socket that answers a request with as many contiguous bytes.
+Bounds, measured in the same rounds by the same two processes, in the environment of ranks, in which large copies are
+faster than by default. In one host: memory bandwidth; every byte is read once and written once, so nothing beats one
+memcpy of as many contiguous bytes, in one thread, out of the other process's pool. Over a network stack: a plain TCP
+socket that answers a request with as many contiguous bytes.
 A channel is timed from its grant to its last slab's landing, control plane aside: two-sided kinds are granted by a few
 bytes over TCP, as plain TCP is asked; a one-sided kind asks nobody. Ratios are medians over rounds of ratios inside a
 round, since machines are shared.
@@ -11,7 +12,9 @@ round, since machines are shared.
 """
 
 import argparse
+import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
@@ -22,6 +25,7 @@ import torch
 from bench.kv_pair import Case, Pair, contiguous, layout_of, scattered
 from bench.kv_peer_process import PeerProcess
 from bench.report import print_json, print_table
+from worker.spec import RANK_ENVIRONMENT
 
 SIZES = tuple(2**exponent for exponent in (16, 20, 24, 28, 30))
 NUM_SCATTERED = 64
@@ -66,6 +70,7 @@ def rows_of(case: Case, found: dict[str, Rounds]) -> list[dict[str, str | float]
 def main() -> None:
     """Prints a table and one JSON line."""
     args = parse()
+    run_as_ranks_do()
     torch.set_num_threads(1)
     rows = []
     sizes = [size for size in SIZES if size <= args.largest_mib * 2**20]
@@ -87,6 +92,12 @@ def main() -> None:
                     rows += rows_of(case, measure(case, ways, args.rounds))
     print_table(tuple(rows[0]), [[str(value) for value in row.values()] for row in rows])
     print_json("kv_transfer", args, rows=rows)
+
+
+def run_as_ranks_do() -> None:
+    """The C library reads the environment of ranks when a process starts: starts this one anew, unless it has it."""
+    if not RANK_ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | RANK_ENVIRONMENT)
 
 
 def started_peers(args: argparse.Namespace, largest_bytes: int) -> Iterable[tuple[str, PeerProcess]]:

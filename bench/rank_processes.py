@@ -16,7 +16,7 @@ from core.channel_kinds import Device
 from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.errors import PeerLost
 from core.messages.fleet import ReplicaInfo, Role
-from worker.spec import RankSpec, new_incarnation
+from worker.spec import RANK_ENVIRONMENT, RankSpec, new_incarnation
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = "127.0.0.1"
@@ -69,7 +69,9 @@ class RankProcess:
         self._main = f"{spec.role.value}_worker" if slow_link is None else "bench.slow_rank"
         self._arguments = [str(slow_link)] if slow_link is not None else []
         self.process: Process | None = None
-        self._environment = os.environ | {"OMP_NUM_THREADS": str(spec.pool.resources_per_rank.num_threads)}
+        self._environment = (
+            os.environ | RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(spec.pool.resources_per_rank.num_threads)}
+        )
         self._environment |= environment or {}
         self._file = folder / f"{spec.replica_id}-{spec.rank}.json"
         self._log = folder / f"{spec.replica_id}-{spec.rank}.log"

@@ -30,7 +30,7 @@ from core.messages.fleet import Empty, RankHealth, ReplicaInfo, Role
 from core.messages.to_scheduler import Deregister, Register, Traffic
 from rpc.client import RpcClient
 from rpc.methods import DEREGISTER, FLEET, REGISTER
-from worker.spec import RankSpec, new_incarnation
+from worker.spec import RANK_ENVIRONMENT, RankSpec, new_incarnation
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,7 @@ class Supervisor:
                 "num_cpus": resources.num_cpus,
                 "num_gpus": resources.num_gpus,
                 "resources": resources.custom,
+                "runtime_env": {"env_vars": RANK_ENVIRONMENT},
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             }
             log = str(Path(self._config.cluster.log_dir) / f"{self._replica_id}-rank{rank}.log")

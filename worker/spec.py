@@ -7,6 +7,10 @@ from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Role
 from core.security import UNGUARDED, Security, is_loopback
 
+# Of every rank's process, before it starts. From 1 MiB on, a copy of KV writes past the caches, which it would only
+# sweep; glibc alone does so at three quarters of the largest cache. Other C libraries and processors ignore it.
+RANK_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000"}
+
 
 @dataclass(frozen=True)
 class RankSpec:
