@@ -14,18 +14,20 @@ from torch import Tensor
 from core.errors import ConfigurationError, PeerLost
 from core.kv_layout import KVLayout
 from core.sampling import TokenLogprobs
-from engine.attention import AttentionBackend, TorchAttention
+from core.weight_budget import num_resident_layers
+from engine.attention import AttentionStep
+from engine.backend import Backend, torch_backend
 from engine.batch import Draw, SequenceStep, StepBatch, StepResult
 from engine.batch_codec import decode_batch, encode_batch
+from engine.decode_graphs import DecodeGraphs
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
-from engine.latent_attention import LatentAttention
 from engine.model_parameters import Share, list_parameters
 from engine.model_spec import ModelSpec
-from engine.parameters import ReadParameters
+from engine.parameters import Parameter, ReadParameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
-from engine.step_inputs import DrawAt, lay_out
+from engine.step_inputs import DrawAt, StepInputs, lay_out
 from engine.weights import assemble
 
 _STOP, _KEEP_ALIVE, _STEP = range(3)
@@ -38,8 +40,8 @@ class InFlightStep:
     """A launched step. On CUDA, `written` holds an event per layer group that was not yet announced."""
 
     num_sequences: int
-    draws: tuple[DrawAt, ...]
     on_layers: OnLayers | None
+    draws: tuple[DrawAt, ...] = ()
     written: list[tuple[torch.cuda.Event, int, int]] = field(default_factory=list)
     drawn: Drawn | None = None
     host_tensors: tuple[Tensor, ...] = ()
@@ -49,7 +51,8 @@ class InFlightStep:
 class ModelRunner:
     """One rank of a replica: weights, KV cache and the forward pass. Used by one thread at a time.
 
-    `num_threads` is set for the whole process. Raises ConfigurationError when the ranks disagree about model or cache.
+    `num_threads` is set for the whole process. Where decode steps are recorded, one block less than `num_blocks` is to
+    be had. Raises ConfigurationError when the ranks disagree about model or cache, or weights do not fit.
     """
 
     def __init__(
@@ -62,12 +65,15 @@ class ModelRunner:
         device: torch.device,
         num_threads: int,
         whole_experts: bool = False,
+        backend: Backend | None = None,
     ) -> None:
+        """`backend` None: torch alone."""
         assert layout.tensor_parallel == group.size
         torch.set_num_threads(num_threads)
         self.spec = spec
         self.layout = layout
-        self.num_blocks = num_blocks
+        backend = backend or torch_backend(layout)
+        self.num_blocks = num_blocks - 1 if backend.record is not None else num_blocks
         self._group = group
         self._device = device
         self._require_agreement()
@@ -75,11 +81,15 @@ class ModelRunner:
             share = Share(group.rank, layout, whole_experts)
             parameters = list_parameters(spec, share)
             named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
-            self.weights = assemble(spec, share, device, named)
-        self._decoder = Decoder(spec, layout, self.weights, group)
+            num_resident = _num_resident(spec, parameters, backend.device_weight_bytes)
+            self.weights = assemble(spec, share, device, named, backend.kernels, num_resident)
+        self._decoder = Decoder(spec, layout, self.weights, group, backend.kernels)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
-        attention = LatentAttention if layout.latent else TorchAttention
-        self._attention: AttentionBackend = attention(self.kv_cache.tensor)
+        self._attention = backend.attention(self.kv_cache.tensor)
+        self._graphs: DecodeGraphs | None = None
+        if backend.record is not None:
+            longest = min(layout.num_blocks_for(spec.max_model_len), self.num_blocks)
+            self._graphs = DecodeGraphs(backend.graph_sizes, self._decode, self._attention, longest, backend.record)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 
@@ -112,16 +122,22 @@ class ModelRunner:
                 token_ids[at.sequence], logprobs[at.sequence] = token_id, logprob
         return StepResult(tuple(token_ids), tuple(logprobs))
 
-    def warm_up(self) -> None:
-        """Computes a prompt and one decode step in the first blocks, so that lazy initialisation is over.
+    def warm_up(self, num_tokens: int = 0) -> None:
+        """Computes a prompt of so many tokens, at least a block, a decode step, one that has both, and, the largest
+        first, decode steps of all sizes that are recorded; so compilation, recording and lazy set-ups are over.
 
-        Call before the cache holds anything.
+        Uses the first blocks: call before the cache holds anything.
         """
-        draw = Draw(temperature=1.0, top_p=0.9, top_k=0, seed=0)
-        length = min(self.layout.block_size, self.spec.max_model_len - 1)
+        draw = Draw(temperature=1.0, top_p=0.9, top_k=50, seed=0, num_logprobs=1)
+        room = min(self.spec.max_model_len, self.num_blocks * self.layout.block_size) - 1
+        length = min(max(num_tokens, self.layout.block_size), room)
         blocks = tuple(range(self.layout.num_blocks_for(length + 1)))
-        for step in (SequenceStep((0,) * length, 0, blocks, draw), SequenceStep((0,), length, blocks, draw)):
-            self.collect(self.launch(StepBatch((step,))))
+        prompt, decode = SequenceStep((0,) * length, 0, blocks, draw), SequenceStep((0,), length, blocks, draw)
+        batches = [(prompt,), (decode,), (decode, prompt)]
+        if self._graphs is not None:
+            batches += [(SequenceStep((0,), 0, blocks, draw),) * size for size in reversed(self._graphs.sizes)]
+        for batch in batches:
+            self.collect(self.launch(StepBatch(batch)))
 
     def keep_alive(self) -> None:
         """Tells waiting ranks that the first one lives. While idle, call it more often than `max_silence_s`."""
@@ -152,6 +168,8 @@ class ModelRunner:
                 self._group.broadcast([_STOP])
         self._group.close()
         self.kv_cache.close()
+        if self.weights.stream is not None:
+            self.weights.stream.close()
 
     def _require_agreement(self) -> None:
         if self._group.size > 1:
@@ -164,9 +182,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layer_groups: Sequence[int]) -> InFlightStep:
-        inputs = lay_out(batch, self._device)
-        step = InFlightStep(len(batch.sequences), inputs.draws, on_layers)
-
+        step = InFlightStep(len(batch.sequences), on_layers)
         group_sizes = dict(zip(accumulate(layer_groups), layer_groups, strict=True))  # by the layer after the group
 
         def layer_done(layer: int) -> None:
@@ -179,13 +195,42 @@ class ModelRunner:
             else:
                 step.written.append((_recorded_event(), first, num_layers))
 
-        logits = self._decoder.forward(inputs, self._attention.plan(inputs), layer_done)
+        if self._graphs is not None and self._graphs.fits(batch):
+            inputs, logits = self._graphs.run(batch, self.num_blocks, self._device)
+            for layer in range(self.spec.num_layers):
+                layer_done(layer)
+        else:
+            inputs = lay_out(batch, self._device)
+            logits = self._compute(inputs, layer_done)
+        step.draws = inputs.draws
         if logits is not None:
             step.drawn = draw_tokens(logits, inputs.draws)
             step.host_tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in step.drawn.tensors())
         if self._device.type == "cuda":
             step.finished = _recorded_event()
         return step
+
+    def _compute(self, inputs: StepInputs, layer_done: Callable[[int], None]) -> Tensor | None:
+        """Logits of the rows that draw."""
+        attention = self._attention.plan(inputs)
+        hidden = self._decoder.forward(inputs.token_ids, inputs.positions, attention, layer_done)
+        return self._decoder.logits(hidden.index_select(0, inputs.draw_rows)) if inputs.draws else None
+
+    def _decode(self, token_ids: Tensor, positions: Tensor, attention: AttentionStep) -> Tensor | None:
+        """Logits of all rows."""
+        return self._decoder.logits(self._decoder.forward(token_ids, positions, attention, lambda _: None))
+
+
+def _num_resident(spec: ModelSpec, parameters: Sequence[Parameter], budget_bytes: int | None) -> int:
+    """Layers whose weights stay on the device. Raises ConfigurationError."""
+    layers, others = [0] * spec.num_layers, 0
+    for parameter in parameters:
+        owner, *rest = parameter.name.split(".")
+        if owner == "layers":
+            layers[int(rest[0])] += parameter.num_bytes(spec.dtype)
+        else:
+            others += parameter.num_bytes(spec.dtype)
+    return num_resident_layers(layers, others, budget_bytes)
 
 
 def _recorded_event() -> torch.cuda.Event:

@@ -39,6 +39,7 @@ HOMES = {
     "msgpack": ("rpc/",),
     "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py"),
     "tokenizers": ("cluster/ingress/", "models/"),
+    "flashinfer": ("engine/flashinfer_library.py",),
 }
 
 PURE = [
@@ -77,6 +78,7 @@ PURE = [
     "decode_worker.shared_prefixes",
     "decode_worker.token_events",
     "cluster.ingress.stop_strings",
+    "core.weight_budget",
     "engine.batch",
     "engine.batch_codec",
     "engine.block_pool",
