@@ -6,11 +6,14 @@ by matrix arithmetic, 2 * parameters FLOP per token. Both limits are measured in
 bandwidth as the best of a large copy-free read, arithmetic as the best large matmul of the same dtype, or of float32
 where the CPU is faster with that.
 
+`--by` names what computes: torch, FlashInfer, or FlashInfer with decode steps replayed from CUDA graphs. On CUDA, steps
+of all kinds are first launched once where torch raises at whatever waits for the device. With `--device-weights-mib`
+layers stream in from the host: then decode is bound by the bandwidth of that copy, which is measured, too.
+
 `--peer` runs transformers' generate on the same checkpoint and the same prompts.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,24 +24,36 @@ from typing import Any
 
 import torch
 
-from bench.random_checkpoint import SHAPES, write_random_checkpoint
+from bench.random_checkpoint import SHAPES, random_parameters, write_hollow_checkpoint, write_random_checkpoint
+from bench.report import print_json, print_table
+from core.engine_config import EngineConfig
 from core.kv_layout import DTYPE_BYTES, KVLayout
 from engine.arithmetic import arithmetic_dtype
+from engine.backend import choose_backend
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.model_spec import ModelSpec
+from engine.parameters import ReadParameters
 from engine.rank_group import SingleRank
 from engine.runner import ModelRunner
 from engine.weights import TORCH_DTYPES
 
 GREEDY = Draw(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+SAMPLED = Draw(temperature=0.7, top_p=0.9, top_k=40, seed=0, num_logprobs=3)
+MAX_PREFILL_TOKENS = 8192  # together, before decoding
+BY = {
+    "torch": EngineConfig(attention="torch", kernels="torch", graph_batch_sizes=()),
+    "flashinfer": EngineConfig(attention="flashinfer", kernels="flashinfer", graph_batch_sizes=()),
+    "graphs": EngineConfig(attention="flashinfer", kernels="flashinfer"),
+}
 
 
 @dataclass(frozen=True)
 class Measured:
     """One line of the table; `limit` is in tokens/s too."""
 
+    by: str
     phase: str
     size: int  # sequences of a decode batch, tokens of a prompt
     tokens_per_s: float
@@ -46,10 +61,12 @@ class Measured:
     peer_tokens_per_s: float | None = None
 
     @classmethod
-    def of(cls, phase: str, size: int, num_tokens: int, times: tuple[float, float | None], limit: float) -> "Measured":
-        """Rates from the seconds of the engine and of its peer."""
+    def of(
+        cls, what: tuple[str, str, int], num_tokens: int, times: tuple[float, float | None], limit: float
+    ) -> "Measured":
+        """Rates from the seconds of the engine and of its peer. `what`: by, phase, size."""
         ours_s, peer_s = times
-        return cls(phase, size, num_tokens / ours_s, limit, num_tokens / peer_s if peer_s else None)
+        return cls(*what, num_tokens / ours_s, limit, num_tokens / peer_s if peer_s else None)
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -76,6 +93,13 @@ def measure_bandwidth(device: torch.device) -> float:
     return data.nbytes / seconds(data.sum, device, 8)
 
 
+def measure_upload(device: torch.device) -> float:
+    """Bytes/s of copies from pinned host memory."""
+    host = torch.ones(1 << 28, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty_like(host, device=device)
+    return host.nbytes / seconds(lambda: there.copy_(host, non_blocking=True), device, 4)
+
+
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, in the precision that is quickest for numbers of `dtype`."""
     size = 2048 if device.type == "cpu" else 8192
@@ -96,18 +120,46 @@ def prompt_batch(prompts: list[list[int]], layout: KVLayout, num_tokens: int) ->
 def generate(runner: ModelRunner, prompts: list[list[int]], num_tokens: int) -> float:
     """Seconds of the decode steps alone, after a prefill of all prompts."""
     batch = prompt_batch(prompts, runner.layout, len(prompts[0]) + num_tokens)
-    result = runner.collect(runner.launch(batch))
+    token_ids = prefill_in_turns(runner, batch)
     started = time.perf_counter()
     for _ in range(num_tokens - 1):
         batch = StepBatch(
             tuple(
                 SequenceStep((token,), old.first_position + len(old.token_ids), old.block_tables, GREEDY)
-                for old, token in zip(batch.sequences, result.token_ids, strict=True)
+                for old, token in zip(batch.sequences, token_ids, strict=True)
                 if token is not None
             )
         )
-        result = runner.collect(runner.launch(batch))
+        token_ids = runner.collect(runner.launch(batch)).token_ids
     return time.perf_counter() - started
+
+
+def prefill_in_turns(runner: ModelRunner, batch: StepBatch) -> tuple[int | None, ...]:
+    """Whole prompts, as many at a time as a step takes; what they draw."""
+    together = max(1, MAX_PREFILL_TOKENS // len(batch.sequences[0].token_ids))
+    parts = (batch.sequences[first : first + together] for first in range(0, len(batch.sequences), together))
+    return tuple(token for part in parts for token in runner.collect(runner.launch(StepBatch(part))).token_ids)
+
+
+def what_waits(runner: ModelRunner) -> str:
+    """What of a launch waits for the CUDA device; empty when nothing does. Uses the first blocks."""
+    size = runner.layout.block_size
+    tables = (BlockTable((0, 1)),) * len(runner.layout.kv_groups)
+    prompt, later = SequenceStep((0,) * size, 0, tables, SAMPLED), SequenceStep((0,) * 5, size, tables, GREEDY)
+    singles = tuple(SequenceStep((0,), size + i, tables, draw) for i, draw in enumerate((SAMPLED, GREEDY)))
+    batches = ((prompt,), singles, (*singles, later, prompt))
+    for batch in batches:  # what is set up on first use may wait
+        runner.collect(runner.launch(StepBatch(batch)))
+    for batch in batches:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step = runner.launch(StepBatch(batch))
+        except RuntimeError as error:
+            return f"{len(batch)} sequences: {error}"
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        runner.collect(step)
+    return ""
 
 
 def peer_generate(model: Any, prompts: list[list[int]], num_tokens: int) -> float:
@@ -132,22 +184,49 @@ def load_peer(checkpoint: Path, dtype: str, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-class EngineBench:
-    """The engine and, if asked for, its peer, with prompts that both get."""
+@dataclass(frozen=True)
+class Limits:
+    """Of the device, measured."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: Path, spec: ModelSpec) -> None:
-        self._args, self._spec = args, spec
+    read_bytes_per_s: float
+    flop_per_s: float
+    upload_bytes_per_s: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> "Limits":
+        """In some seconds."""
+        return cls(measure_bandwidth(device), measure_matmul(device, dtype), measure_upload(device))
+
+
+def is_hollow(args: argparse.Namespace) -> bool:
+    """Whether random weights are made on the device, rather than read."""
+    return args.checkpoint is None and not args.peer
+
+
+class EngineBench:
+    """The engine, computed by one of BY, and, if asked for, its peer, with prompts that both get."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: Path, spec: ModelSpec, by: str, limits: "Limits") -> None:
+        self._args, self._spec, self._by, self._limits = args, spec, by, limits
         self._device = torch.device(args.device)
         self._generator = torch.Generator().manual_seed(args.seed)
         self._layout = spec.kv_layout(1, args.block_size)
         longest = max(*args.prefill, max(args.decode) * (args.prompt + args.output + args.block_size))
-        num_blocks = (self._layout.num_blocks_for(longest) + 1) * len(self._layout.kv_groups)
-        read = CheckpointReader(checkpoint, spec, self._device).read
-        self._runner = ModelRunner(spec, read, self._layout, num_blocks, SingleRank(), self._device, args.threads)
-        self._runner.warm_up()
+        num_blocks = (self._layout.num_blocks_for(longest) + 1) * len(self._layout.kv_groups) + 1
+        read: ReadParameters = (
+            random_parameters(spec.dtype, self._device, args.seed)
+            if is_hollow(args)
+            else CheckpointReader(checkpoint, spec, self._device).read
+        )
+        config = BY[by].model_copy(update={"device_weights_mib": args.device_weights_mib})
+        backend = choose_backend(config, spec, self._layout, self._device, max(args.decode, default=1))
+        group, threads = SingleRank(), args.threads
+        self._runner = ModelRunner(spec, read, self._layout, num_blocks, group, self._device, threads, backend=backend)
+        started = time.perf_counter()
+        self._runner.warm_up(max(args.prefill, default=0))
+        self.warm_up_s = time.perf_counter() - started
+        self.waits = what_waits(self._runner) if self._device.type == "cuda" else ""
         self._peer = load_peer(checkpoint, spec.dtype, self._device) if args.peer else None
-        self.bandwidth = measure_bandwidth(self._device)
-        self.flop_per_s = measure_matmul(self._device, TORCH_DTYPES[spec.dtype])
         self._embedding_size = spec.vocab_size * spec.hidden_size
 
     def decode(self, num_sequences: int) -> Measured:
@@ -162,19 +241,28 @@ class EngineBench:
         weight_bytes = (self._spec.num_parameters - self._embedding_size) * DTYPE_BYTES[self._spec.dtype]
         context = self._args.prompt + num_steps / 2
         kv_bytes = seen_bytes(self._layout, context)
-        limit = num_sequences * self.bandwidth / (weight_bytes + num_sequences * kv_bytes)
-        return Measured.of("decode", num_sequences, num_sequences * num_steps, times, limit)
+        stream = self._runner.weights.stream
+        streamed_bytes = 0 if stream is None else stream.host_bytes
+        read_s = (weight_bytes - streamed_bytes + num_sequences * kv_bytes) / self._limits.read_bytes_per_s
+        step_s = max(read_s, streamed_bytes / self._limits.upload_bytes_per_s)
+        return Measured.of(
+            (self._by, "decode", num_sequences), num_sequences * num_steps, times, num_sequences / step_s
+        )
 
     def prefill(self, length: int) -> Measured:
-        """One prompt. Every token meets all weights but embedding and head."""
+        """One prompt. Every token meets all weights but embedding and head, and half of the prompt twice: its keys and
+        its values.
+        """
         prompts = self._prompts(1, length)
         batch = prompt_batch(prompts, self._layout, length)
         times = self._in_turns(
             lambda: seconds(lambda: self._runner.collect(self._runner.launch(batch)), self._device, 1),
             lambda: peer_generate(self._peer, prompts, 1),
         )
-        limit = self.flop_per_s / (2 * (self._spec.num_parameters - 2 * self._embedding_size))
-        return Measured.of("prefill", length, length, times, limit)
+        decoder = self._spec.decoder
+        seen = 2 * length * decoder.num_heads * decoder.head_dim * len(decoder.layers)
+        flop = 2 * (self._spec.num_parameters - 2 * self._embedding_size) + seen
+        return Measured.of((self._by, "prefill", length), length, times, self._limits.flop_per_s / flop)
 
     def close(self) -> None:
         """Frees the engine."""
@@ -206,34 +294,55 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens decoded")
     parser.add_argument("--repeats", type=int, default=3, help="the best counts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--by", nargs="+", choices=BY, default=["torch"], help="what computes")
+    parser.add_argument("--device-weights-mib", type=int, help="weights beyond it stream in from the host")
     parser.add_argument("--peer", action="store_true", help="measure transformers too")
     args = parser.parse_args()
+    found: list[Measured] = []
+    starts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint or Path(folder)
-        if args.checkpoint is None:
+        if is_hollow(args):
+            write_hollow_checkpoint(checkpoint, SHAPES[args.shape])
+        elif args.checkpoint is None:
             write_random_checkpoint(checkpoint, SHAPES[args.shape], args.seed)
         spec = load_model_spec(checkpoint, args.dtype)
-        bench = EngineBench(args, checkpoint, spec)
-        found = [bench.decode(count) for count in args.decode] + [bench.prefill(length) for length in args.prefill]
-        bench.close()
-    print(f"read {bench.bandwidth / 1e9:.1f} GB/s, matmul {bench.flop_per_s / 1e12:.2f} TFLOP/s")
-    print(f"{'phase':8}{'size':>6}{'tokens/s':>10}{'of limit':>10}{'transformers':>14}")
-    for line in found:
-        peer = "-" if line.peer_tokens_per_s is None else f"{line.peer_tokens_per_s:.0f}"
-        ratio = line.tokens_per_s / line.limit
-        print(f"{line.phase:8}{line.size:>6}{line.tokens_per_s:>10.0f}{ratio:>10.2f}{peer:>14}")
+        limits = Limits.measure(torch.device(args.device), TORCH_DTYPES[spec.dtype])
+        for by in args.by:
+            bench = EngineBench(args, checkpoint, spec, by, limits)
+            found += [bench.decode(count) for count in args.decode]
+            found += [bench.prefill(length) for length in args.prefill]
+            starts[by] = {"warm_up_s": round(bench.warm_up_s, 2), "waits": bench.waits}
+            bench.close()
+    report(limits, starts, found)
     results = [vars(line) | {"ratio_to_limit": line.tokens_per_s / line.limit} for line in found]
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print_json("engine", args, limits=vars(limits), starts=starts, results=results)
+
+
+def report(limits: Limits, starts: dict[str, dict[str, Any]], found: list[Measured]) -> None:
+    """Tables."""
     print(
-        json.dumps(
-            {
-                "benchmark": "engine",
-                "config": config,
-                "limits": {"read_bytes_per_s": bench.bandwidth, "flop_per_s": bench.flop_per_s},
-                "results": results,
-            }
-        )
+        f"read {limits.read_bytes_per_s / 1e9:.1f} GB/s, matmul {limits.flop_per_s / 1e12:.2f} TFLOP/s, "
+        f"from the host {limits.upload_bytes_per_s / 1e9:.1f} GB/s"
     )
+    for by, start in starts.items():
+        print(
+            f"{by}: warm-up {start['warm_up_s']} s" + (f"; a launch waits: {start['waits']}" if start["waits"] else "")
+        )
+    head = ("by", "phase", "size", "tokens/s", "limit", "of limit", "transformers")
+    rows = [
+        (
+            line.by,
+            line.phase,
+            str(line.size),
+            f"{line.tokens_per_s:.0f}",
+            f"{line.limit:.0f}",
+            f"{line.tokens_per_s / line.limit:.2f}",
+            "-" if line.peer_tokens_per_s is None else f"{line.peer_tokens_per_s:.0f}",
+        )
+        for line in found
+    ]
+    print_table(head, rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bench.steps import Step, run_step, summary
 
 TESTS = ("tests/engine", "tests/kv_transfer", "tests/fleet")
 ENGINE_SIZES = {
-    "cuda": ("--decode", "1", "8", "32", "128", "--prefill", "512", "2048"),
+    "cuda": ("--decode", "1", "64", "--prompt", "1024", "--prefill", "8192"),
     "cpu": ("--decode", "1", "4", "--prefill", "128"),
 }
 HANDOFF_SIZES = {
@@ -62,12 +63,22 @@ def run_all(args: argparse.Namespace, environment: dict[str, str]) -> Iterator[S
         yield run_step("tests", ("pytest", *TESTS, "-m", "not soak", "-rfEs"), environment)
     on_device = ("--dtype", "bfloat16", "--device", args.device)
     for shape in args.shapes:
-        options = ("--shape", shape, *on_device, *ENGINE_SIZES[args.device])
+        options = ("--shape", shape, *on_device, *ENGINE_SIZES[args.device], "--by", *ways(args.device))
         yield run_step(f"engine-{shape}", ("bench.engine", *options), environment)
+    if args.device == "cuda":
+        options = ("--shape", "8b", *on_device, "--decode", "1", "64", "--prefill", "2048", "--prompt", "256")
+        streamed = ("--device-weights-mib", "8192", "--repeats", "1", "--output", "8", "--by", ways("cuda")[0])
+        yield run_step("engine-8b-streamed", ("bench.engine", *options, *streamed), environment)
     if not why_no_handoff(args.device):
         for shape in args.shapes:
             options = ("--shape", shape, *on_device, *HANDOFF_SIZES[args.device])
             yield run_step(f"handoff-{shape}", ("bench.handoff", *options), environment)
+
+
+def ways(device: str) -> tuple[str, ...]:
+    """By what the engine can compute here."""
+    has_flashinfer = device == "cuda" and find_spec("flashinfer") is not None
+    return ("flashinfer", "graphs", "torch") if has_flashinfer else ("torch",)
 
 
 def describe_device(device: str) -> dict[str, Any]:
@@ -75,6 +86,7 @@ def describe_device(device: str) -> dict[str, Any]:
     told: dict[str, Any] = {"device": device, "torch": torch.__version__, "python": sys.version.split()[0]}
     if device == "cuda":
         told["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        told["flashinfer"] = find_spec("flashinfer") is not None
         told["cuda"] = torch.version.cuda
         told["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return told

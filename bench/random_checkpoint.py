@@ -1,6 +1,7 @@
-"""Checkpoints of given shapes with random weights: speed depends on shapes alone."""
+"""Checkpoints of given shapes with random weights, on disk or as a device makes them: speed depends on shapes alone."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.parameters import Parameter, ReadParameters
+from engine.weights import TORCH_DTYPES
+
 _SHARD_BYTES = 2 << 30
+_SCALE = 0.02  # of matrices
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,11 @@ SHAPES = {
 
 def write_random_checkpoint(folder: Path, shape: LlamaShape, seed: int = 0) -> None:
     """Writes config.json and bfloat16 safetensors files: normal(0, 0.02) matrices, norms of one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, shape)
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).mul_(0.02).bfloat16()
+        return torch.randn(rows, columns, generator=generator).mul_(_SCALE).bfloat16()
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
     kv_size = hidden // shape.num_heads * shape.num_kv_heads
@@ -60,7 +65,32 @@ def write_random_checkpoint(folder: Path, shape: LlamaShape, seed: int = 0) -> N
         writer.add({f"model.layers.{layer}.{name}.weight": tensor for name, tensor in block.items()})
     writer.add({"model.norm.weight": norm.clone(), "lm_head.weight": matrix(shape.vocab_size, hidden)})
     writer.close()
+
+
+def write_config(folder: Path, shape: LlamaShape) -> None:
+    """Writes config.json alone."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_config(shape)))
+
+
+def write_hollow_checkpoint(folder: Path, shape: LlamaShape) -> None:
+    """A checkpoint whose weights are only made by `random_parameters`."""
+    write_config(folder, shape)
+    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def random_parameters(dtype: str, device: torch.device, seed: int = 0) -> ReadParameters:
+    """Makes what `write_random_checkpoint` writes, but for the numbers, on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def read(parameters: Sequence[Parameter]) -> Iterator[Tensor]:
+        for parameter in parameters:
+            tensor = torch.ones(parameter.shape, dtype=TORCH_DTYPES[parameter.dtype or dtype], device=device)
+            if len(parameter.shape) > 1:
+                tensor.normal_(0.0, _SCALE, generator=generator)
+            yield tensor
+
+    return read
 
 
 class _ShardWriter:

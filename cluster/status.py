@@ -85,7 +85,8 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
 
 def _replicas(replicas: list[dict[str, Any]]) -> Table:
     load = ("running", "waiting", "free blocks")
-    table = _table("replicas", "replica", "generation", "state", "address", "ranks", *load, "revision", "runs")
+    start = ("warm-up", "revision", "runs")
+    table = _table("replicas", "replica", "generation", "state", "address", "ranks", *load, *start)
     for replica in sorted(replicas, key=lambda r: (r["info"]["role"], r["info"]["replica_id"])):
         info, status = replica["info"], replica["status"]
         table.add_row(
@@ -97,6 +98,7 @@ def _replicas(replicas: list[dict[str, Any]]) -> Table:
             str(status["num_running"]),
             str(status["num_waiting"]),
             f"{status['num_free_blocks']} of {info['num_blocks']}",
+            f"{info['warm_up_s']:.1f} s",
             info["compatibility"]["weights_revision"][:12],
             f"{info['software']}, protocol {info['protocol']}",
         )

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from core.autoscaling_config import AutoscalingConfig
 from core.channel_kinds import ChannelKind, Device
+from core.engine_config import EngineConfig
 from core.errors import ConfigurationError
 from core.section import Section
 from core.security import Security, TlsConfig, read_private
@@ -62,6 +63,7 @@ class PoolConfig(Section):
     max_num_batched_tokens: int = Field(default=512, ge=1)
     steps_in_flight: int | None = Field(default=None, ge=1, le=2)  # None: 2 on GPUs, which then never wait for the host
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
+    engine: EngineConfig = EngineConfig()
     resources_per_rank: RankResources = RankResources()
     drain_timeout_s: float = Field(default=20.0, ge=0)
     zone: str = ""  # rack or zone of all its replicas; empty takes each node's label cluster.zone_label

@@ -47,6 +47,11 @@ class KVGroup:
         return range(bisect_left(self.layers, layers.start), bisect_left(self.layers, layers.stop))
 
 
+def places_of(groups: Sequence[KVGroup]) -> dict[int, tuple[int, int]]:
+    """(number of its group, place), by layer."""
+    return {layer: (number, place) for number, group in enumerate(groups) for place, layer in enumerate(group.layers)}
+
+
 def group_layers(windows: Sequence[int | None]) -> tuple[KVGroup, ...]:
     """The groups of a model, given each layer's window: those without one first, then larger windows before smaller.
 

@@ -24,11 +24,23 @@ class AttentionStep(Protocol):
         ...
 
 
+class FixedAttentionStep(AttentionStep, Protocol):
+    """Attention in all layers of steps of as many single rows: what it reads stays in one place on the device."""
+
+    def renew(self, inputs: StepInputs) -> None:
+        """For the next of them. Never waits for the device."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """Knows the cache, and prepares once per step what all layers share."""
 
     def plan(self, inputs: StepInputs) -> AttentionStep:
         """Never waits for the device."""
+        ...
+
+    def fixed(self, num_rows: int, blocks_per_row: int) -> FixedAttentionStep | None:
+        """For steps of so many single rows, of at most so many blocks each; None where there is no such attention."""
         ...
 
 
@@ -42,6 +54,9 @@ class TorchAttention:
     def plan(self, inputs: StepInputs) -> "TorchAttentionStep":
         """See AttentionBackend."""
         return TorchAttentionStep(StepContext(self._cache, inputs))
+
+    def fixed(self, num_rows: int, blocks_per_row: int) -> None:
+        """What is gathered depends on the step."""
 
 
 class TorchAttentionStep:

@@ -24,6 +24,9 @@ class LatentAttention:
         """See AttentionBackend."""
         return LatentAttentionStep(StepContext(self._cache, inputs))
 
+    def fixed(self, num_rows: int, blocks_per_row: int) -> None:
+        """What is gathered depends on the step."""
+
 
 class LatentAttentionStep:
     """See LatentAttention."""

@@ -23,9 +23,9 @@ class Linear:
     emulates arithmetic of the weight's dtype, products with more than a few rows widen weight and rows first.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, may_pack: bool = True) -> None:
         self.bias = bias
-        self._packed = _can_pack(weight)
+        self._packed = may_pack and _can_pack(weight)
         self._arithmetic = arithmetic_dtype(weight.device, weight.dtype)
         self._weight = _mkldnn._reorder_linear_weight(weight, _ROWS_HINT) if self._packed else weight
 

@@ -14,15 +14,17 @@ from torch import Tensor
 from core.errors import ConfigurationError, PeerLost
 from core.kv_layout import KVLayout
 from core.sampling import TokenLogprobs
-from engine.attention import AttentionBackend, TorchAttention
+from core.weight_budget import num_resident_layers
+from engine.attention import AttentionStep
+from engine.backend import Backend, torch_backend
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch, StepResult
 from engine.batch_codec import decode_batch, encode_batch
+from engine.decode_graphs import DecodeGraphs
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
-from engine.latent_attention import LatentAttention
 from engine.model_parameters import Share, list_parameters
 from engine.model_spec import ModelSpec
-from engine.parameters import ReadParameters
+from engine.parameters import Parameter, ReadParameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
 from engine.step_inputs import DrawAt, StepInputs, int_tensor, lay_out
@@ -38,8 +40,8 @@ class InFlightStep:
     """A launched step. On CUDA, `written` holds an event per layer group that was not yet announced."""
 
     num_sequences: int
-    draws: tuple[DrawAt, ...]
     on_layers: OnLayers | None
+    draws: tuple[DrawAt, ...] = ()
     written: list[tuple[torch.cuda.Event, int, int]] = field(default_factory=list)
     drawn: Drawn | None = None
     host_tensors: tuple[Tensor, ...] = ()
@@ -49,7 +51,8 @@ class InFlightStep:
 class ModelRunner:
     """One rank of a replica: weights, KV cache and the forward pass. Used by one thread, but for `collect`.
 
-    `num_threads` is set for the whole process. Raises ConfigurationError when the ranks disagree about model or cache.
+    `num_threads` is set for the whole process. Where decode steps are recorded, one block less than `num_blocks` is to
+    be had. Raises ConfigurationError when the ranks disagree about model or cache, or weights do not fit.
     """
 
     def __init__(
@@ -62,12 +65,15 @@ class ModelRunner:
         device: torch.device,
         num_threads: int,
         whole_experts: bool = False,
+        backend: Backend | None = None,
     ) -> None:
+        """`backend` None: torch alone."""
         assert layout.tensor_parallel == group.size
         torch.set_num_threads(num_threads)
         self.spec = spec
         self.layout = layout
-        self.num_blocks = num_blocks
+        backend = backend or torch_backend(layout)
+        self.num_blocks = num_blocks - 1 if backend.record is not None else num_blocks
         self._group = group
         self._device = device
         self._require_agreement()
@@ -75,12 +81,16 @@ class ModelRunner:
             share = Share(group.rank, layout, whole_experts)
             parameters = list_parameters(spec, share)
             named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
-            self.weights = assemble(spec, share, device, named)
-        self._decoder = Decoder(spec, layout, self.weights, group)
+            num_resident = _num_resident(spec, parameters, backend.device_weight_bytes)
+            self.weights = assemble(spec, share, device, named, backend.kernels, num_resident)
+        self._decoder = Decoder(spec, layout, self.weights, group, backend.kernels)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
-        attention = LatentAttention if layout.latent else TorchAttention
         self._last: InFlightStep | None = None
-        self._attention: AttentionBackend = attention(self.kv_cache.tensor, layout.kv_groups)
+        self._attention = backend.attention(self.kv_cache.tensor, layout.kv_groups)
+        self._graphs: DecodeGraphs | None = None
+        if backend.record is not None:
+            longest = min(layout.num_blocks_for(spec.max_model_len), self.num_blocks)
+            self._graphs = DecodeGraphs(backend.graph_sizes, self._decode, self._attention, longest, backend.record)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 
@@ -113,17 +123,23 @@ class ModelRunner:
                 token_ids[at.sequence], logprobs[at.sequence] = token_id, logprob
         return StepResult(tuple(token_ids), tuple(logprobs))
 
-    def warm_up(self) -> None:
-        """Computes a prompt and one decode step in the first blocks, so that lazy initialisation is over.
+    def warm_up(self, num_tokens: int = 0) -> None:
+        """Computes a prompt of so many tokens, at least a block, a decode step, one that has both, and, the largest
+        first, decode steps of all sizes that are recorded; so compilation, recording and lazy set-ups are over.
 
-        Call before the cache holds anything: groups write over each other.
+        Uses the first blocks, which KV groups write over each other: call before the cache holds anything.
         """
-        draw = Draw(temperature=1.0, top_p=0.9, top_k=0, seed=0)
-        length = min(self.layout.block_size, self.spec.max_model_len - 1)
+        draw = Draw(temperature=1.0, top_p=0.9, top_k=50, seed=0, num_logprobs=1)
+        room = min(self.spec.max_model_len, self.num_blocks * self.layout.block_size) - 1
+        length = min(max(num_tokens, self.layout.block_size), room)
         table = BlockTable(tuple(range(self.layout.num_blocks_for(length + 1))))
         tables = (table,) * len(self.layout.kv_groups)
-        for step in (SequenceStep((0,) * length, 0, tables, draw), SequenceStep((0,), length, tables, draw)):
-            self.collect(self.launch(StepBatch((step,))))
+        prompt, decode = SequenceStep((0,) * length, 0, tables, draw), SequenceStep((0,), length, tables, draw)
+        batches = [(prompt,), (decode,), (decode, prompt)]
+        if self._graphs is not None:
+            batches += [(SequenceStep((0,), 0, tables, draw),) * size for size in reversed(self._graphs.sizes)]
+        for batch in batches:
+            self.collect(self.launch(StepBatch(batch)))
 
     def keep_alive(self) -> None:
         """Tells waiting ranks that the first one lives. While idle, call it more often than `max_silence_s`."""
@@ -154,6 +170,8 @@ class ModelRunner:
                 self._group.broadcast([_STOP])
         self._group.close()
         self.kv_cache.close()
+        if self.weights.stream is not None:
+            self.weights.stream.close()
 
     def _require_agreement(self) -> None:
         if self._group.size > 1:
@@ -166,10 +184,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layer_groups: Sequence[int]) -> InFlightStep:
-        inputs = lay_out(batch, self._device)
-        self._fill_in(inputs)
-        step = self._last = InFlightStep(len(batch.sequences), inputs.draws, on_layers)
-
+        step = InFlightStep(len(batch.sequences), on_layers)
         group_sizes = dict(zip(accumulate(layer_groups), layer_groups, strict=True))  # by the layer after the group
 
         def layer_done(layer: int) -> None:
@@ -182,7 +197,15 @@ class ModelRunner:
             else:
                 step.written.append((_recorded_event(), first, num_layers))
 
-        logits = self._decoder.forward(inputs, self._attention.plan(inputs), layer_done)
+        if self._graphs is not None and self._graphs.fits(batch):
+            inputs, logits = self._graphs.run(batch, self.num_blocks, self._lay_out)
+            for layer in range(self.spec.num_layers):
+                layer_done(layer)
+        else:
+            inputs = self._lay_out(batch)
+            logits = self._compute(inputs, layer_done)
+        step.draws = inputs.draws
+        self._last = step
         if logits is not None:
             step.drawn = draw_tokens(logits, inputs.draws)
             step.host_tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in step.drawn.tensors())
@@ -190,18 +213,40 @@ class ModelRunner:
             step.finished = _recorded_event()
         return step
 
-    def _fill_in(self, inputs: StepInputs) -> None:
-        """Tokens that the step before draws, on the device; of several ranks the first one has them."""
-        if not inputs.drawn:
-            return
-        last = self._last
-        assert last is not None, "nothing was drawn before the first step"
-        tokens = torch.zeros(len(last.draws), dtype=torch.int64, device=self._device)
-        tokens = self._group.all_reduce(tokens if last.drawn is None else tokens + last.drawn.token_ids)
-        number = {at.sequence: number for number, at in enumerate(last.draws)}
-        rows = int_tensor([*inputs.drawn], self._device)
-        taken = int_tensor([number[sequence] for sequence in inputs.drawn.values()], self._device)
-        inputs.token_ids.index_copy_(0, rows, tokens.index_select(0, taken))
+    def _lay_out(self, batch: StepBatch) -> StepInputs:
+        """With tokens that the step before draws, on the device; of several ranks the first one has them."""
+        inputs, last = lay_out(batch, self._device), self._last
+        if inputs.drawn:
+            assert last is not None, "nothing was drawn before the first step"
+            tokens = torch.zeros(len(last.draws), dtype=torch.int64, device=self._device)
+            tokens = self._group.all_reduce(tokens if last.drawn is None else tokens + last.drawn.token_ids)
+            number = {at.sequence: number for number, at in enumerate(last.draws)}
+            rows = int_tensor([*inputs.drawn], self._device)
+            taken = int_tensor([number[sequence] for sequence in inputs.drawn.values()], self._device)
+            inputs.token_ids.index_copy_(0, rows, tokens.index_select(0, taken))
+        return inputs
+
+    def _compute(self, inputs: StepInputs, layer_done: Callable[[int], None]) -> Tensor | None:
+        """Logits of the rows that draw."""
+        attention = self._attention.plan(inputs)
+        hidden = self._decoder.forward(inputs.token_ids, inputs.positions, attention, layer_done)
+        return self._decoder.logits(hidden.index_select(0, inputs.draw_rows)) if inputs.draws else None
+
+    def _decode(self, token_ids: Tensor, positions: Tensor, attention: AttentionStep) -> Tensor | None:
+        """Logits of all rows."""
+        return self._decoder.logits(self._decoder.forward(token_ids, positions, attention, lambda _: None))
+
+
+def _num_resident(spec: ModelSpec, parameters: Sequence[Parameter], budget_bytes: int | None) -> int:
+    """Layers whose weights stay on the device. Raises ConfigurationError."""
+    layers, others = [0] * spec.num_layers, 0
+    for parameter in parameters:
+        owner, *rest = parameter.name.split(".")
+        if owner == "layers":
+            layers[int(rest[0])] += parameter.num_bytes(spec.dtype)
+        else:
+            others += parameter.num_bytes(spec.dtype)
+    return num_resident_layers(layers, others, budget_bytes)
 
 
 def _recorded_event() -> torch.cuda.Event:

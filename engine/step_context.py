@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.kv_groups import KVGroup
+from core.kv_groups import KVGroup, places_of
 from engine.batch import SequenceStep
 from engine.step_inputs import StepInputs, int_tensor
 
@@ -70,9 +70,7 @@ class PagedCache:
         self.device = cache.device
         self.block_bytes = cache[0, 0].nbytes  # of one layer
         self.groups = groups
-        self.place_of = {  # (number of its group, place), by layer
-            layer: (number, place) for number, group in enumerate(groups) for place, layer in enumerate(group.layers)
-        }
+        self.place_of = places_of(groups)
         rows = blocks * self.num_planes * self.num_heads
         self.head_blocks = cache.view(places, rows, self.block_size * self.head_dim)
         self.slots = cache.view(places, rows * self.block_size, self.head_dim)

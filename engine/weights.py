@@ -9,12 +9,24 @@ from torch import Tensor
 
 from engine.experts import Experts, MixtureOfExperts
 from engine.grouped_experts import GroupedExperts
+from engine.hosted_layers import HostedLayers
+from engine.kernels import Kernels, Norm
 from engine.latent_up import LatentUp
 from engine.linear import Linear
-from engine.mlp import ACTIVATIONS, Mlp
+from engine.mlp import Activate, Mlp
 from engine.model_parameters import Share
-from engine.model_spec import AttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
+from engine.model_spec import (
+    Activation,
+    AttentionSpec,
+    DecoderSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+)
 from engine.router import Router
+from engine.weight_stream import WeightStream
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,8 +38,8 @@ class AttentionWeights:
     """One layer's attention on one rank."""
 
     qkv: Linear
-    query_norm: Tensor | None
-    key_norm: Tensor | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     sinks: Tensor | None
     output: Linear
 
@@ -38,9 +50,9 @@ class LatentAttentionWeights:
 
     spec: LatentAttentionSpec
     down: Linear  # hidden -> latent, key part to be rotated, queries or what they are made of
-    query_norm: Tensor | None
+    query_norm: Norm | None
     query_up: Linear | None
-    latent_norm: Tensor
+    latent_norm: Norm
     up: LatentUp
     output: Linear
 
@@ -49,12 +61,12 @@ class LatentAttentionWeights:
 class LayerWeights:
     """One decoder layer of one rank."""
 
-    attention_norm: Tensor
+    attention_norm: Norm
     attention: AttentionWeights | LatentAttentionWeights
-    attention_norm_after: Tensor | None
-    mlp_norm: Tensor
+    attention_norm_after: Norm | None
+    mlp_norm: Norm
     mlp: Mlp | MixtureOfExperts
-    mlp_norm_after: Tensor | None
+    mlp_norm_after: Norm | None
 
 
 @dataclass(frozen=True)
@@ -65,28 +77,64 @@ class ModelWeights:
 
     embedding: Tensor  # [rows, hidden]
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor
+    final_norm: Norm
     head: Linear  # hidden -> rows
     parameters: tuple[StoredAs, ...]  # in the order of `list_parameters`
+    stream: WeightStream | None = None  # brings the last layers, in their order
+
+    def in_turn(self) -> Iterator[LayerWeights]:
+        """Every layer, with its weights on the device until the next is asked for."""
+        streamed = () if self.stream is None else self.stream.in_turn()
+        num_resident = len(self.layers) - (0 if self.stream is None else self.stream.num_layers)
+        yield from self.layers[:num_resident]
+        for number in streamed:
+            yield self.layers[num_resident + number]
 
 
-def assemble(spec: ModelSpec, share: Share, device: torch.device, named: Iterator[tuple[str, Tensor]]) -> ModelWeights:
-    """`named`: parameters on `device` and their names, in the order of `list_parameters`."""
-    loading = _Loading(named, device, spec.decoder.norm_offset)
-    layers = tuple(_layer(loading, layer, share, f"layers.{index}.") for index, layer in enumerate(spec.decoder.layers))
+def assemble(
+    spec: ModelSpec,
+    share: Share,
+    device: torch.device,
+    named: Iterator[tuple[str, Tensor]],
+    kernels: Kernels,
+    num_resident: int | None = None,
+) -> ModelWeights:
+    """`named`: parameters on `device` and their names, in the order of `list_parameters`. `num_resident`: layers that
+    stay there; None: all.
+    """
+    loading = _Loading(named, device, spec.decoder, kernels)
+    layers: list[LayerWeights] = []
+    hosted: HostedLayers[tuple[LayerWeights, list[StoredAs]]] = HostedLayers(device)
+    for index, layer in enumerate(spec.decoder.layers):
+        num_taken = len(loading.taken)
+        loading.may_pack = num_resident is None or index < num_resident
+        made = _layer(loading, layer, share, f"layers.{index}.")
+        if loading.may_pack:
+            layers.append(made)
+        else:  # what others borrow is read from the host, since it is not always on the device
+            _, loading.taken[num_taken:] = hosted.add((made, loading.taken[num_taken:]))
+    loading.may_pack = True
     final_norm, embedding = loading.norm("final_norm"), loading.tensor("embedding")
     head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
     assert next(named, None) is None, "parameters are left over"
-    return ModelWeights(embedding, layers, final_norm, head, tuple(loading.taken))
+    stream = None
+    if hosted:
+        stream, streamed = hosted.stream()
+        layers += (layer for layer, _ in streamed)
+    return ModelWeights(embedding, tuple(layers), final_norm, head, tuple(loading.taken), stream)
 
 
 class _Loading:
     """Takes parameters in their order, as weights ask for them by name."""
 
-    def __init__(self, named: Iterator[tuple[str, Tensor]], device: torch.device, norm_offset: float) -> None:
+    def __init__(
+        self, named: Iterator[tuple[str, Tensor]], device: torch.device, decoder: DecoderSpec, kernels: Kernels
+    ) -> None:
         self._named = named
-        self._norm_offset = norm_offset
+        self._decoder = decoder
+        self._kernels = kernels
         self.device = device
+        self.may_pack = True
         self.taken: list[StoredAs] = []
 
     def tensor(self, name: str) -> Tensor:
@@ -95,14 +143,19 @@ class _Loading:
         self.taken.append(partial(_same, tensor))
         return tensor
 
-    def norm(self, name: str) -> Tensor:
-        """A norm's weights, offset included: then in float32, since few bits do not hold both."""
-        weight = self.tensor(name)
-        return weight.float() + self._norm_offset if self._norm_offset else weight
+    def norm(self, name: str, eps: float | None = None) -> Norm:
+        """`eps` None: that of the model's decoder."""
+        stored, decoder = self.tensor(name), self._decoder
+        weight = stored.float() + decoder.norm_offset if decoder.norm_offset else stored
+        return Norm(stored, weight, bool(decoder.norm_offset), decoder.norm_eps if eps is None else eps)
 
-    def norm_if(self, wanted: bool, name: str) -> Tensor | None:
+    def norm_if(self, wanted: bool, name: str, eps: float | None = None) -> Norm | None:
         """None unless wanted."""
-        return self.norm(name) if wanted else None
+        return self.norm(name, eps) if wanted else None
+
+    def activate(self, activation: Activation) -> Activate:
+        """By the kernels that the model is computed with."""
+        return partial(self._kernels.activate, activation=activation)
 
     def tensor_if(self, wanted: bool, name: str) -> Tensor | None:
         """None unless wanted."""
@@ -111,7 +164,7 @@ class _Loading:
     def linear(self, name: str, has_bias: bool) -> Linear:
         """May be repacked, so the parameter passed in is not kept."""
         weight = self._next(name)
-        made = Linear(weight, self._next(f"{name}_bias") if has_bias else None)
+        made = Linear(weight, self._next(f"{name}_bias") if has_bias else None, may_pack=self.may_pack)
         self.taken += [made.rows] if made.bias is None else [made.rows, partial(_same, made.bias)]
         return made
 
@@ -163,9 +216,9 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
     return LatentAttentionWeights(
         attention,
         down=loading.linear(f"{name}latent_down", has_bias=False),
-        query_norm=loading.norm_if(goes_up, f"{name}query_norm"),
+        query_norm=loading.norm_if(goes_up, f"{name}query_norm", attention.norm_eps),
         query_up=loading.linear(f"{name}query_up", has_bias=False) if goes_up else None,
-        latent_norm=loading.norm(f"{name}latent_norm"),
+        latent_norm=loading.norm(f"{name}latent_norm", attention.norm_eps),
         up=LatentUp(
             loading.tensor(f"{name}latent_up").view(-1, sizes.made_size, sizes.kv_lora_rank), sizes.qk_nope_head_dim
         ),
@@ -175,7 +228,7 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
 
 def _mlp(loading: _Loading, mlp: MlpSpec, name: str, adds_bias: bool) -> Mlp:
     gate_up = loading.linear(f"{name}gate_up", mlp.bias)
-    return Mlp(gate_up, loading.linear(f"{name}down", mlp.bias and adds_bias), ACTIVATIONS[mlp.activation])
+    return Mlp(gate_up, loading.linear(f"{name}down", mlp.bias and adds_bias), loading.activate(mlp.activation))
 
 
 def _mixture(loading: _Loading, mixture: MoeSpec, share: Share, name: str) -> MixtureOfExperts:
@@ -216,7 +269,7 @@ def _grouped(loading: _Loading, mlp: MlpSpec, name: str, numbers: range, adds_bi
         stacks.get("gate_up_bias"),
         stacks["down"],
         stacks.get("down_bias"),
-        ACTIVATIONS[mlp.activation],
+        loading.activate(mlp.activation),
     )
 
 

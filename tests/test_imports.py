@@ -39,6 +39,7 @@ HOMES = {
     "msgpack": ("rpc/",),
     "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py"),
     "tokenizers": ("cluster/ingress/", "models/"),
+    "flashinfer": ("engine/flashinfer_library.py",),
 }
 
 PURE = [
@@ -79,6 +80,7 @@ PURE = [
     "cluster.ingress.stop_strings",
     "core.kv_groups",
     "core.layer_windows",
+    "core.weight_budget",
     "engine.batch",
     "engine.batch_codec",
     "engine.block_pool",

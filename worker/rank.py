@@ -229,4 +229,5 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         generation=spec.generation,
         software=f"baton {VERSION}, torch {torch.__version__}, Python {python_version()}",
         protocol=PROTOCOL,
+        warm_up_s=round(loaded.warm_up_s, 3),
     )

@@ -45,6 +45,9 @@ def size_rank(
     """
     weight_bytes = geometry.weight_bytes_per_rank(layout.tensor_parallel)
     found_bytes = (num_parameters or 0) * DTYPE_BYTES[layout.dtype] // layout.tensor_parallel or weight_bytes
+    budget_bytes = pool.engine.device_weight_bytes
+    if budget_bytes is not None:  # layers beyond it stay on the host
+        weight_bytes, found_bytes = min(weight_bytes, budget_bytes), min(found_bytes, budget_bytes)
     limit_bytes = int(memory_bytes * (pool.memory_fraction if pool.device == "cuda" else 1))
     if found_bytes > limit_bytes:
         raise ConfigurationError(

@@ -26,6 +26,7 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
     waiting = gauge("replica_waiting_requests", "Requests accepted, not yet running.", "pool", "replica")
     free = gauge("replica_free_blocks", "KV blocks that can be taken now.", "pool", "replica")
     blocks = gauge("replica_blocks", "KV blocks in all.", "pool", "replica")
+    warm_up = gauge("replica_warm_up_seconds", "Compilation, graphs and first steps before ready.", "pool", "replica")
     link_rate = gauge(
         "link_bytes_per_second", "Recent speed of KV from one replica to another.", "source", "destination"
     )
@@ -38,6 +39,7 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
         waiting.labels(info.role.value, info.replica_id).set(status.num_waiting)
         free.labels(info.role.value, info.replica_id).set(status.num_free_blocks)
         blocks.labels(info.role.value, info.replica_id).set(info.num_blocks)
+        warm_up.labels(info.role.value, info.replica_id).set(info.warm_up_s)
         for link in status.links:
             link_rate.labels(link.source_id, info.replica_id).set(link.bytes_per_s)
             link_bytes.labels(link.source_id, info.replica_id).set(link.num_bytes)

@@ -31,6 +31,7 @@ class ReplicaInfo:
     software: str = ""  # versions that it runs
     generation: str = ""  # of configuration and weights; pairs form within one
     protocol: int = 1  # of the control plane, the newest that it speaks; 1 did not say
+    warm_up_s: float = 0.0  # before it was ready: compilation, graphs, first steps; 0 did not say
 
     @property
     def address(self) -> str:

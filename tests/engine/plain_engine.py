@@ -1,14 +1,16 @@
 """Generates with a BlockPool and a ModelRunner alone: the least that must work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from core.block_hash import chain_seed, hash_blocks
+from core.kv_layout import KVLayout
 from core.messages.to_decode import Sequence as Prompt
 from core.sampling import SamplingParams, TokenLogprobs
+from engine.backend import Backend, torch_backend
 from engine.batch import StepBatch
 from engine.block_pool import BlockPool
 from engine.checkpoint import load_model_spec
@@ -28,12 +30,14 @@ def make_runner(
     num_blocks: int = 4096,
     dtype: str | None = None,
     num_threads: int = 1,
+    make_backend: Callable[[KVLayout], Backend] = torch_backend,
 ) -> ModelRunner:
     group = group or SingleRank()
     spec = load_model_spec(checkpoint, dtype)
     layout = spec.kv_layout(group.size, BLOCK_SIZE)
     reader = CheckpointReader(checkpoint, spec, CPU)
-    return ModelRunner(spec, reader.read, layout, num_blocks, group, CPU, num_threads)
+    backend = make_backend(layout)
+    return ModelRunner(spec, reader.read, layout, num_blocks, group, CPU, num_threads, backend=backend)
 
 
 @dataclass

@@ -1,13 +1,15 @@
 """Ranks of one replica as threads of this process: every split of a model without processes and sockets."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from core.kv_layout import KVLayout
+from engine.backend import Backend, torch_backend
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.runner import ModelRunner
@@ -54,7 +56,12 @@ class ThreadRank:
 
 @contextmanager
 def rank_threads(
-    checkpoint: Path, size: int, *, whole_experts: bool = False, dtype: str | None = None
+    checkpoint: Path,
+    size: int,
+    *,
+    whole_experts: bool = False,
+    dtype: str | None = None,
+    make_backend: Callable[[KVLayout], Backend] = torch_backend,
 ) -> Iterator[ModelRunner]:
     """The first rank's runner; the others follow it until the end."""
     spec, meeting = load_model_spec(checkpoint, dtype), _Meeting(size)
@@ -64,7 +71,7 @@ def rank_threads(
     def make(rank: int) -> ModelRunner:
         group = ThreadRank(meeting, rank, size)
         read = CheckpointReader(checkpoint, spec, CPU).read
-        return ModelRunner(spec, read, layout, 512, group, CPU, 1, whole_experts)
+        return ModelRunner(spec, read, layout, 512, group, CPU, 1, whole_experts, make_backend(layout))
 
     def follow(rank: int) -> None:
         try:

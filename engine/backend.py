@@ -1,0 +1,84 @@
+"""What a model is computed with on one rank, chosen from configuration, model, device and what is installed."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from core.engine_config import EngineConfig, Library
+from core.errors import ConfigurationError
+from core.kv_groups import KVGroup
+from core.kv_layout import KVLayout
+from engine.attention import AttentionBackend, TorchAttention
+from engine.flashinfer_attention import FlashInferAttention
+from engine.flashinfer_kernels import FlashInferKernels
+from engine.flashinfer_latents import FlashInferLatentAttention
+from engine.flashinfer_library import find_flashinfer, why_no_attention, why_no_kernels
+from engine.kernels import Kernels, TorchKernels
+from engine.latent_attention import LatentAttention
+from engine.model_spec import ModelSpec
+from engine.recording import CudaRecorder, Record
+
+logger = logging.getLogger(__name__)
+
+NOT_INSTALLED = "it is not installed (extra cuda)"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`graph_sizes` of decode steps are recorded by `record`; without it none are."""
+
+    kernels: Kernels
+    attention: Callable[[Tensor, Sequence[KVGroup]], AttentionBackend]  # of the KV cache
+    graph_sizes: tuple[int, ...] = ()
+    record: Record | None = None
+    device_weight_bytes: int | None = None  # None: all weights stay on the device
+
+    def describe(self) -> str:
+        """For the log."""
+        sizes = f"graphs of {', '.join(map(str, self.graph_sizes))}" if self.record is not None else "no graphs"
+        return f"{type(self.kernels).__name__}, {sizes}"
+
+
+def torch_backend(layout: KVLayout) -> Backend:
+    """Runs everywhere."""
+    return Backend(TorchKernels(), LatentAttention if layout.latent else TorchAttention)
+
+
+def choose_backend(
+    config: EngineConfig, spec: ModelSpec, layout: KVLayout, device: torch.device, max_num_seqs: int
+) -> Backend:
+    """Raises ConfigurationError when FlashInfer is asked for and cannot do it."""
+    library = find_flashinfer() if device.type == "cuda" or "flashinfer" in (config.attention, config.kernels) else None
+    absent = "" if library else NOT_INSTALLED
+    plain = torch_backend(layout)
+    kernels, attention = plain.kernels, plain.attention
+    if _takes(config.kernels, "kernels", absent or why_no_kernels(spec, device)):
+        kernels = FlashInferKernels(library)
+    takes_attention = _takes(config.attention, "attention", absent or why_no_attention(spec, layout, device))
+    if takes_attention:
+        attention = partial(FlashInferLatentAttention if layout.latent else FlashInferAttention, library)
+    sizes = config.graph_ladder(max_num_seqs)
+    reason = _why_no_graphs(takes_attention, config)
+    if sizes and reason:
+        logger.info("decode steps are launched kernel by kernel: %s", reason)
+    record = CudaRecorder() if sizes and not reason else None
+    return Backend(kernels, attention, sizes if record else (), record, config.device_weight_bytes)
+
+
+def _why_no_graphs(has_flashinfer: bool, config: EngineConfig) -> str:
+    if not has_flashinfer:
+        return "graphs need attention by FlashInfer, which reads the cache in place"
+    return "weights stream in from the host" if config.device_weights_mib is not None else ""
+
+
+def _takes(asked: Library, field: str, reason: str) -> bool:
+    """Whether FlashInfer it is, given why it cannot be, or an empty reason."""
+    if asked == "flashinfer" and reason:
+        raise ConfigurationError(f"engine.{field} flashinfer: {reason}", field=f"engine.{field}")
+    if asked == "auto" and reason:
+        logger.info("%s by torch, not FlashInfer: %s", field, reason)
+    return asked != "torch" and not reason
