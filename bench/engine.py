@@ -15,15 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
-from core.kv_layout import DTYPE_BYTES
+from core.kv_layout import DTYPE_BYTES, KVLayout
 from engine.arithmetic import arithmetic_dtype
-from engine.batch import Draw, SequenceStep, StepBatch
+from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.model_spec import ModelSpec
@@ -82,26 +83,25 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds(lambda: a @ b, device, 8)
 
 
-def prompt_batch(prompts: list[list[int]], blocks_each: int) -> StepBatch:
-    """Whole prompts, each with blocks of its own."""
+def prompt_batch(prompts: list[list[int]], layout: KVLayout, num_tokens: int) -> StepBatch:
+    """Whole prompts, each with blocks of its own for `num_tokens` tokens in every KV group."""
+    num_blocks = layout.num_blocks_for(num_tokens)
+    tables = (BlockTable(tuple(range(first, first + num_blocks))) for first in count(0, num_blocks))
+    num_groups = len(layout.kv_groups)
     return StepBatch(
-        tuple(
-            SequenceStep(tuple(prompt), 0, tuple(range(i * blocks_each, (i + 1) * blocks_each)), GREEDY)
-            for i, prompt in enumerate(prompts)
-        )
+        tuple(SequenceStep(tuple(prompt), 0, tuple(islice(tables, num_groups)), GREEDY) for prompt in prompts)
     )
 
 
 def generate(runner: ModelRunner, prompts: list[list[int]], num_tokens: int) -> float:
     """Seconds of the decode steps alone, after a prefill of all prompts."""
-    blocks_each = runner.layout.num_blocks_for(len(prompts[0]) + num_tokens)
-    batch = prompt_batch(prompts, blocks_each)
+    batch = prompt_batch(prompts, runner.layout, len(prompts[0]) + num_tokens)
     result = runner.collect(runner.launch(batch))
     started = time.perf_counter()
     for _ in range(num_tokens - 1):
         batch = StepBatch(
             tuple(
-                SequenceStep((token,), old.first_position + len(old.token_ids), old.block_table, GREEDY)
+                SequenceStep((token,), old.first_position + len(old.token_ids), old.block_tables, GREEDY)
                 for old, token in zip(batch.sequences, result.token_ids, strict=True)
                 if token is not None
             )
@@ -115,6 +115,13 @@ def peer_generate(model: Any, prompts: list[list[int]], num_tokens: int) -> floa
     ids = torch.tensor(prompts, device=model.device)
     settings = {"do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0}
     return seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings), model.device, 1)
+
+
+def seen_bytes(layout: KVLayout, context: float) -> float:
+    """KV that the token after `context` others attends to, in all layers."""
+    bytes_per_token = layout.block_bytes_per_rank / layout.num_places / layout.block_size  # of one layer
+    seen = (len(group.layers) * min(context, group.window or context) for group in layout.kv_groups)
+    return bytes_per_token * sum(seen)
 
 
 def load_peer(checkpoint: Path, dtype: str, device: torch.device) -> Any:
@@ -134,7 +141,7 @@ class EngineBench:
         self._generator = torch.Generator().manual_seed(args.seed)
         self._layout = spec.kv_layout(1, args.block_size)
         longest = max(*args.prefill, max(args.decode) * (args.prompt + args.output + args.block_size))
-        num_blocks = self._layout.num_blocks_for(longest) + 1
+        num_blocks = (self._layout.num_blocks_for(longest) + 1) * len(self._layout.kv_groups)
         read = CheckpointReader(checkpoint, spec, self._device).read
         self._runner = ModelRunner(spec, read, self._layout, num_blocks, SingleRank(), self._device, args.threads)
         self._runner.warm_up()
@@ -143,9 +150,9 @@ class EngineBench:
         self.flop_per_s = measure_matmul(self._device, TORCH_DTYPES[spec.dtype])
         self._embedding_size = spec.vocab_size * spec.hidden_size
 
-    def decode(self, count: int) -> Measured:
-        """Steps of `count` sequences. A step reads all weights but the embedding, of which it needs few rows."""
-        prompts = self._prompts(count, self._args.prompt)
+    def decode(self, num_sequences: int) -> Measured:
+        """Steps of so many sequences. A step reads all weights but the embedding, of which it needs few rows."""
+        prompts = self._prompts(num_sequences, self._args.prompt)
         num_steps = self._args.output - 1
 
         def peer_s() -> float:
@@ -154,14 +161,14 @@ class EngineBench:
         times = self._in_turns(lambda: generate(self._runner, prompts, num_steps + 1), peer_s)
         weight_bytes = (self._spec.num_parameters - self._embedding_size) * DTYPE_BYTES[self._spec.dtype]
         context = self._args.prompt + num_steps / 2
-        kv_bytes = self._layout.block_bytes_per_rank / self._args.block_size * context
-        limit = count * self.bandwidth / (weight_bytes + count * kv_bytes)
-        return Measured.of("decode", count, count * num_steps, times, limit)
+        kv_bytes = seen_bytes(self._layout, context)
+        limit = num_sequences * self.bandwidth / (weight_bytes + num_sequences * kv_bytes)
+        return Measured.of("decode", num_sequences, num_sequences * num_steps, times, limit)
 
     def prefill(self, length: int) -> Measured:
         """One prompt. Every token meets all weights but embedding and head."""
         prompts = self._prompts(1, length)
-        batch = prompt_batch(prompts, self._layout.num_blocks_for(length))
+        batch = prompt_batch(prompts, self._layout, length)
         times = self._in_turns(
             lambda: seconds(lambda: self._runner.collect(self._runner.launch(batch)), self._device, 1),
             lambda: peer_generate(self._peer, prompts, 1),

@@ -77,7 +77,7 @@ class BareEngine:
         self.vocab_size = spec.vocab_size
         self._args = args
         self._num_decodes = config.decode.min_replicas
-        blocks_each = layout.num_blocks_for(args.prompt + args.output)
+        blocks_each = layout.num_blocks_for(args.prompt + args.output) * len(layout.kv_groups)
         self._runner = ModelRunner(
             spec,
             CheckpointReader(Path(config.model.path), spec, device).read,
@@ -93,7 +93,7 @@ class BareEngine:
         """Times of one run."""
         share = -(-num_streams // self._num_decodes)
         prompts = [[rng.randrange(self.vocab_size) for _ in range(self._args.prompt)] for _ in range(share)]
-        batch = prompt_batch(prompts[:1], self._runner.layout.num_blocks_for(self._args.prompt))
+        batch = prompt_batch(prompts[:1], self._runner.layout, self._args.prompt)
         started = time.perf_counter()
         self._runner.collect(self._runner.launch(batch))
         prefill_s = time.perf_counter() - started

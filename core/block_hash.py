@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 
 BlockHash = bytes
+BlockKey = bytes  # a block's hash and, unless it is 0, the number of its KV group
 
 HASH_SCHEME = "blake2b-128/i32le/v1"
 _DIGEST_BYTES = 16
@@ -27,6 +28,11 @@ def hash_block(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     if sys.byteorder == "big":
         tokens.byteswap()
     return hashlib.blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def in_group(block_hash: BlockHash, group: int) -> BlockKey:
+    """What names the block of a KV group that holds the hash's tokens: cached blocks are found by it."""
+    return block_hash if group == 0 else block_hash + group.to_bytes(2, "big")
 
 
 def hash_blocks(

@@ -1,13 +1,17 @@
 """The shape of a replica's KV cache, and what two replicas must have in common to exchange it.
 
-Per layer a pool is a tensor [num_blocks, planes, num_kv_heads_of_rank, block_size, head_dim]. Keys and values are two
-planes (0 = K, 1 = V); head-major, so that a range of heads of one block is one contiguous run for K and one for V.
-Latents of multi-head latent attention (DeepSeek-V2) are one plane of one head, whole on every rank.
+A pool is a tensor [places, num_blocks, planes, num_kv_heads_of_rank, block_size, head_dim]; a block holds tokens of one
+KV group (see kv_groups), a place those of one of its layers. Keys and values are two planes (0 = K, 1 = V); head-major,
+so that a range of heads of one block is one contiguous run for K and one for V. Latents of multi-head latent attention
+(DeepSeek-V2) are one plane of one head, whole on every rank.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from core.errors import Incompatible
+from core.kv_groups import KVGroup
 
 TRANSFER_PROTOCOL = 3  # how KV moves between two ranks; the control plane has its own version in core/version.py
 
@@ -29,6 +33,7 @@ class KVLayout:
     dtype: str
     tensor_parallel: int
     latent: bool = False
+    groups: tuple[KVGroup, ...] = ()  # empty: one, with all layers and no window
 
     def __post_init__(self) -> None:
         wider, narrower = (
@@ -36,6 +41,21 @@ class KVLayout:
             min(self.tensor_parallel, self.num_kv_heads),
         )
         assert wider % narrower == 0, "tensor_parallel must divide num_kv_heads or be a multiple of it"
+
+    @cached_property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """At least one."""
+        return self.groups or (KVGroup(tuple(range(self.num_layers))),)
+
+    @property
+    def num_places(self) -> int:
+        """Layers that a block has room for."""
+        return max((len(group.layers) for group in self.groups), default=self.num_layers)
+
+    @property
+    def reaches(self) -> tuple[int | None, ...]:
+        """By group, see KVGroup.reach."""
+        return tuple(group.reach(self.block_size) for group in self.kv_groups)
 
     @property
     def num_planes(self) -> int:
@@ -54,13 +74,39 @@ class KVLayout:
 
     @property
     def block_bytes_per_rank(self) -> int:
-        """Bytes of one block over all layers in one rank's pool."""
+        """Bytes of one block over all its places in one rank's pool."""
         per_token = self.num_planes * self.heads_per_rank * self.head_dim * DTYPE_BYTES[self.dtype]
-        return self.num_layers * self.block_size * per_token
+        return self.num_places * self.block_size * per_token
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Logical blocks that `num_tokens` tokens are cut into; each KV group has its own of each."""
         return -(-num_tokens // self.block_size)
+
+    def num_blocks_held(self, num_tokens: int, num_at_once: int) -> int:
+        """Blocks over all groups that a sequence holds at most until it has `num_tokens` tokens.
+
+        `num_at_once`: tokens of a step; what is behind a window after it is given back.
+        """
+        num_logical = self.num_blocks_for(num_tokens)
+        at_once = (group.most_at_once(num_at_once, self.block_size) for group in self.kv_groups)
+        return sum(num_logical if most is None else min(num_logical, most) for most in at_once)
+
+    def num_blocks_missing(self, num_cached: int, num_tokens: int) -> int:
+        """Blocks over all groups that the token after `num_tokens` others sees, the first `num_cached` logical ones
+        left out.
+        """
+        end = self.num_blocks_for(num_tokens)
+        firsts = (group.first_needed(num_tokens, self.block_size) for group in self.kv_groups)
+        return sum(max(0, end - max(num_cached, first)) for first in firsts)
+
+    def longest_within(self, num_blocks: int, num_at_once: int, limit: int) -> int:
+        """Tokens of the longest sequence that `num_blocks` hold, `limit` at most; `num_at_once` as above."""
+        longest = bisect_right(
+            range(1, self.num_blocks_for(limit) + 1),
+            num_blocks,
+            key=lambda logical: self.num_blocks_held(logical * self.block_size, num_at_once),
+        )
+        return min(limit, longest * self.block_size)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigurationError
+from core.kv_groups import KVGroup, group_layers
 from core.kv_layout import DTYPE_BYTES, MODEL_DTYPES, KVLayout
+from core.layer_windows import layer_windows
 
 _REQUIRED = (
     "num_hidden_layers",
@@ -92,6 +94,7 @@ class ModelGeometry:
     dtype: str
     experts: ExpertGeometry | None = None
     latents: LatentGeometry | None = None
+    kv_groups: tuple[KVGroup, ...] = ()  # as in KVLayout
 
     @property
     def num_parameters(self) -> int:
@@ -132,7 +135,7 @@ class ModelGeometry:
             )
         is_latent = self.latents is not None
         sizes = self.num_layers, self.num_kv_heads, self.head_dim
-        return KVLayout(*sizes, block_size, self.dtype, tensor_parallel, is_latent)
+        return KVLayout(*sizes, block_size, self.dtype, tensor_parallel, is_latent, self.kv_groups)
 
     def _inner_sizes(self) -> Iterator[int]:
         if self.experts is None or self.experts.num_dense_layers:
@@ -179,6 +182,7 @@ def geometry_of(config: Mapping[str, Any], dtype: str | None = None) -> ModelGeo
         dtype=chosen,
         experts=_experts_of(config),
         latents=latents,
+        kv_groups=group_layers(windows) if any(windows := layer_windows(config)) else (),
     )
 
 

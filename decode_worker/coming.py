@@ -8,10 +8,10 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from core.block_hash import BlockHash
+from core.block_hash import BlockKey
 
 Waiter = TypeVar("Waiter", bound=Hashable)
-Key = tuple[str, BlockHash]  # the replica that sends it, and the content: who waits must not wait for a slower replica
+Key = tuple[str, BlockKey]  # the replica that sends it, and the content: who waits must not wait for a slower replica
 
 
 @dataclass

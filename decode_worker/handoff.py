@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from core.kv_groups import LogicalBlock
 from core.messages.fleet import ReplicaInfo
-from core.messages.to_decode import Announce, Open, Phases
+from core.messages.to_decode import Announce, Open, Phases, Ticket
 from core.messages.to_rank import TimelineEvent
 from decode_worker.coming import Key
 from decode_worker.scheduler import DecodeJob
 from engine.sequence import ActiveSequence
 from kv_transfer.lease_book import Lease
+
+Awaited = tuple[Key, ...]  # consecutive blocks of one KV group
 
 
 @dataclass
@@ -26,20 +29,25 @@ class HandoffTimes:
 class SharedPrefix:
     """What one handoff's prompt has in common with others that are open; only SharedPrefixes changes it."""
 
-    expected: dict[int, Key] = field(default_factory=dict)  # logical blocks that others may take when they come
-    awaited: tuple[Key, ...] = ()  # brought by another request's transfer, in logical order
+    expected: dict[LogicalBlock, Key] = field(default_factory=dict)  # those that others may take when they come
+    awaited: tuple[Awaited, ...] = ()  # brought by another request's transfer, by KV group
     taken: dict[Key, int] = field(default_factory=dict)  # of these, where those lie that have come
     is_orphan: bool = False  # the other transfer ended before all of them came, and nobody was asked for the rest yet
 
     @property
-    def owed(self) -> tuple[Key, ...]:
-        """Awaited blocks that have not come, from the first one on."""
-        return tuple(key for key in self.awaited if key not in self.taken)
+    def num_awaited(self) -> int:
+        """Blocks of all groups."""
+        return sum(len(group) for group in self.awaited)
 
     @property
-    def blocks(self) -> list[int]:
+    def owed(self) -> tuple[Key, ...]:
+        """Awaited blocks that have not come, in order."""
+        return tuple(key for keys in self.awaited for key in keys if key not in self.taken)
+
+    def blocks_of(self, group: int) -> list[int]:
         """Physical blocks of those awaited that have come, in logical order."""
-        return [self.taken[key] for key in self.awaited if key in self.taken]
+        keys = self.awaited[group] if self.awaited else ()
+        return [self.taken[key] for key in keys if key in self.taken]
 
 
 @dataclass(eq=False)
@@ -73,6 +81,22 @@ class Handoff:
         """(request id, attempt)."""
         return self.message.request_id, self.message.attempt
 
+    @property
+    def first_block_not_owed(self) -> int:
+        """The logical block from which on, in every KV group, nothing was to come with another's transfer."""
+        return max(missing.start for missing in self.lease.missing)
+
+    def ticket(self, decode: ReplicaInfo) -> Ticket:
+        """For whoever prefills."""
+        missing = self.lease.missing
+        firsts = tuple(blocks.start for blocks in missing)
+        return Ticket(*self.key, self.lease.lease_id, decode, firsts[0], missing[0].stop, firsts)
+
+    def arrived_blocks(self, group: int) -> list[int]:
+        """Physical blocks of a KV group that came, or come, by transfer, in logical order."""
+        bound = sorted((block, physical) for (number, block), physical in self.lease.bound.items() if number == group)
+        return self.shared.blocks_of(group) + [physical for _, physical in bound]
+
     def timeline_event(self) -> TimelineEvent:
         """From Open to the moment that decode may go on; only of a handoff that has a source."""
         assert self.source is not None
@@ -98,7 +122,7 @@ class Handoff:
             exposed_transfer_s=max(0.0, times.completed_at - times.committed_at),
             first_decode_s=times.first_token_at - times.completed_at,
             transfer_bytes=self.transfer_bytes,
-            num_blocks_received=lease.num_blocks - lease.first_missing_block,
+            num_blocks_received=lease.num_missing,
             num_blocks_reused=self.num_reused_blocks,
         )
 

@@ -7,6 +7,7 @@ Open -> lease --announce--> bind, Fetch order --fetched--> ... --commit, all arr
 from collections.abc import Iterator
 
 from core.errors import Overloaded
+from core.kv_layout import KVLayout
 from core.messages.to_decode import Announce, Commit, Open
 from core.messages.to_rank import Fetched
 from decode_worker.handoff import Fetch, Handoff, HandoffTimes
@@ -23,19 +24,19 @@ class Handoffs:
     def __init__(
         self,
         pool: BlockPool,
-        block_size: int,
+        layout: KVLayout,
         book: LeaseBook,
         scheduler: DecodeScheduler,
         limit: int,
     ) -> None:
         self._pool = pool
-        self._block_size = block_size
+        self._layout = layout
         self._book = book
         self._scheduler = scheduler
         self._limit = limit
         self._live: dict[str, Handoff] = {}
-        self._prefixes = SharedPrefixes(pool)
-        self._blocks = HandoffBlocks(pool, block_size, book, self._prefixes)
+        self._prefixes = SharedPrefixes(pool, layout.kv_groups)
+        self._blocks = HandoffBlocks(pool, layout, scheduler.max_num_batched_tokens, book, self._prefixes)
         self._releasable: list[Handoff] = []  # ended or complete, nothing in flight: tell prefill, then forget
         self._joined: list[Handoff] = []
 
@@ -59,12 +60,10 @@ class Handoffs:
         if len(self._live) >= self._limit:
             raise Overloaded(f"{self._limit} requests are open on this decode replica", retry_after_s=1.0)
         self.end(message.request_id, message.attempt - 1, now)
-        sequence, awaited = self._blocks.acquire(message)
-        num_blocks = -(-sequence.num_prompt // self._block_size)
-        num_here = len(sequence.blocks) + len(awaited)
-        lease = self._book.open(message.request_id, message.attempt, num_here, num_blocks, now)
+        sequence, awaited, missing = self._blocks.acquire(message)
+        lease = self._book.open(message.request_id, message.attempt, missing, now)
         handoff = Handoff(message, lease, sequence, HandoffTimes(now), message.prefill)
-        handoff.num_reused_blocks = sequence.num_cached // self._block_size + len(awaited)
+        handoff.num_reused_blocks = sequence.num_acquired + sum(map(len, awaited))
         self._live[message.request_id] = handoff
         if message.prefill is None:
             self._book.complete_here(lease)
@@ -171,7 +170,8 @@ class Handoffs:
         """Raises AssertionError when the books contradict each other."""
         self._pool.validate()
         self._book.validate()
-        assert self._pool.num_promised == sum(h.lease.num_unbound for h in self._live.values())
+        live = self._live.values()
+        assert self._pool.num_promised == sum(h.lease.num_unbound + h.sequence.num_promised for h in live)
         self._prefixes.validate(list(self._live.values()))
 
     def _is_live(self, handoff: Handoff) -> bool:
@@ -183,8 +183,9 @@ class Handoffs:
             return
         assert lease.commit is not None
         handoff.times.completed_at = now
-        blocks = [lease.bound[block] for block in range(lease.first_missing_block, lease.num_blocks)]
-        handoff.sequence.adopt(handoff.shared.blocks + blocks, handoff.sequence.num_prompt)
+        arrived = [handoff.arrived_blocks(group) for group in range(len(lease.missing))]
+        handoff.sequence.adopt(arrived, handoff.sequence.num_prompt)
+        self._book.pass_on(lease)
         handoff.sequence.append(lease.commit.first_token)
         self._join(handoff)
         self._releasable.append(handoff)

@@ -139,7 +139,7 @@ class DecodeScheduler:
     def _make_room(self, job: DecodeJob, num_tokens: int, advances: list[Advance]) -> bool:
         """Grows the sequence, preempting the newest others that this step does not advance yet, or itself."""
         end = job.sequence.num_computed + num_tokens
-        while job.sequence.num_blocks_to_hold(end) > self.pool.num_free:
+        while job.sequence.num_blocks_lacking(end) > self.pool.num_free:
             taken = {advance.job for advance in advances}
             victim = next(other for other in reversed(self.running) if other not in taken)
             self._drop(victim)

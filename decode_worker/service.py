@@ -38,9 +38,9 @@ class DecodeService:
         self._context = context
         self._config = context.spec.transfer
         self._scheduler = DecodeScheduler(context.block_pool, pool.max_num_seqs, pool.max_num_batched_tokens)
-        book = LeaseBook(context.info.layout.num_layers, self._config.lease_ttl_s)
+        book = LeaseBook(context.info.layout.kv_groups, self._config.lease_ttl_s)
         limit = pool.max_num_seqs + pool.queue_limit
-        self._handoffs = Handoffs(context.block_pool, context.spec.block_size, book, self._scheduler, limit)
+        self._handoffs = Handoffs(context.block_pool, context.info.layout, book, self._scheduler, limit)
         self._fetcher = Fetcher(context)
         self._sources = Sources(context, self._fetcher)
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
@@ -103,16 +103,12 @@ class DecodeService:
             self._tasks.prepare(handoff.source)
         lease = handoff.lease
         logger.info(
-            "opened attempt %d: %d blocks, %d cached", lease.attempt, lease.num_blocks, lease.first_missing_block
+            "opened attempt %d: %d blocks shall come, %d are cached",
+            lease.attempt,
+            lease.num_missing,
+            handoff.num_reused_blocks,
         )
-        return Ticket(
-            message.request_id,
-            message.attempt,
-            lease.lease_id,
-            self._context.info,
-            lease.first_missing_block,
-            lease.num_blocks,
-        )
+        return handoff.ticket(self._context.info)
 
     async def cancel(self, message: Cancel) -> Acknowledged:
         """The ingress wants no more of this attempt and lower ones."""

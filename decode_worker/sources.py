@@ -61,8 +61,8 @@ class Sources:
     async def borrow_owed(self, handoff: Handoff) -> None:
         """As `borrow`: what was to come with another request's transfer, which ended before."""
         assert handoff.source is not None
-        sequence, (*_, (_, last)) = handoff.message.sequence, handoff.shared.owed
-        wanted = replace(sequence, block_hashes=sequence.block_hashes[: sequence.block_hashes.index(last) + 1])
+        sequence = handoff.message.sequence
+        wanted = replace(sequence, block_hashes=sequence.block_hashes[: handoff.first_block_not_owed])
         name = f"{handoff.request_id}.{handoff.attempt}.owed"
         await self.borrow(name, wanted, handoff.source, handoff.message.due_s)
 
@@ -89,4 +89,5 @@ def _order(fetch: Fetch) -> BlockOrder:
         announce.source_blocks,
         fetch.destination_blocks,
         fetch.due_s,
+        announce.group,
     )

@@ -3,10 +3,12 @@
 Shapes: T rows (tokens of the step), Q query heads, H KV heads, D head size.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from core.kv_groups import KVGroup
 from engine.attention_math import AttentionRule, attend_causal, attend_single
 from engine.step_context import Chunk, PagedCache, SingleGroup, StepContext
 from engine.step_inputs import StepInputs
@@ -33,9 +35,9 @@ class AttentionBackend(Protocol):
 class TorchAttention:
     """Gathers blocks into contiguous keys and values, then plain products. Runs on CPU and CUDA."""
 
-    def __init__(self, cache: Tensor) -> None:
-        """`cache`: [layers, blocks, 2, H, S, D], S tokens per block."""
-        self._cache = PagedCache(cache)
+    def __init__(self, cache: Tensor, groups: Sequence[KVGroup]) -> None:
+        """`cache`: [places, blocks, 2, H, S, D], S tokens per block."""
+        self._cache = PagedCache(cache, groups)
 
     def plan(self, inputs: StepInputs) -> "TorchAttentionStep":
         """See AttentionBackend."""
@@ -61,4 +63,4 @@ class TorchAttentionStep:
             keys, values = context.of_chunk(layer, one, key, value)
             return attend_causal(query[one.rows], keys, values, rule)
 
-        return context.view(rule.window).attend(singles, chunk)
+        return context.view(layer).attend(singles, chunk)

@@ -20,6 +20,22 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class BlockTable:
+    """Where a sequence's blocks of one KV group lie: those from logical block `first` on, the others are given back."""
+
+    blocks: tuple[int, ...]  # physical ids; they cover every position from the first that is seen to the last computed
+    first: int = 0
+
+    def physical(self, block: int) -> int:
+        """Of a logical block."""
+        return self.blocks[block - self.first]
+
+    def between(self, blocks: range) -> tuple[int, ...]:
+        """Of consecutive logical blocks."""
+        return self.blocks[blocks.start - self.first : blocks.stop - self.first]
+
+
+@dataclass(frozen=True)
 class SequenceStep:
     """One sequence's share of a step: compute KV of `token_ids` at positions first_position, first_position + 1, ...
 
@@ -31,7 +47,7 @@ class SequenceStep:
 
     token_ids: tuple[int, ...]  # at least one
     first_position: int
-    block_table: tuple[int, ...]  # physical ids by logical block; covers every position up to the last computed
+    block_tables: tuple[BlockTable, ...]  # by KV group
     draw: Draw | None
 
 

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Iterator
 from itertools import islice
 
-from engine.batch import Draw, SequenceStep, StepBatch
+from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 
 _NO_LOGPROBS = -1
 
@@ -13,8 +13,10 @@ def encode_batch(batch: StepBatch) -> list[int]:
     """Floats travel as their bits, so every rank sees the same numbers."""
     values = [len(batch.sequences)]
     for sequence in batch.sequences:
-        counts = len(sequence.token_ids), len(sequence.block_table), sequence.first_position
-        values += (*counts, sequence.draw is not None, *sequence.token_ids, *sequence.block_table)
+        counts = len(sequence.token_ids), len(sequence.block_tables), sequence.first_position
+        values += (*counts, sequence.draw is not None, *sequence.token_ids)
+        for table in sequence.block_tables:
+            values += (table.first, len(table.blocks), *table.blocks)
         if sequence.draw is not None:
             values += _encode_draw(sequence.draw)
     return values
@@ -27,9 +29,15 @@ def decode_batch(values: list[int]) -> StepBatch:
 
 
 def _decode_sequence(stream: Iterator[int]) -> SequenceStep:
-    num_tokens, num_blocks, first_position, has_draw = islice(stream, 4)
-    token_ids, block_table = tuple(islice(stream, num_tokens)), tuple(islice(stream, num_blocks))
-    return SequenceStep(token_ids, first_position, block_table, _decode_draw(stream) if has_draw else None)
+    num_tokens, num_tables, first_position, has_draw = islice(stream, 4)
+    token_ids = tuple(islice(stream, num_tokens))
+    block_tables = tuple(_decode_table(stream) for _ in range(num_tables))
+    return SequenceStep(token_ids, first_position, block_tables, _decode_draw(stream) if has_draw else None)
+
+
+def _decode_table(stream: Iterator[int]) -> BlockTable:
+    first, num_blocks = islice(stream, 2)
+    return BlockTable(tuple(islice(stream, num_blocks)), first)
 
 
 def _encode_draw(draw: Draw) -> list[int]:

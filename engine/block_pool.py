@@ -1,10 +1,10 @@
 """Which physical KV block holds what, and when it may be reused. Pure: no tensors, no clock.
 
 A block has owners (sequences), writers (steps in flight, incoming transfers) and readers (outgoing transfers), and is
-reusable only when all three are zero. A reusable block may still be cached: found by hash until it is evicted, least
-recently released first and never before the blocks that follow it in its chain (leaf first).
+reusable only when all three are zero. A reusable block may still be cached: found by its key (hash and KV group) until
+it is evicted, least recently released first and never before the blocks that follow it in its chain (leaf first).
 
-    plain free  --allocate-->  owned  --register(hash)-->  owned, cached
+    plain free  --allocate-->  owned  --register(key)-->  owned, cached
          ^                       |                              | last counter falls to zero
          +------- release -------+      reusable, cached  <-----+
          +------------------ evict -----------+     ^--acquire_cached--> owned, cached
@@ -14,7 +14,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from core.block_hash import BlockHash
+from core.block_hash import BlockKey
 
 
 class OutOfBlocks(Exception):
@@ -26,8 +26,8 @@ class _Block:
     owners: int = 0
     writers: int = 0
     readers: int = 0
-    hash: BlockHash | None = None
-    parent: BlockHash | None = None
+    key: BlockKey | None = None
+    parent: BlockKey | None = None
     released_at: int = 0  # logical clock of the last release
 
     @property
@@ -44,12 +44,12 @@ class BlockPool:
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_reusable = num_blocks
-        self._cached: dict[BlockHash, int] = {}
-        self._children: dict[BlockHash, int] = {}  # cached blocks that name this hash as parent
+        self._cached: dict[BlockKey, int] = {}
+        self._children: dict[BlockKey, int] = {}  # cached blocks that name this key as parent
         self._evictable: list[tuple[int, int]] = []  # heap of (released_at, block), lazily cleaned
         self._clock = 0
-        self._stored: list[BlockHash] = []
-        self._removed: list[BlockHash] = []
+        self._stored: list[BlockKey] = []
+        self._removed: list[BlockKey] = []
 
     @property
     def num_free(self) -> int:
@@ -63,7 +63,7 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that can be found by hash."""
+        """Blocks that can be found by key."""
         return len(self._cached)
 
     # ---- capacity -----------------------------------------------------------------------------------------------
@@ -93,45 +93,52 @@ class BlockPool:
 
     # ---- prefix cache -------------------------------------------------------------------------------------------
 
-    def match(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Physical ids of the longest cached prefix of a chain; changes nothing."""
+    def __contains__(self, key: BlockKey) -> bool:
+        """Whether a block can be found by this key."""
+        return key in self._cached
+
+    def match(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Physical ids of those of the keys that are cached, up to the first one that is not; changes nothing."""
         found = []
-        for block_hash in hashes:
-            block = self._cached.get(block_hash)
+        for key in keys:
+            block = self._cached.get(key)
             if block is None:
                 break
             found.append(block)
         return found
 
-    def acquire_cached(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Matches and owns the longest cached prefix. Raises OutOfBlocks when promises need those blocks."""
-        blocks = self.match(hashes)
+    def acquire_cached(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Matches and owns. Raises OutOfBlocks when promises need those blocks."""
+        blocks = self.match(keys)
         self.own(blocks)
         return blocks
 
-    def register(self, block: int, block_hash: BlockHash, parent: BlockHash | None) -> None:
-        """Makes a completely written, held block findable. A hash that is cached already keeps its older block."""
+    def register(self, block: int, key: BlockKey, parent: BlockKey | None) -> None:
+        """Makes a completely written, held block findable. A key that is cached already keeps its older block.
+
+        `parent` is the key of a block without which this one is of no use.
+        """
         entry = self._blocks[block]
         assert not entry.reusable, "only a held block has defined content"
-        assert entry.hash in (None, block_hash), "a block's content is registered once"
-        if entry.hash is not None or block_hash in self._cached:
+        assert entry.key in (None, key), "a block's content is registered once"
+        if entry.key is not None or key in self._cached:
             return
-        entry.hash, entry.parent = block_hash, parent
-        self._cached[block_hash] = block
+        entry.key, entry.parent = key, parent
+        self._cached[key] = block
         if parent is not None:
             self._children[parent] = self._children.get(parent, 0) + 1
-        self._stored.append(block_hash)
+        self._stored.append(key)
 
-    def snapshot(self) -> tuple[BlockHash, ...]:
-        """All cached hashes."""
+    def snapshot(self) -> tuple[BlockKey, ...]:
+        """All cached keys."""
         return tuple(self._cached)
 
-    def drain_events(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
-        """(stored, removed) since the last call; a hash that came and went, or went and came, nets out."""
+    def drain_events(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
+        """(stored, removed) since the last call; a key that came and went, or went and came, nets out."""
         stored, removed = set(self._stored), set(self._removed)
         self._stored, self._removed = [], []
         now_cached = self._cached.keys()
-        return tuple(h for h in stored if h in now_cached), tuple(h for h in removed if h not in now_cached)
+        return tuple(key for key in stored if key in now_cached), tuple(key for key in removed if key not in now_cached)
 
     # ---- counters -----------------------------------------------------------------------------------------------
 
@@ -175,14 +182,14 @@ class BlockPool:
         assert 0 <= self.num_promised <= self._num_reusable
         assert len(set(self._free)) == len(self._free)
         for block in self._free:
-            assert self._blocks[block].reusable and self._blocks[block].hash is None
+            assert self._blocks[block].reusable and self._blocks[block].key is None
         queued = {block for stamp, block in self._evictable if self._blocks[block].released_at == stamp}
         for block in reusable:
-            assert self._blocks[block].hash is None or block in queued
-            assert self._blocks[block].hash is not None or block in self._free
-        for block_hash, block in self._cached.items():
-            assert self._blocks[block].hash == block_hash
-        assert len(self._cached) == sum(1 for entry in self._blocks if entry.hash is not None)
+            assert self._blocks[block].key is None or block in queued
+            assert self._blocks[block].key is not None or block in self._free
+        for key, block in self._cached.items():
+            assert self._blocks[block].key == key
+        assert len(self._cached) == sum(1 for entry in self._blocks if entry.key is not None)
         for parent, count in self._children.items():
             assert count == sum(1 for entry in self._blocks if entry.parent == parent) > 0
 
@@ -199,12 +206,12 @@ class BlockPool:
         assert min(entry.owners, entry.writers, entry.readers) >= 0, f"block {block}: counter below zero"
         if was_reusable and not entry.reusable:
             self._num_reusable -= 1
-            assert entry.hash is not None, "a plain free block is taken by allocate()"
+            assert entry.key is not None, "a plain free block is taken by allocate()"
         elif entry.reusable and not was_reusable:
             self._num_reusable += 1
             self._clock += 1
             entry.released_at = self._clock
-            if entry.hash is None:
+            if entry.key is None:
                 self._free.append(block)
             else:
                 heapq.heappush(self._evictable, (entry.released_at, block))
@@ -216,9 +223,9 @@ class BlockPool:
         while self._evictable:
             stamp, block = heapq.heappop(self._evictable)
             entry = self._blocks[block]
-            if entry.hash is None or not entry.reusable or entry.released_at != stamp:
+            if entry.key is None or not entry.reusable or entry.released_at != stamp:
                 continue
-            if not self._children.get(entry.hash):
+            if not self._children.get(entry.key):
                 victim = block
                 break
             passed_over.append((stamp, block))
@@ -231,11 +238,11 @@ class BlockPool:
 
     def _uncache(self, block: int) -> None:
         entry = self._blocks[block]
-        assert entry.hash is not None
-        del self._cached[entry.hash]
-        self._removed.append(entry.hash)
+        assert entry.key is not None
+        del self._cached[entry.key]
+        self._removed.append(entry.key)
         if entry.parent is not None:
             self._children[entry.parent] -= 1
             if not self._children[entry.parent]:
                 del self._children[entry.parent]
-        entry.hash = entry.parent = None
+        entry.key = entry.parent = None

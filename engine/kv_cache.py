@@ -1,4 +1,4 @@
-"""One rank's paged KV memory: [num_layers, num_blocks, num_planes, heads_per_rank, block_size, head_dim]."""
+"""One rank's paged KV memory: [num_places, num_blocks, num_planes, heads_per_rank, block_size, head_dim]."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class KVCache:
         self.heads = layout.heads_of_rank(rank)
         self._memory = SharedMemory(num_blocks * layout.block_bytes_per_rank, device, "KV cache")
         block = (layout.num_planes, layout.heads_per_rank, layout.block_size, layout.head_dim)
-        self.tensor = self._memory.bytes.view(TORCH_DTYPES[layout.dtype]).view(layout.num_layers, num_blocks, *block)
+        self.tensor = self._memory.bytes.view(TORCH_DTYPES[layout.dtype]).view(layout.num_places, num_blocks, *block)
 
     @property
     def path(self) -> Path | None:

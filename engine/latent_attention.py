@@ -1,10 +1,13 @@
-"""Attention over a paged cache of latents, which all query heads share: [layers, blocks, 1, 1, S, L + R].
+"""Attention over a paged cache of latents, which all query heads share: [places, blocks, 1, 1, S, L + R].
 
 Shapes: T rows, Q query heads, L + R elements of a latent (see latent_up), S tokens per block.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from core.kv_groups import KVGroup
 from engine.attention_math import AttentionRule, attend_causal, attend_single
 from engine.latent_up import LatentUp
 from engine.step_context import Chunk, PagedCache, SingleGroup, StepContext
@@ -14,8 +17,8 @@ from engine.step_inputs import StepInputs
 class LatentAttention:
     """Single tokens attend to the latents themselves, chunks to keys and values made of them where that is faster."""
 
-    def __init__(self, cache: Tensor) -> None:
-        self._cache = PagedCache(cache)
+    def __init__(self, cache: Tensor, groups: Sequence[KVGroup]) -> None:
+        self._cache = PagedCache(cache, groups)
 
     def plan(self, inputs: StepInputs) -> "LatentAttentionStep":
         """See AttentionBackend."""
@@ -45,7 +48,7 @@ class LatentAttentionStep:
             (latents,) = context.of_chunk(layer, one, key)
             return _attend_chunk(query[one.rows], latents, size, up, rule)
 
-        return context.view(rule.window).attend(singles, chunk)
+        return context.view(layer).attend(singles, chunk)
 
 
 def _attend_chunk(query: Tensor, latents: Tensor, size: int, up: LatentUp, rule: AttentionRule) -> Tensor:

@@ -15,7 +15,7 @@ from core.errors import ConfigurationError, PeerLost
 from core.kv_layout import KVLayout
 from core.sampling import TokenLogprobs
 from engine.attention import AttentionBackend, TorchAttention
-from engine.batch import Draw, SequenceStep, StepBatch, StepResult
+from engine.batch import BlockTable, Draw, SequenceStep, StepBatch, StepResult
 from engine.batch_codec import decode_batch, encode_batch
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
@@ -79,7 +79,7 @@ class ModelRunner:
         self._decoder = Decoder(spec, layout, self.weights, group)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
         attention = LatentAttention if layout.latent else TorchAttention
-        self._attention: AttentionBackend = attention(self.kv_cache.tensor)
+        self._attention: AttentionBackend = attention(self.kv_cache.tensor, layout.kv_groups)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 
@@ -115,12 +115,13 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Computes a prompt and one decode step in the first blocks, so that lazy initialisation is over.
 
-        Call before the cache holds anything.
+        Call before the cache holds anything: groups write over each other.
         """
         draw = Draw(temperature=1.0, top_p=0.9, top_k=0, seed=0)
         length = min(self.layout.block_size, self.spec.max_model_len - 1)
-        blocks = tuple(range(self.layout.num_blocks_for(length + 1)))
-        for step in (SequenceStep((0,) * length, 0, blocks, draw), SequenceStep((0,), length, blocks, draw)):
+        table = BlockTable(tuple(range(self.layout.num_blocks_for(length + 1))))
+        tables = (table,) * len(self.layout.kv_groups)
+        for step in (SequenceStep((0,) * length, 0, tables, draw), SequenceStep((0,), length, tables, draw)):
             self.collect(self.launch(StepBatch((step,))))
 
     def keep_alive(self) -> None:

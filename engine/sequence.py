@@ -7,33 +7,39 @@
 Both pools' schedulers run sequences; only they differ in when.
 """
 
-from core.block_hash import BlockHash, hash_block
+from itertools import chain
+
+from core.block_hash import hash_block
+from core.kv_groups import deepest_prefix
+from core.kv_layout import KVLayout
 from core.messages.to_decode import Sequence
 from engine.batch import Draw, SequenceStep
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockPool, OutOfBlocks
+from engine.group_blocks import GroupBlocks
 
 
 class ActiveSequence:
-    """Owns its blocks in the pool from the moment they are given to it until `release`."""
+    """Owns its blocks in the pool from the moment they are given to it until they are behind a window, or `release`.
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        block_size: int,
-        sequence: Sequence,
-    ) -> None:
+    Blocks that its prompt will need in groups with a window are promised to it by `reserve`.
+    """
+
+    def __init__(self, pool: BlockPool, layout: KVLayout, sequence: Sequence) -> None:
         self.token_ids = list(sequence.token_ids)
         self.num_prompt = len(sequence.token_ids)
         self.num_forced = sequence.num_forced
         self.sampling = sequence.sampling
-        self.blocks: list[int] = []
+        self.block_size = layout.block_size
+        self.groups = [GroupBlocks(i, group, layout.block_size) for i, group in enumerate(layout.kv_groups)]
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache
+        self.num_acquired = 0  # blocks found in the cache
+        self.num_promised = 0  # blocks that the pool keeps for the rest of the prompt
         self._pool = pool
-        self.block_size = block_size
+        self._reaches = layout.reaches
+        self._num_at_once = 0
         self._hash_root = sequence.hash_root
         self._hashes = list(sequence.block_hashes)
-        self._num_registered = 0
 
     @property
     def num_outputs(self) -> int:
@@ -45,45 +51,71 @@ class ActiveSequence:
         """Known tokens whose KV is still missing; at least one while the sequence runs."""
         return len(self.token_ids) - self.num_computed
 
-    def acquire_prefix(self, *, keep_last: bool) -> None:
-        """Takes the cached prefix. `keep_last`: leave at least one token to compute, for its logits."""
-        assert not self.blocks
-        usable = (self.num_prompt - 1) // self.block_size if keep_last else len(self._hashes)
-        self.blocks = self._pool.acquire_cached(self._hashes[:usable])
-        self._num_registered = len(self.blocks)
-        self.num_computed = self.num_cached = len(self.blocks) * self.block_size
+    def acquire_prefix(self) -> None:
+        """Takes what a cached prefix leaves in place for the tokens after it, of which at least one is left to compute.
 
-    def adopt(self, blocks: list[int], num_computed: int) -> None:
-        """Takes over blocks that are owned already and whose content arrived by transfer."""
-        self.blocks += blocks
+        Raises OutOfBlocks when promises need those blocks.
+        """
+        usable = self._hashes[: (self.num_prompt - 1) // self.block_size]
+        depth = deepest_prefix(self._reaches, usable, self._pool.__contains__)
+        self.num_computed = self.num_cached = depth * self.block_size
+        self._acquire([range(blocks.first_needed(self.num_computed), depth) for blocks in self.groups])
+
+    def acquire_received(self) -> None:
+        """Takes what is cached of the blocks that the token after the prompt sees: from the first one on, by group.
+
+        The others are to come by transfer. Raises OutOfBlocks when promises need those blocks.
+        """
+        end = len(self._hashes)
+        self._acquire([range(blocks.first_needed(self.num_prompt), end) for blocks in self.groups])
+
+    def adopt(self, blocks: list[list[int]], num_computed: int) -> None:
+        """Takes over blocks, by group, that are owned already and whose content arrived by transfer."""
+        for group, arrived in zip(self.groups, blocks, strict=True):
+            group.blocks += arrived
         self.num_computed = num_computed
         self._register_full_blocks()
 
-    def num_blocks_to_hold(self, num_tokens: int) -> int:
-        """Blocks still to allocate so that positions up to `num_tokens` have a place."""
-        return max(0, -(-num_tokens // self.block_size) - len(self.blocks))
+    def reserve(self, num_at_once: int) -> None:
+        """Allocates blocks for the whole prompt, but for those of groups with a window: as many of these are promised
+        as steps of at most `num_at_once` tokens need at a time. Raises OutOfBlocks.
+        """
+        self._num_at_once = num_at_once
+        needed = self._num_to_promise()
+        if needed + self._num_to_allocate(self.num_prompt, self._full_groups) > self._pool.num_free:
+            raise OutOfBlocks(f"{self.num_prompt} tokens want more blocks than the {self._pool.num_free} that are free")
+        self._allocate(self.num_prompt, self._full_groups)
+        self._promise(needed)
+
+    def num_blocks_lacking(self, num_tokens: int) -> int:
+        """Blocks to allocate, beyond those promised, so that positions up to `num_tokens` have a place."""
+        return max(0, self._num_to_allocate(num_tokens, self.groups) - self.num_promised)
 
     def grow(self, num_tokens: int) -> None:
         """Allocates blocks for positions up to `num_tokens`. Raises OutOfBlocks."""
-        needed = self.num_blocks_to_hold(num_tokens)
-        if needed:
-            self.blocks += self._pool.allocate(needed)
+        if self.num_blocks_lacking(num_tokens) > self._pool.num_free:
+            raise OutOfBlocks(f"no place for tokens up to {num_tokens}: {self._pool.num_free} blocks are free")
+        self._allocate(num_tokens, self.groups)
 
     def next_step(self, num_tokens: int) -> SequenceStep:
         """The step that computes the next `num_tokens` known tokens, drawing when it reaches the last of them."""
         start, end = self.num_computed, self.num_computed + num_tokens
-        table = self.blocks[: -(-end // self.block_size)]
-        return SequenceStep(tuple(self.token_ids[start:end]), start, tuple(table), self._draw(end))
+        tables = tuple(blocks.table(end) for blocks in self.groups)
+        return SequenceStep(tuple(self.token_ids[start:end]), start, tables, self._draw(end))
 
     def blocks_written_by(self, num_tokens: int) -> list[int]:
         """Physical blocks that `next_step(num_tokens)` writes."""
         start, end = self.num_computed, self.num_computed + num_tokens
-        return self.blocks[start // self.block_size : -(-end // self.block_size)]
+        logical = range(start // self.block_size, -(-end // self.block_size))
+        return [block for blocks in self.groups for block in blocks.physical(logical)]
 
     def advance(self, num_tokens: int) -> None:
-        """A step's KV is in place; full blocks become findable."""
+        """A step's KV is in place: full blocks become findable, those behind a window are given back."""
         self.num_computed += num_tokens
         self._register_full_blocks()
+        for blocks in self.groups:
+            self._pool.disown(blocks.take_behind(self.num_computed))
+        self._promise(self._num_to_promise() - self.num_promised)
 
     def append(self, token_id: int) -> str | None:
         """Takes a drawn token; "stop" or "length" when it ends the output."""
@@ -94,8 +126,54 @@ class ActiveSequence:
 
     def release(self) -> None:
         """Gives all blocks back; steps and transfers in flight keep theirs until they end. Idempotent."""
-        self._pool.disown(self.blocks)
-        self.blocks = []
+        for blocks in self.groups:
+            self._pool.disown(blocks.take_all())
+        self._promise(-self.num_promised)
+
+    @property
+    def _full_groups(self) -> list[GroupBlocks]:
+        return [blocks for blocks in self.groups if blocks.group.window is None]
+
+    def _acquire(self, wanted: list[range]) -> None:
+        """Owns, by group, what is cached of these logical blocks from the first one on."""
+        found = [
+            self._pool.match(blocks.keys(self._hashes, logical))
+            for blocks, logical in zip(self.groups, wanted, strict=True)
+        ]
+        self._pool.own(list(chain.from_iterable(found)))
+        self.num_acquired = sum(map(len, found))
+        for blocks, logical, cached in zip(self.groups, wanted, found, strict=True):
+            blocks.begin(logical.start, cached)
+
+    def _num_to_allocate(self, num_tokens: int, groups: list[GroupBlocks]) -> int:
+        end = -(-num_tokens // self.block_size)
+        return sum(max(0, end - blocks.end) for blocks in groups)
+
+    def _allocate(self, num_tokens: int, groups: list[GroupBlocks]) -> None:
+        """There must be room; what is promised goes first."""
+        needed = self._num_to_allocate(num_tokens, groups)
+        num_promised = min(needed, self.num_promised)
+        fresh = iter(self._pool.allocate(needed - num_promised) + self._pool.allocate(num_promised, promised=True))
+        self.num_promised -= num_promised
+        for blocks in groups:
+            blocks.blocks += [next(fresh) for _ in range(self._num_to_allocate(num_tokens, [blocks]))]
+
+    def _num_to_promise(self) -> int:
+        """Blocks that groups with a window still want for the prompt, beside those that they hold."""
+        if self.num_computed >= self.num_prompt:
+            return 0
+        windowed = [blocks for blocks in self.groups if blocks.group.window is not None]
+        most = (blocks.most_held(self.num_prompt, self._num_at_once) - len(blocks.blocks) for blocks in windowed)
+        return sum(max(0, wanted) for wanted in most)
+
+    def _promise(self, num_more: int) -> None:
+        """As far as there is room: blocks that were given back may still be held by others."""
+        if num_more < 0:
+            self._pool.unpromise(-num_more)
+        else:
+            num_more = min(num_more, self._pool.num_free)
+            self._pool.promise(num_more)
+        self.num_promised += num_more
 
     def _draw(self, end: int) -> Draw | None:
         if end < len(self.token_ids):
@@ -104,15 +182,15 @@ class ActiveSequence:
         return Draw(s.temperature, s.top_p, s.top_k, s.seed, s.num_logprobs)
 
     def _register_full_blocks(self) -> None:
-        while (self._num_registered + 1) * self.block_size <= self.num_computed:
-            index = self._num_registered
-            self._pool.register(self.blocks[index], self._hash(index), self._hashes[index - 1] if index else None)
-            self._num_registered += 1
+        self._hash_full_blocks()
+        for blocks in self.groups:
+            for logical in blocks.newly_full(self.num_computed):
+                (physical,) = blocks.physical(range(logical, logical + 1))
+                self._pool.register(physical, *blocks.chain_key(self._hashes, logical))
 
-    def _hash(self, index: int) -> BlockHash:
-        """Hash of a full block; those of generated tokens are made when first needed."""
-        if index == len(self._hashes):
+    def _hash_full_blocks(self) -> None:
+        """Those of generated tokens are made when first needed."""
+        for index in range(len(self._hashes), self.num_computed // self.block_size):
             parent = self._hashes[index - 1] if index else self._hash_root
             start = index * self.block_size
             self._hashes.append(hash_block(parent, self.token_ids[start : start + self.block_size]))
-        return self._hashes[index]

@@ -1,14 +1,17 @@
 """What the sequences of a step see of the paged KV cache, as rows to gather, and where their own tokens go.
 
+A layer finds its KV in the blocks of its KV group, at its place there (see core/kv_groups).
+
 Shapes: T rows (tokens of the step), P planes, H KV heads, D head size, S tokens per block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from core.kv_groups import KVGroup
 from engine.batch import SequenceStep
 from engine.step_inputs import StepInputs, int_tensor
 
@@ -47,7 +50,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class View:
-    """What all layers of one window see of a step's sequences."""
+    """What all layers of one KV group see of a step's sequences."""
 
     groups: list[SingleGroup]
     chunks: list[Chunk]
@@ -61,28 +64,32 @@ class View:
 class PagedCache:
     """A rank's KV cache as rows. Runs on CPU and CUDA."""
 
-    def __init__(self, cache: Tensor) -> None:
-        """`cache`: [layers, blocks, P, H, S, D]."""
-        layers, blocks, self.num_planes, self.num_heads, self.block_size, self.head_dim = cache.shape
+    def __init__(self, cache: Tensor, groups: Sequence[KVGroup]) -> None:
+        """`cache`: [places, blocks, P, H, S, D]."""
+        places, blocks, self.num_planes, self.num_heads, self.block_size, self.head_dim = cache.shape
         self.device = cache.device
         self.block_bytes = cache[0, 0].nbytes  # of one layer
+        self.groups = groups
+        self.place_of = {  # (number of its group, place), by layer
+            layer: (number, place) for number, group in enumerate(groups) for place, layer in enumerate(group.layers)
+        }
         rows = blocks * self.num_planes * self.num_heads
-        self.head_blocks = cache.view(layers, rows, self.block_size * self.head_dim)
-        self.slots = cache.view(layers, rows * self.block_size, self.head_dim)
+        self.head_blocks = cache.view(places, rows, self.block_size * self.head_dim)
+        self.slots = cache.view(places, rows * self.block_size, self.head_dim)
 
-    def view(self, inputs: StepInputs, window: int | None) -> View:
-        """Blocks behind the window of every row of a sequence are never touched."""
-        groups = [self._single_group(group, first, window) for first, group in self._similar(inputs, window)]
+    def view(self, inputs: StepInputs, number: int) -> View:
+        """For the group of that number. Blocks behind the window of every row of a sequence are never touched."""
+        groups = [self._single_group(group, first, number) for first, group in self._similar(inputs, number)]
         chunks, first = [], inputs.num_single
         for sequence in inputs.sequences[inputs.num_single :]:
-            chunks.append(self._chunk(sequence, first, window))
+            chunks.append(self._chunk(sequence, first, number))
             first += len(sequence.token_ids)
         return View(groups, chunks)
 
-    def slot_rows(self, inputs: StepInputs) -> Tensor:
-        """Rows of `slots` [P, T * H] that take the step's tokens."""
+    def slot_rows(self, inputs: StepInputs, number: int) -> Tensor:
+        """Rows of `slots` [P, T * H] that take the step's tokens in the group of that number."""
         blocks = [
-            sequence.block_table[position // self.block_size]
+            sequence.block_tables[number].physical(position // self.block_size)
             for sequence in inputs.sequences
             for position in range(sequence.first_position, sequence.first_position + len(sequence.token_ids))
         ]
@@ -91,24 +98,24 @@ class PagedCache:
         rows = (int_tensor(blocks, self.device)[None, :, None] * self.num_planes + plane) * self.num_heads + head
         return (rows * self.block_size + (inputs.positions % self.block_size)[None, :, None]).flatten(1)
 
-    def _similar(self, inputs: StepInputs, window: int | None) -> list[tuple[int, list[SequenceStep]]]:
+    def _similar(self, inputs: StepInputs, number: int) -> list[tuple[int, list[SequenceStep]]]:
         """Splits the single-token sequences (sorted by length) where padding would double the work or memory."""
         limit = max(1, GATHER_BYTES // self.block_bytes)
         groups: list[tuple[int, list[SequenceStep]]] = []
         for row, sequence in enumerate(inputs.sequences[: inputs.num_single]):
-            blocks = len(self._blocks(sequence, window))
+            blocks = len(self._blocks(sequence, number))
             group = groups[-1][1] if groups else []
-            if group and blocks <= 2 * len(self._blocks(group[0], window)) + 2 and blocks * (len(group) + 1) <= limit:
+            if group and blocks <= 2 * len(self._blocks(group[0], number)) + 2 and blocks * (len(group) + 1) <= limit:
                 group.append(sequence)
             else:
                 groups.append((row, [sequence]))
         return groups
 
-    def _blocks(self, sequence: SequenceStep, window: int | None) -> range:
-        """Numbers of the sequence's blocks that hold what its rows see."""
+    def _blocks(self, sequence: SequenceStep, number: int) -> range:
+        """The sequence's logical blocks that hold what its rows see."""
         end = sequence.first_position + len(sequence.token_ids)
-        first = 0 if window is None else max(0, sequence.first_position - window + 1)
-        return range(first // self.block_size, -(-end // self.block_size))
+        first = self.groups[number].first_needed(sequence.first_position, self.block_size)
+        return range(first, -(-end // self.block_size))
 
     def _gather_rows(self, block_tables: Tensor) -> Tensor:
         """Rows of `head_blocks` in the order [P, sequences, H, blocks] for tables [sequences, blocks]."""
@@ -116,12 +123,12 @@ class PagedCache:
         head = torch.arange(self.num_heads, device=self.device).view(1, 1, -1, 1)
         return ((block_tables[None, :, None, :] * self.num_planes + plane) * self.num_heads + head).flatten()
 
-    def _single_group(self, group: list[SequenceStep], first: int, window: int | None) -> SingleGroup:
-        seen = [self._blocks(sequence, window) for sequence in group]
+    def _single_group(self, group: list[SequenceStep], first: int, number: int) -> SingleGroup:
+        window = self.groups[number].window
+        seen = [self._blocks(sequence, number) for sequence in group]
         num_blocks = max(map(len, seen))
         tables = [
-            _padded(s.block_table[blocks.start : blocks.stop], num_blocks)
-            for s, blocks in zip(group, seen, strict=True)
+            _padded(s.block_tables[number].between(blocks), num_blocks) for s, blocks in zip(group, seen, strict=True)
         ]
         offsets = [blocks.start * self.block_size for blocks in seen]
         ends = [sequence.first_position + 1 - offset for sequence, offset in zip(group, offsets, strict=True)]
@@ -131,40 +138,44 @@ class PagedCache:
         gather_rows = self._gather_rows(int_tensor(tables, self.device))
         return SingleGroup(first, len(group), gather_rows, hidden[:, None, None])
 
-    def _chunk(self, sequence: SequenceStep, first: int, window: int | None) -> Chunk:
+    def _chunk(self, sequence: SequenceStep, first: int, number: int) -> Chunk:
         count = len(sequence.token_ids)
         if sequence.first_position == 0:
             return Chunk(first, count, count, None)
-        blocks = self._blocks(sequence, window)
+        blocks = self._blocks(sequence, number)
         context = sequence.first_position + count - blocks.start * self.block_size
-        table = int_tensor([sequence.block_table[blocks.start : blocks.stop]], self.device)
+        table = int_tensor([sequence.block_tables[number].between(blocks)], self.device)
         return Chunk(first, count, context, self._gather_rows(table))
 
 
 class StepContext:
-    """The cache as one step uses it; what depends on a window is made when a layer with it comes."""
+    """The cache as one step uses it; what depends on a KV group is made when one of its layers comes."""
 
     def __init__(self, cache: PagedCache, inputs: StepInputs) -> None:
         self._cache = cache
         self._inputs = inputs
-        self._slot_rows = cache.slot_rows(inputs)
-        self._views: dict[int | None, View] = {}  # by window
+        self._slot_rows: dict[int, Tensor] = {}  # by number of the group
+        self._views: dict[int, View] = {}
 
     def write(self, layer: int, *planes: Tensor) -> None:
         """The step's tokens, [T, H, D] of each plane."""
-        for rows, plane in zip(self._slot_rows, planes, strict=True):
-            self._cache.slots[layer].index_copy_(0, rows, plane.reshape(-1, self._cache.head_dim))
+        number, place = self._cache.place_of[layer]
+        if number not in self._slot_rows:
+            self._slot_rows[number] = self._cache.slot_rows(self._inputs, number)
+        for rows, plane in zip(self._slot_rows[number], planes, strict=True):
+            self._cache.slots[place].index_copy_(0, rows, plane.reshape(-1, self._cache.head_dim))
 
-    def view(self, window: int | None) -> View:
-        """The same for every layer of that window."""
-        if window not in self._views:
-            self._views[window] = self._cache.view(self._inputs, window)
-        return self._views[window]
+    def view(self, layer: int) -> View:
+        """The same for every layer of a group."""
+        number, _ = self._cache.place_of[layer]
+        if number not in self._views:
+            self._views[number] = self._cache.view(self._inputs, number)
+        return self._views[number]
 
     def of_singles(self, layer: int, group: SingleGroup) -> Tensor:
         """The context of each sequence, [P, count, H, blocks * S, D]."""
         cache = self._cache
-        gathered = cache.head_blocks[layer].index_select(0, group.gather_rows)
+        gathered = self._gather(layer, group.gather_rows)
         return gathered.view(cache.num_planes, group.count, cache.num_heads, -1, cache.head_dim)
 
     def of_chunk(self, layer: int, chunk: Chunk, *planes: Tensor) -> list[Tensor]:
@@ -172,10 +183,13 @@ class StepContext:
         if chunk.gather_rows is None:
             return [plane[chunk.rows].transpose(0, 1) for plane in planes]
         cache = self._cache
-        gathered = cache.head_blocks[layer].index_select(0, chunk.gather_rows)
+        gathered = self._gather(layer, chunk.gather_rows)
         return list(gathered.view(cache.num_planes, cache.num_heads, -1, cache.head_dim)[:, :, : chunk.context])
 
+    def _gather(self, layer: int, rows: Tensor) -> Tensor:
+        _, place = self._cache.place_of[layer]
+        return self._cache.head_blocks[place].index_select(0, rows)
 
-def _padded(block_table: tuple[int, ...], num_blocks: int) -> list[int]:
-    table = list(block_table[:num_blocks])
-    return table + table[:1] * (num_blocks - len(table))
+
+def _padded(blocks: tuple[int, ...], num_blocks: int) -> list[int]:
+    return list(blocks + blocks[:1] * (num_blocks - len(blocks)))

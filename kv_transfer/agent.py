@@ -62,11 +62,11 @@ class TransferAgent:
     ) -> None:
         """`address` is the rank's RPC address and its name to peers.
 
-        `pool` is [layers, blocks, planes, heads, size, dim]. The agent owns `connectors`, in order of preference, and
+        `pool` is [places, blocks, planes, heads, size, dim]. The agent owns `connectors`, in order of preference, and
         closes them.
         """
         assert pool.is_contiguous()
-        assert (pool.shape[0], *pool.shape[2:4]) == (layout.num_layers, layout.num_planes, layout.heads_per_rank)
+        assert (pool.shape[0], *pool.shape[2:4]) == (layout.num_places, layout.num_planes, layout.heads_per_rank)
         assert tuple(pool.shape[4:]) == (layout.block_size, layout.head_dim)
         self.timeline = Timeline()
         self._identity = Identity(address, incarnation, compatibility, layout)
@@ -95,7 +95,7 @@ class TransferAgent:
         if self._is_closed:
             raise TransferFailed("the transfer agent is closed")
         require_exchangeable(self._identity.layout, order.source_layout)
-        transfer = Transfer(order.request_id, order.attempt, order.lease_id, started + order.due_s)
+        transfer = Transfer(order.request_id, order.attempt, order.lease_id, started + order.due_s, order.group)
         slabs = self._slabs_by_source(order)
         parts = [asyncio.create_task(self._fetch_from(address, transfer, slabs[address])) for address in slabs]
         self._running.update(parts)
@@ -198,8 +198,16 @@ class TransferAgent:
             if address == self._identity.address:
                 continue
             headers = tuple(
-                SlabHeader(0, transfer.request_id, transfer.attempt, s.copy.source, transfer.lease_id, s.logical_blocks)
-                for s in of_peer
+                SlabHeader(
+                    0,
+                    transfer.request_id,
+                    transfer.attempt,
+                    slab.copy.source,
+                    transfer.lease_id,
+                    slab.logical_blocks,
+                    transfer.group,
+                )
+                for slab in of_peer
             )
             asked = within(
                 self._config.control_timeout_s, address, self._control.digest(address, DigestBlocks(headers))

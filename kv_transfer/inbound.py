@@ -129,6 +129,7 @@ class Inbound:
                 slab.copy.source,
                 fetch.transfer.lease_id,
                 slab.logical_blocks,
+                fetch.transfer.group,
             )
             for index, (fetch, slab) in enumerate(wanted)
         )

@@ -10,11 +10,13 @@ A lease is a count of promised blocks; blocks are bound, logical to physical, wh
 Every method that takes a message raises StaleMessage when its lease, attempt or request is over.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
 
 from core.errors import InvalidParameter, StaleMessage
+from core.kv_groups import KVGroup, LogicalBlock
 from core.messages.to_decode import Announce, Commit
 from kv_transfer.tombstones import Tombstones
 
@@ -45,25 +47,33 @@ class Lease:
     request_id: str
     attempt: int
     lease_id: int
-    first_missing_block: int
-    num_blocks: int
-    num_layers: int
+    missing: tuple[range, ...]  # logical blocks that shall come, by KV group
+    group_sizes: tuple[int, ...]  # layers, by KV group
     expires_at: float
     state: LeaseState = LeaseState.OPEN
-    bound: dict[int, int] = field(default_factory=dict)  # logical -> physical
-    arrived_layers: dict[int, set[int]] = field(default_factory=dict)  # by logical block
+    bound: dict[LogicalBlock, int] = field(default_factory=dict)  # logical -> physical
+    arrived_layers: dict[LogicalBlock, set[int]] = field(default_factory=dict)
     announced: dict[int, Announce] = field(default_factory=dict)  # by number
     in_flight: set[int] = field(default_factory=set)  # numbers of announcements being fetched
     commit: Commit | None = None
 
     @property
+    def num_missing(self) -> int:
+        """Blocks that shall come."""
+        return sum(map(len, self.missing))
+
+    @property
     def num_unbound(self) -> int:
         """Promised blocks that are not bound yet."""
-        return self.num_blocks - self.first_missing_block - len(self.bound)
+        return 0 if self.state is LeaseState.COMPLETE else self.num_missing - len(self.bound)
 
-    def has_all_layers(self, block: int) -> bool:
+    def has_all_layers(self, block: LogicalBlock) -> bool:
         """Whether every layer of a logical block is in place."""
-        return len(self.arrived_layers.get(block, ())) == self.num_layers
+        return len(self.arrived_layers.get(block, ())) == self.group_sizes[block[0]]
+
+    def is_whole(self) -> bool:
+        """Whether every layer of every missing block is in place."""
+        return all(self.has_all_layers((group, block)) for group, blocks in enumerate(self.missing) for block in blocks)
 
     def to(self, state: LeaseState) -> None:
         """The one door to another state."""
@@ -72,21 +82,20 @@ class Lease:
 
     def validate(self) -> None:
         """Raises AssertionError when the books contradict each other."""
-        missing = range(self.first_missing_block, self.num_blocks)
-        assert all(block in missing for block in self.bound)
+        assert all(block in self.missing[group] for group, block in self.bound)
         assert len(set(self.bound.values())) == len(self.bound), "one physical block bound twice"
         assert self.in_flight <= self.announced.keys()
         if self.state in (LeaseState.OPEN, LeaseState.RECEIVING):
             assert self.commit is None
         if self.state is LeaseState.COMPLETE:
-            assert not self.in_flight and all(self.has_all_layers(block) for block in missing)
+            assert not self.in_flight and self.is_whole()
 
 
 class LeaseBook:
     """All live leases of a decode replica, at most one per request."""
 
-    def __init__(self, num_layers: int, ttl_s: float) -> None:
-        self._num_layers = num_layers
+    def __init__(self, groups: Sequence[KVGroup], ttl_s: float) -> None:
+        self._group_sizes = tuple(len(group.layers) for group in groups)
         self._ttl_s = ttl_s
         self._leases: dict[str, Lease] = {}
         self._tombstones = Tombstones()
@@ -106,17 +115,19 @@ class LeaseBook:
         if lease is not None and attempt < lease.attempt:
             raise StaleMessage(f"attempt {attempt} of request {request_id} is behind {lease.attempt}")
 
-    def open(self, request_id: str, attempt: int, first_missing_block: int, num_blocks: int, now: float) -> Lease:
-        """A new lease. The caller has ended the request's earlier attempt and holds the promise of the blocks."""
+    def open(self, request_id: str, attempt: int, missing: tuple[range, ...], now: float) -> Lease:
+        """A new lease for these logical blocks, by KV group.
+
+        The caller has ended the request's earlier attempt and holds the promise of the blocks.
+        """
         self.refuse_stale(request_id, attempt)
         assert request_id not in self._leases, "end the earlier attempt first"
         lease = Lease(
             request_id,
             attempt,
             next(self._next_id),
-            first_missing_block,
-            num_blocks,
-            self._num_layers,
+            missing,
+            self._group_sizes,
             expires_at=now + self._ttl_s,
         )
         self._leases[request_id] = lease
@@ -127,43 +138,49 @@ class LeaseBook:
         lease = self._current(message.request_id, message.attempt, message.lease_id)
         if message.number in lease.announced:
             return None
+        if not 0 <= message.group < len(lease.missing):
+            raise InvalidParameter(f"KV group {message.group} of {len(lease.missing)}", field="group")
+        missing, size = lease.missing[message.group], self._group_sizes[message.group]
         last = message.first_block + len(message.source_blocks)
-        if not lease.first_missing_block <= message.first_block < last <= lease.num_blocks:
+        if not missing.start <= message.first_block < last <= missing.stop:
             raise InvalidParameter(
-                f"blocks [{message.first_block}, {last}) are outside of the lease's "
-                f"[{lease.first_missing_block}, {lease.num_blocks})",
+                f"blocks [{message.first_block}, {last}) are outside of the lease's [{missing.start}, {missing.stop})",
                 field="first_block",
             )
-        if not 0 <= message.first_layer < message.first_layer + message.num_layers <= self._num_layers:
-            raise InvalidParameter(f"layers beyond the model's {self._num_layers}", field="first_layer")
+        if not 0 <= message.first_layer < message.first_layer + message.num_layers <= size:
+            raise InvalidParameter(f"layers beyond the {size} of KV group {message.group}", field="first_layer")
         if lease.state is LeaseState.OPEN:
             lease.to(LeaseState.RECEIVING)
         lease.announced[message.number] = message
         lease.in_flight.add(message.number)
         return lease
 
-    def bind(self, lease: Lease, blocks: range, physical: list[int]) -> None:
+    def bind(self, lease: Lease, blocks: Sequence[LogicalBlock], physical: Sequence[int]) -> None:
         """Gives logical blocks their physical ones."""
         for block, target in zip(blocks, physical, strict=True):
             assert block not in lease.bound
             lease.bound[block] = target
 
+    def pass_on(self, lease: Lease) -> None:
+        """The blocks of a complete lease are its sequence's from here on."""
+        assert lease.state is LeaseState.COMPLETE
+        lease.bound.clear()
+
     def complete_here(self, lease: Lease) -> None:
         """Decode prefills by itself: nothing will be announced."""
-        assert lease.first_missing_block == lease.num_blocks
+        assert not lease.num_missing
         lease.to(LeaseState.COMPLETE)
 
-    def fetched(self, lease: Lease, number: int) -> list[int]:
+    def fetched(self, lease: Lease, number: int) -> list[LogicalBlock]:
         """All bytes of an announcement are in place; returns the logical blocks that this completed."""
         message = lease.announced[number]
         lease.in_flight.discard(number)
         layers = range(message.first_layer, message.first_layer + message.num_layers)
         completed = []
-        for block in range(message.first_block, message.first_block + len(message.source_blocks)):
-            arrived = lease.arrived_layers.setdefault(block, set())
-            was_complete = len(arrived) == self._num_layers
-            arrived.update(layers)
-            if len(arrived) == self._num_layers and not was_complete:
+        for block in announced_blocks(message):
+            was_complete = lease.has_all_layers(block)
+            lease.arrived_layers.setdefault(block, set()).update(layers)
+            if lease.has_all_layers(block) and not was_complete:
                 completed.append(block)
         self._complete_if_whole(lease)
         return completed
@@ -217,6 +234,11 @@ class LeaseBook:
         if lease.state is not LeaseState.COMMITTED or lease.in_flight:
             return
         assert lease.commit is not None
-        missing = range(lease.first_missing_block, lease.num_blocks)
-        if len(lease.announced) == lease.commit.num_announcements and all(map(lease.has_all_layers, missing)):
+        if len(lease.announced) == lease.commit.num_announcements and lease.is_whole():
             lease.to(LeaseState.COMPLETE)
+
+
+def announced_blocks(message: Announce) -> list[LogicalBlock]:
+    """The logical blocks of an announcement, in order."""
+    first, number = message.first_block, len(message.source_blocks)
+    return [(message.group, block) for block in range(first, first + number)]

@@ -16,12 +16,15 @@ from core.kv_layout import DTYPE_BYTES, KVLayout
 from core.messages.to_rank import Copy, Span
 from kv_transfer.pieces import Pieces, match_pieces
 
-_MUST_MATCH = ("num_layers", "num_kv_heads", "head_dim", "latent", "dtype")
+_MUST_MATCH = ("num_layers", "num_kv_heads", "head_dim", "latent", "dtype", "groups")
 
 
 @dataclass(frozen=True)
 class Move:
-    """Layers of some blocks, from one replica to another. Block ids are physical and the same in all its ranks."""
+    """Layers of some blocks of one KV group, from one replica to another.
+
+    Layers are places in the blocks; block ids are physical and the same in all ranks of a replica.
+    """
 
     source: KVLayout
     destination: KVLayout
@@ -85,7 +88,7 @@ def plan_copies(move: Move, destination_rank: int) -> tuple[Copy, ...]:
     source, destination = move.source, move.destination
     require_exchangeable(source, destination)
     first_layer, num_layers = move.layers.start, len(move.layers)
-    assert first_layer >= 0 and first_layer + num_layers <= source.num_layers
+    assert first_layer >= 0 and first_layer + num_layers <= source.num_places
     pieces = move.pieces()
     copies = []
     wanted = destination.heads_of_rank(destination_rank)

@@ -10,6 +10,7 @@ later than any deadline that decode has for its fetches.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from core.kv_groups import LogicalBlock
 from core.messages.to_rank import SlabHeader
 from kv_transfer.tombstones import Tombstones
 
@@ -31,7 +32,7 @@ _LEGAL = {
 
 @dataclass
 class Shared:
-    """One logical block that decode may read: where it lies, and the layers that are final."""
+    """One logical block that decode may read: where it lies, and the places of layers that are final."""
 
     physical: int
     layers: set[int] = field(default_factory=set)
@@ -39,14 +40,14 @@ class Shared:
 
 @dataclass
 class Share:
-    """The blocks of one attempt that decode may read, by logical number, in order of announcement."""
+    """The blocks of one attempt that decode may read, in order of announcement."""
 
     request_id: str
     attempt: int
     lease_id: int
     expires_at: float
     state: ShareState = ShareState.SHARING
-    readable: dict[int, Shared] = field(default_factory=dict)
+    readable: dict[LogicalBlock, Shared] = field(default_factory=dict)
     num_announcements: int = 0
 
     def to(self, state: ShareState) -> None:
@@ -83,11 +84,11 @@ class ShareBook:
         self._tombstones.bury(request_id, attempt, now)
 
     def announce(
-        self, share: Share, first_block: int, physical: list[int], layers: range, now: float
+        self, share: Share, group: int, first_block: int, physical: list[int], layers: range, now: float
     ) -> tuple[int, list[int]]:
         """Layers of logical blocks become readable; returns the announcement's number and what gains a reader.
 
-        Both are physical: `physical` lie where the logical blocks from `first_block` on do.
+        `physical` and the latter are physical blocks, those where the group's logical ones from `first_block` on lie.
         """
         assert share.state is ShareState.SHARING
         number = share.num_announcements
@@ -95,9 +96,9 @@ class ShareBook:
         share.expires_at = now + self._ttl_s
         fresh = []
         for logical, block in enumerate(physical, first_block):
-            shared = share.readable.get(logical)
+            shared = share.readable.get((group, logical))
             if shared is None:
-                shared = share.readable[logical] = Shared(block)
+                shared = share.readable[group, logical] = Shared(block)
                 fresh.append(block)
             assert shared.physical == block, "a shared block does not move"
             shared.layers.update(layers)
@@ -120,8 +121,8 @@ class ShareBook:
     def may_read(self, header: SlabHeader) -> bool:
         """Whether a slab is what its lease was promised.
 
-        That is: these layers of these logical blocks were announced under this very attempt, they are not yet released,
-        and they lie where the slab says.
+        That is: these layers of these logical blocks of this KV group were announced under this very attempt, they are
+        not yet released, and they lie where the slab says.
         """
         share = self._shares.get((header.request_id, header.attempt))
         if share is None or share.lease_id != header.lease_id:
@@ -129,7 +130,7 @@ class ShareBook:
         span = header.source
         layers = set(range(span.first_layer, span.first_layer + span.num_layers))
         blocks = span.physical_blocks(self._block_size)
-        found = [share.readable.get(logical) for logical in header.logical_blocks]
+        found = [share.readable.get((header.group, logical)) for logical in header.logical_blocks]
         return len(found) == len(blocks) and all(
             shared is not None and shared.physical == block and layers <= shared.layers
             for shared, block in zip(found, blocks, strict=True)

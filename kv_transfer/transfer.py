@@ -19,6 +19,7 @@ class Transfer:
     attempt: int
     lease_id: int = 0
     due: float = 0.0  # on the event loop's monotonic clock
+    group: int = 0  # of KV
     landing: Landing = field(default_factory=Landing)
 
     async def come_to_rest(self) -> None:

@@ -4,6 +4,7 @@ Prefill -> job --step--> Announce ... --last chunk--> Commit (or Abandon: over w
                --cancelled--> Abandon                 blocks stay readable until Release or expiry
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core.messages.fleet import ReplicaInfo
@@ -48,19 +49,16 @@ class Deliveries:
     def next_step(self, now: float) -> tuple[PrefillStep | None, list[Outgoing]]:
         """The next step; what newly started requests found cached is announced with it."""
         step = self._scheduler.schedule(now)
-        outgoing = []
-        for job in self._scheduler.take_newly_started():
-            cached = range(job.num_announced_at_start, job.sequence.num_cached // job.sequence.block_size)
-            if cached and not job.cancelled:
-                outgoing.append(self._announce(job, cached, 0, self._info.layout.num_layers, now))
+        outgoing: list[Outgoing] = []
+        for job, cached in self._scheduler.take_newly_started():
+            outgoing += self._announce(job, cached, range(self._info.layout.num_layers), now)
         return step, outgoing
 
     def layers_done(self, step: PrefillStep, first_layer: int, num_layers: int, now: float) -> list[Outgoing]:
         """Announces the blocks that this step makes final, for these layers."""
+        layers = range(first_layer, first_layer + num_layers)
         return [
-            self._announce(chunk.job, chunk.announce, first_layer, num_layers, now)
-            for chunk in step.chunks
-            if chunk.announce and not chunk.job.cancelled
+            outgoing for chunk in step.chunks for outgoing in self._announce(chunk.job, chunk.announce, layers, now)
         ]
 
     def step_done(self, step: PrefillStep, result: StepResult, now: float) -> list[tuple[Prefilled, Outgoing]]:
@@ -99,20 +97,27 @@ class Deliveries:
         self._pool.validate()
         assert len(self._shares) == len(self._open)
 
-    def _announce(self, job: PrefillJob, blocks: range, first_layer: int, num_layers: int, now: float) -> Outgoing:
-        physical = job.sequence.blocks[blocks.start : blocks.stop]
-        layers = range(first_layer, first_layer + num_layers)
-        number, fresh = self._shares.announce(self._open[job.key], blocks.start, physical, layers, now)
+    def _announce(self, job: PrefillJob, blocks: tuple[range, ...], layers: range, now: float) -> Iterator[Outgoing]:
+        """These layers of these logical blocks, by KV group: one message for each group that has any."""
+        for number, (group, logical) in enumerate(zip(self._info.layout.kv_groups, blocks, strict=True)):
+            places = group.places(layers)
+            if places and logical and not job.cancelled:
+                yield self._announce_group(job, number, logical, places, now)
+
+    def _announce_group(self, job: PrefillJob, group: int, blocks: range, places: range, now: float) -> Outgoing:
+        physical = job.sequence.groups[group].physical(blocks)
+        number, fresh = self._shares.announce(self._open[job.key], group, blocks.start, physical, places, now)
         self._pool.begin_read(fresh)
         announce = Announce(
             *job.key,
             lease_id=job.message.ticket.lease_id,
             number=number,
             source=self._info,
-            first_layer=first_layer,
-            num_layers=num_layers,
+            first_layer=places.start,
+            num_layers=len(places),
             first_block=blocks.start,
             source_blocks=tuple(physical),
+            group=group,
         )
         return Outgoing(job, announce)
 

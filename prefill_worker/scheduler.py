@@ -1,7 +1,8 @@
 """Which prompt chunks the next step computes, and which blocks it completes. Pure.
 
 Requests are served first come, first served (the global scheduler has ordered them); one step packs chunks of several
-requests up to the token budget. All blocks of a prompt are allocated when it starts, so a started prompt never stalls.
+requests up to the token budget. All blocks of a prompt are allocated or promised when it starts, so a started prompt
+does not stall; it waits where others still hold what fell behind its window, and they are behind it themselves.
 """
 
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from core.errors import Overloaded, PromptTooLong
+from core.kv_layout import KVLayout
 from core.messages.to_prefill import Prefill
 from core.sampling import TokenLogprobs
 from engine.batch import StepBatch, StepResult
@@ -24,8 +26,7 @@ class PrefillJob:
     sequence: ActiveSequence
     arrived_at: float
     started_at: float = 0.0
-    num_announced: int = 0  # logical blocks announced or known to decode
-    num_announced_at_start: int = 0  # before what this replica found cached
+    num_announced: list[int] = field(default_factory=list)  # logical blocks announced or not wanted, by KV group
     cancelled: bool = False
 
     @property
@@ -33,24 +34,24 @@ class PrefillJob:
         """(request id, attempt)."""
         return self.message.request_id, self.message.attempt
 
-    def take_announceable(self, num_computed: int) -> range:
-        """Logical blocks that become final once `num_computed` tokens are; they are announced once."""
+    def take_announceable(self, num_computed: int) -> tuple[range, ...]:
+        """Logical blocks, by KV group, that become final once `num_computed` tokens are; they are announced once."""
         is_whole = num_computed >= self.sequence.num_prompt
         block_size = self.sequence.block_size
         end = -(-num_computed // block_size) if is_whole else num_computed // block_size
-        blocks = range(self.num_announced, max(end, self.num_announced))
-        self.num_announced = blocks.stop
+        blocks = tuple(range(first, max(end, first)) for first in self.num_announced)
+        self.num_announced = [taken.stop for taken in blocks]
         return blocks
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One job's share of a step; `announce` are the logical blocks that it makes final."""
+    """One job's share of a step; `announce` are the logical blocks that it makes final, by KV group."""
 
     job: PrefillJob
     num_tokens: int
     written: tuple[int, ...]  # physical
-    announce: range
+    announce: tuple[range, ...]
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class PrefillScheduler:
     """Owns waiting and running jobs of one prefill replica."""
 
     pool: BlockPool
-    block_size: int
+    layout: KVLayout
     max_num_seqs: int
     max_num_batched_tokens: int
     queue_limit: int
     waiting: deque[PrefillJob] = field(default_factory=deque)
     running: list[PrefillJob] = field(default_factory=list)
-    newly_started: list[PrefillJob] = field(default_factory=list)
+    newly_started: list[tuple[PrefillJob, tuple[range, ...]]] = field(default_factory=list)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -96,13 +97,14 @@ class PrefillScheduler:
 
     def add(self, message: Prefill, now: float) -> PrefillJob:
         """Queues a request. Raises PromptTooLong when it can never fit, Overloaded when the queue is full."""
-        sequence = ActiveSequence(self.pool, self.block_size, message.sequence)
-        if sequence.num_blocks_to_hold(sequence.num_prompt) > self.pool.num_blocks:
-            limit = self.pool.num_blocks * self.block_size
+        sequence = ActiveSequence(self.pool, self.layout, message.sequence)
+        num_blocks, at_once = self.pool.num_blocks, self.max_num_batched_tokens
+        if self.layout.num_blocks_held(sequence.num_prompt, at_once) > num_blocks:
+            limit = self.layout.longest_within(num_blocks, at_once, sequence.num_prompt)
             raise PromptTooLong(f"the prompt has {sequence.num_prompt} tokens, this replica's KV cache holds {limit}")
         if len(self.waiting) >= self.queue_limit:
             raise Overloaded(f"{self.queue_limit} requests wait on this prefill replica", retry_after_s=1.0)
-        job = PrefillJob(message, sequence, arrived_at=now, num_announced=message.ticket.first_missing_block)
+        job = PrefillJob(message, sequence, now, num_announced=[blocks.start for blocks in message.ticket.missing])
         self.waiting.append(job)
         return job
 
@@ -114,8 +116,8 @@ class PrefillScheduler:
             job.cancelled = True
         return dropped
 
-    def take_newly_started(self) -> list[PrefillJob]:
-        """Jobs that got their blocks since the last call: what they found cached can be announced at once."""
+    def take_newly_started(self) -> list[tuple[PrefillJob, tuple[range, ...]]]:
+        """Jobs that got their blocks since the last call, and those that they found cached, which are final."""
         started, self.newly_started = self.newly_started, []
         return started
 
@@ -128,8 +130,11 @@ class PrefillScheduler:
             num_tokens = min(job.sequence.num_uncomputed, budget)
             if num_tokens == 0:
                 break
+            try:
+                chunks.append(self._chunk(job, num_tokens))
+            except OutOfBlocks:
+                continue  # until others give back what fell behind its window
             budget -= num_tokens
-            chunks.append(self._chunk(job, num_tokens))
         if not chunks:
             return None
         batch = StepBatch(tuple(chunk.job.sequence.next_step(chunk.num_tokens) for chunk in chunks))
@@ -161,19 +166,18 @@ class PrefillScheduler:
         while self.waiting and len(self.running) < self.max_num_seqs:
             job = self.waiting[0]
             try:
-                job.sequence.acquire_prefix(keep_last=True)
-                job.sequence.grow(job.sequence.num_prompt)
+                job.sequence.acquire_prefix()
+                job.sequence.reserve(self.max_num_batched_tokens)
             except OutOfBlocks:
                 job.sequence.release()
                 return
             self.waiting.popleft()
             job.started_at = now
-            job.num_announced_at_start = job.num_announced
-            job.num_announced = max(job.num_announced, job.sequence.num_cached // self.block_size)
             self.running.append(job)
-            self.newly_started.append(job)
+            self.newly_started.append((job, job.take_announceable(job.sequence.num_computed)))
 
     def _chunk(self, job: PrefillJob, num_tokens: int) -> Chunk:
+        job.sequence.grow(job.sequence.num_computed + num_tokens)
         written = tuple(job.sequence.blocks_written_by(num_tokens))
         self.pool.begin_write(written)
         announce = job.take_announceable(job.sequence.num_computed + num_tokens)

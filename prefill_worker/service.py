@@ -47,12 +47,12 @@ class PrefillService:
         self._config = context.spec.transfer
         self._scheduler = PrefillScheduler(
             context.block_pool,
-            context.spec.block_size,
+            context.info.layout,
             pool.max_num_seqs,
             pool.max_num_batched_tokens,
             pool.queue_limit,
         )
-        shares = ShareBook(context.spec.block_size, self._config.rest_timeout_s)
+        shares = ShareBook(context.info.layout.block_size, self._config.rest_timeout_s)
         self._deliveries = Deliveries(context.info, context.block_pool, self._scheduler, shares)
         self._loop = StepLoop(context.engine, self, context.agent.timeline)
         self._fetcher = Fetcher(context)

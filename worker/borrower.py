@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from itertools import islice
 from typing import Any
 
 from core.block_hash import BlockHash
 from core.errors import BatonError
+from core.kv_groups import chain_key, deepest_prefix
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_decode import Sequence
-from core.messages.to_lender import Borrow, GiveBack, Lent
+from core.messages.to_lender import Borrow, GiveBack, LentBlocks
 from core.messages.to_rank import Fetched
 from engine.block_pool import OutOfBlocks
 from rpc import methods
@@ -36,8 +38,8 @@ class Borrower:
 
         `name` is unique among the requests and attempts of the fleet. The result is the transfer, if this call made it.
         """
-        pool, hashes = self._context.block_pool, sequence.block_hashes
-        num_here = len(pool.match(hashes))
+        hashes, layout = sequence.block_hashes, self._context.info.layout
+        num_here = deepest_prefix(layout.reaches, hashes, self._context.block_pool.__contains__)
         if num_here == len(hashes):
             return None
         first = hashes[num_here]
@@ -59,31 +61,63 @@ class Borrower:
         borrow = Borrow(loan_id, sequence.block_hashes[num_here:], num_here)
         try:
             lent = await client.call(source.address, methods.BORROW, borrow, timeout_s)
-            return await self._bring(loan_id, sequence, num_here, lent, due_s) if lent.source_blocks else None
+            groups = lent.groups or (LentBlocks(0, num_here, lent.source_blocks),)
+            return await self._bring(loan_id, sequence, lent.source, groups, due_s) if lent.source_blocks else None
         except (BatonError, OutOfBlocks) as error:
             logger.info("%s lends nothing for %s: %s", source.replica_id, loan_id, error)
             return None
         finally:
             self._spawn(self._give_back(loan_id, source))
 
-    async def _bring(self, loan_id: str, sequence: Sequence, first_block: int, lent: Lent, due_s: float) -> Fetched:
+    async def _bring(
+        self, loan_id: str, sequence: Sequence, source: ReplicaInfo, lent: tuple[LentBlocks, ...], due_s: float
+    ) -> Fetched:
         """Raises BatonError, and OutOfBlocks when there is no room; blocks that came can be found by content."""
-        pool, num_layers = self._context.block_pool, self._context.info.layout.num_layers
-        blocks = pool.allocate(len(lent.source_blocks))
+        pool, groups = self._context.block_pool, self._context.info.layout.kv_groups
+        blocks = pool.allocate(sum(len(of_group.source_blocks) for of_group in lent))
         pool.begin_write(blocks)
         try:
-            order = BlockOrder(
-                loan_id, 0, 0, lent.source, 0, num_layers, first_block, lent.source_blocks, tuple(blocks), due_s
+            places = iter(blocks)
+            taken = [(of_group, tuple(islice(places, len(of_group.source_blocks)))) for of_group in lent]
+            fetched = await self._fetch_all(
+                BlockOrder(
+                    loan_id,
+                    0,
+                    0,
+                    source,
+                    0,
+                    len(groups[of_group.group].layers),
+                    of_group.first_block,
+                    of_group.source_blocks,
+                    filled,
+                    due_s,
+                    of_group.group,
+                )
+                for of_group, filled in taken
             )
-            fetched = await self._fetcher.fetch(order)
-            for number, block in enumerate(blocks, first_block):
-                parent = sequence.block_hashes[number - 1] if number else None
-                pool.register(block, sequence.block_hashes[number], parent)
+            for of_group, filled in taken:
+                for number, block in enumerate(filled, of_group.first_block):
+                    key = chain_key(sequence.block_hashes, of_group.group, groups[of_group.group], number)
+                    pool.register(block, *key)
         finally:
             pool.end_write(blocks)
             pool.disown(blocks)
-        logger.info("%d blocks of %s came from %s", len(blocks), loan_id, lent.source.replica_id)
+        logger.info("%d blocks of %s came from %s", len(blocks), loan_id, source.replica_id)
         return fetched
+
+    async def _fetch_all(self, orders: Iterable[BlockOrder]) -> Fetched:
+        """All at a time; returns or raises when none of them writes any more."""
+        results = await asyncio.gather(*map(self._fetcher.fetch, orders), return_exceptions=True)
+        total = Fetched(0, 0.0)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            total = Fetched(
+                total.num_bytes + result.num_bytes,
+                max(total.seconds, result.seconds),
+                total.num_digests + result.num_digests,
+            )
+        return total
 
     async def _give_back(self, loan_id: str, source: ReplicaInfo) -> None:
         try:

@@ -14,7 +14,10 @@ from worker.rank_context import RankContext
 
 @dataclass(frozen=True)
 class BlockOrder:
-    """Layers of some blocks, from a source that lets this name and attempt read them. Blocks are physical."""
+    """Layers of some blocks of one KV group, from a source that lets this name and attempt read them.
+
+    Layers are places in these blocks; blocks are physical.
+    """
 
     name: str  # of the request, or of the loan
     attempt: int
@@ -26,6 +29,7 @@ class BlockOrder:
     source_blocks: tuple[int, ...]
     destination_blocks: tuple[int, ...]
     due_s: float
+    group: int = 0
 
 
 class Fetcher:
@@ -56,6 +60,7 @@ class Fetcher:
             order.first_block,
             order.source_blocks,
             order.due_s,
+            order.group,
         )
         fetched = await self._on_all_ranks(fetch, [stage.from_source for stage in stages])
         if not any(stage.from_siblings for stage in stages):

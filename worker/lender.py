@@ -3,8 +3,10 @@
 Borrow --cached blocks gain a reader--> lent --GiveBack, or expiry--> they lose it
 """
 
+from core.block_hash import in_group
+from core.kv_groups import deepest_prefix
 from core.messages.fleet import ReplicaInfo
-from core.messages.to_lender import Borrow, Lent
+from core.messages.to_lender import Borrow, Lent, LentBlocks
 from core.messages.to_rank import SlabHeader
 from engine.block_pool import BlockPool, OutOfBlocks
 from kv_transfer.share_book import ShareBook
@@ -30,16 +32,15 @@ class Lender:
         if known is not None:
             return known
         self._shares.refuse_stale(message.loan_id, _ATTEMPT)
+        groups = self._cached(message)
+        blocks = [block for group in groups for block in group.source_blocks]
         try:
-            blocks = self._pool.acquire_cached(message.block_hashes)
+            self._pool.own(blocks)
         except OutOfBlocks:  # leases have first claim on them
-            blocks = []
-        lent = Lent(self._info, tuple(blocks))
+            groups, blocks = [], []
+        lent = Lent(self._info, groups[0].source_blocks if groups else (), tuple(groups))
         if blocks:
-            share = self._shares.open(message.loan_id, _ATTEMPT, _LEASE, now)
-            layers = range(self._info.layout.num_layers)
-            _, fresh = self._shares.announce(share, message.first_block, blocks, layers, now)
-            self._pool.begin_read(fresh)
+            self._share(message.loan_id, groups, now)
             self._pool.disown(blocks)
             self._lent[message.loan_id] = lent
         return lent
@@ -63,3 +64,21 @@ class Lender:
     def validate(self) -> None:
         """Raises AssertionError when the books contradict each other."""
         assert len(self._shares) == len(self._lent)
+
+    def _cached(self, message: Borrow) -> list[LentBlocks]:
+        """What is cached of the deepest prefix that one can go on behind, by KV group."""
+        layout, hashes = self._info.layout, message.block_hashes
+        depth = deepest_prefix(layout.reaches, hashes, self._pool.__contains__)
+        end, found = message.first_block + depth, []
+        for number, group in enumerate(layout.kv_groups):
+            first = max(message.first_block, group.first_needed(end * layout.block_size, layout.block_size))
+            keys = [in_group(block_hash, number) for block_hash in hashes[first - message.first_block : depth]]
+            found.append(LentBlocks(number, first, tuple(self._pool.match(keys))))
+        return [lent for lent in found if lent.source_blocks]
+
+    def _share(self, loan_id: str, groups: list[LentBlocks], now: float) -> None:
+        share = self._shares.open(loan_id, _ATTEMPT, _LEASE, now)
+        for lent in groups:
+            places = range(len(self._info.layout.kv_groups[lent.group].layers))
+            _, fresh = self._shares.announce(share, lent.group, lent.first_block, [*lent.source_blocks], places, now)
+            self._pool.begin_read(fresh)

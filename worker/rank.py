@@ -204,7 +204,8 @@ class Rank:
 
 def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> ReplicaInfo:
     model, layout, num_blocks = loaded.spec, loaded.runner.layout, loaded.runner.num_blocks
-    limits = [model.max_model_len, num_blocks * spec.block_size]
+    longest = layout.longest_within(num_blocks, spec.pool.max_num_batched_tokens, model.max_model_len)
+    limits = [longest]
     if spec.model.max_model_len is not None:
         limits.append(spec.model.max_model_len)
     return ReplicaInfo(

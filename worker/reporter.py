@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from core.block_hash import BlockHash
+from core.block_hash import BlockKey
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import ReplicaStatus, Report, Watch
 from engine.block_pool import BlockPool
@@ -16,8 +16,8 @@ QUIET_INTERVAL_S = 0.5  # between reports when nothing changed
 
 @dataclass
 class _Watcher:
-    stored: set[BlockHash] = field(default_factory=set)
-    removed: set[BlockHash] = field(default_factory=set)
+    stored: set[BlockKey] = field(default_factory=set)
+    removed: set[BlockKey] = field(default_factory=set)
 
 
 class Reporter:

@@ -72,7 +72,7 @@ def size_rank(
 
 def largest_channel_bytes(transfer: TransferConfig, layout: KVLayout, device: Device) -> int:
     """One end of one channel; of a transport that is chosen per pair of ranks, the largest that may be."""
-    cell_bytes = layout.block_bytes_per_rank // layout.num_layers
+    cell_bytes = layout.block_bytes_per_rank // layout.num_places
     slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)  # one layer of one block is never cut
     kinds = offered_kinds(transfer.channel, device)
     return max((channel_bytes(kind, slab_bytes) for kind in kinds), default=0)

@@ -76,7 +76,7 @@ class Admission:
         if is_new or report.snapshot:
             self.index.remove_replica(replica_id)
         self.index.remove(replica_id, report.removed)
-        self.index.store(replica_id, report.stored)
+        self.index.store(replica_id, report.stored, report.info.layout.reaches)
 
     def replica_lost(self, replica_id: str) -> None:
         """Its process cannot be reached, or it deregistered; its reservations are moot."""

@@ -88,7 +88,7 @@ class DecisionMaker:
 
     def _has_room(self, request: Reserve, decode: ReplicaView) -> bool:
         # Cached blocks count, too: nobody may hold them yet, and taking them makes them no longer free.
-        needed = decode.info.layout.num_blocks_for(request.num_tokens + 1)
+        needed = decode.info.layout.num_blocks_held(request.num_tokens + 1, num_at_once=1)
         reserve = (1 - self._config.max_decode_kv_usage) * decode.info.num_blocks
         is_empty = decode.num_decode_requests == 0
         fits = decode.num_free_blocks - needed >= (0 if is_empty else reserve)
@@ -161,7 +161,8 @@ class DecisionMaker:
         num_saved = alone.num_uncached_tokens - num_uncached
         if num_saved < self._config.pull_min_tokens:
             return alone
-        num_bytes = (depth - held) * layout.block_bytes_per_rank * layout.tensor_parallel
+        num_blocks = layout.num_blocks_missing(held, depth * layout.block_size)
+        num_bytes = num_blocks * layout.block_bytes_per_rank * layout.tensor_parallel
         bytes_per_s = taker.bytes_per_s_from(lender.info.replica_id) or LINK_BYTES_PER_S
         pull_s = 2 * LINK_LATENCY_S + num_bytes / bytes_per_s
         return _Pull(lender, pull_s, num_uncached) if pull_s < num_saved / taker.prefill_tokens_per_s else alone
@@ -184,12 +185,13 @@ class DecisionMaker:
 
     @staticmethod
     def _decode_blocks(request: Reserve, decode: ReplicaView, cached: dict[str, int]) -> int:
-        return decode.info.layout.num_blocks_for(request.num_tokens) - cached.get(decode.info.replica_id, 0)
+        return decode.info.layout.num_blocks_missing(cached.get(decode.info.replica_id, 0), request.num_tokens)
 
 
 def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
     """KV blocks of one mean the same to the other, and both are of one generation."""
-    return prefill.compatibility == decode.compatibility and prefill.generation == decode.generation
+    means_the_same = prefill.compatibility == decode.compatibility and prefill.layout.groups == decode.layout.groups
+    return means_the_same and prefill.generation == decode.generation
 
 
 def takes_more(prefill: ReplicaView) -> bool:

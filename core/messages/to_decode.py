@@ -55,6 +55,13 @@ class Ticket:
     decode: ReplicaInfo
     first_missing_block: int  # logical; blocks before it are cached on decode and never sent
     num_blocks: int  # logical blocks of the whole sequence; [first_missing_block, num_blocks) shall come
+    first_missing_blocks: tuple[int, ...] = ()  # by KV group, of which the first is above; empty: there is one
+
+    @property
+    def missing(self) -> tuple[range, ...]:
+        """Logical blocks that shall come, by KV group; of one with a window those that decode will see alone."""
+        firsts = self.first_missing_blocks or (self.first_missing_block,)
+        return tuple(range(first, self.num_blocks) for first in firsts)
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,18 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Announce:
-    """Blocks of some layers are computed on prefill and may be fetched until decode releases them."""
+    """Blocks of some layers of a KV group are computed on prefill and may be fetched until decode releases them."""
 
     request_id: str
     attempt: int
     lease_id: int
     number: int  # 0, 1, 2, ... of this attempt's announcements
     source: ReplicaInfo
-    first_layer: int
+    first_layer: int  # its place in blocks of the group
     num_layers: int
     first_block: int  # logical
     source_blocks: tuple[int, ...]  # physical ids in every source rank's pool
+    group: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from core.messages.fleet import ReplicaInfo
 
 @dataclass(frozen=True)
 class Borrow:
-    """Asks for consecutive blocks of a sequence, by content. Repeatable."""
+    """Asks for consecutive blocks of a sequence, by content, as far as one can go on behind them. Repeatable."""
 
     loan_id: str
     block_hashes: tuple[BlockHash, ...]
@@ -20,11 +20,21 @@ class Borrow:
 
 
 @dataclass(frozen=True)
+class LentBlocks:
+    """Consecutive blocks of one KV group."""
+
+    group: int
+    first_block: int  # logical
+    source_blocks: tuple[int, ...]  # physical
+
+
+@dataclass(frozen=True)
 class Lent:
     """Where those of the leading blocks lie that are cached; none is an answer, too."""
 
     source: ReplicaInfo
-    source_blocks: tuple[int, ...]  # physical
+    source_blocks: tuple[int, ...]  # physical, of the first KV group
+    groups: tuple[LentBlocks, ...] = ()  # of all KV groups, those without any left out
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from core.kv_layout import Compatibility, KVLayout
 class Span:
     """A rectangle of one rank's KV pool: layers x pieces of blocks x KV heads. Heads are rank-local.
 
+    Layers are places in the pool's blocks, see core.kv_groups: the model's own numbers where that has one KV group.
+
     A piece is a whole block, or one of the equal parts of `block_tokens` tokens that blocks are cut into where the
     other side's blocks are smaller. Blocks of 32 tokens in pieces of 16:
 
@@ -73,6 +75,7 @@ class SlabHeader:
     source: Span
     lease_id: int = 0
     logical_blocks: tuple[int, ...] = ()  # of the request, one for each block that `source` lies in
+    group: int = 0  # of KV, that these blocks hold
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ class FetchBlocks:
     first_block: int = 0  # logical; the first of source_blocks
     source_blocks: tuple[int, ...] = ()  # physical, in logical order
     due_s: float = 0.0  # until the request's client should see its next token
+    group: int = 0  # of KV, that all these blocks hold
 
 
 @dataclass(frozen=True)

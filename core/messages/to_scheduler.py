@@ -4,7 +4,7 @@ by Watch streams that it opens itself, from replicas (Report).
 
 from dataclasses import dataclass, field
 
-from core.block_hash import BlockHash
+from core.block_hash import BlockHash, BlockKey
 from core.messages.fleet import ReplicaInfo, Role
 
 
@@ -153,8 +153,8 @@ class Report:
     sequence: int
     snapshot: bool  # `stored` is the whole cache
     status: ReplicaStatus
-    stored: tuple[BlockHash, ...]
-    removed: tuple[BlockHash, ...]
+    stored: tuple[BlockKey, ...]
+    removed: tuple[BlockKey, ...]
 
 
 @dataclass(frozen=True)

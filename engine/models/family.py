@@ -41,14 +41,6 @@ def head_dim_of(config: Any) -> int:
     return int(vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads)
 
 
-def windows_of(config: Any) -> list[int | None]:
-    """For each layer, how many positions a token sees; None: all."""
-    found = vars(config)
-    window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
-    kinds = found.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def rope_of(config: Any, max_positions: int) -> Rope:
     """The one of all layers."""
     return read_rope(config.rope_parameters, head_dim_of(config), max_positions)

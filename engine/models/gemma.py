@@ -4,8 +4,9 @@ global ones. Gemma 2 caps scores and logits, Gemma 3 norms queries and keys and 
 
 from typing import Any
 
+from core.layer_windows import layer_windows
 from engine.model_spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec
-from engine.models.family import Family, read_activation, windows_of
+from engine.models.family import Family, read_activation
 from engine.rope_spec import Rope, read_rope
 from engine.stored_names import StoredNames
 
@@ -29,7 +30,7 @@ def _read(config: Any, max_positions: int) -> DecoderSpec:
             mlp,
             norms_after=True,
         )
-        for kind, window in zip(config.layer_types, windows_of(config), strict=True)
+        for kind, window in zip(config.layer_types, layer_windows(vars(config)), strict=True)
     )
     return DecoderSpec(
         layers,

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from core.layer_windows import layer_windows
 from engine.model_spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec
-from engine.models.family import Family, head_dim_of, read_activation, rope_of, windows_of
+from engine.models.family import Family, head_dim_of, read_activation, rope_of
 
 
 def read_plain(
@@ -32,7 +33,7 @@ def read_plain(
             ),
             mlp,
         )
-        for window in windows_of(config)
+        for window in layer_windows(vars(config))
     )
     return DecoderSpec(layers, config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
 

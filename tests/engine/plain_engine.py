@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 
 from core.block_hash import chain_seed, hash_blocks
+from core.messages.to_decode import Sequence as Prompt
 from core.sampling import SamplingParams, TokenLogprobs
-from engine.batch import Draw, SequenceStep, StepBatch
+from engine.batch import StepBatch
 from engine.block_pool import BlockPool
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.rank_group import RankGroup, SingleRank
 from engine.runner import ModelRunner
+from engine.sequence import ActiveSequence
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -36,29 +38,18 @@ def make_runner(
 
 @dataclass
 class _Running:
-    tokens: list[int]
-    sampling: SamplingParams
-    blocks: list[int]
-    num_computed: int
+    sequence: ActiveSequence
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
-    def step(self, budget: int) -> SequenceStep:
-        share = tuple(self.tokens[self.num_computed : self.num_computed + budget])
-        last = self.num_computed + len(share) == len(self.tokens)
-        s = self.sampling
-        draw = Draw(s.temperature, s.top_p, s.top_k, s.seed, s.num_logprobs) if last else None
-        return SequenceStep(share, self.num_computed, tuple(self.blocks), draw)
-
-    def take(self, step: SequenceStep, token: int | None, logprobs: TokenLogprobs | None) -> bool:
+    def take(self, num_tokens: int, token: int | None, logprobs: TokenLogprobs | None) -> bool:
         """True when the sequence is finished."""
-        self.num_computed += len(step.token_ids)
+        self.sequence.advance(num_tokens)
         if token is None:
             return False
-        self.tokens.append(token)
         self.output.append(token)
         self.logprobs.append(logprobs)
-        return len(self.output) == self.sampling.max_tokens or token in self.sampling.stop_token_ids
+        return self.sequence.append(token) is not None
 
 
 class PlainEngine:
@@ -71,6 +62,7 @@ class PlainEngine:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_cached_tokens = 0  # found in the prefix cache, over all prompts
         self.num_steps = 0
+        self.most_held = 0  # blocks, after any step
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[_Running]:
         waiting = list(zip(prompts, sampling, strict=True))
@@ -82,41 +74,35 @@ class PlainEngine:
                 started.append(running[-1])
             running = self._step(running)
         self.pool.validate()
-        assert self.pool.num_held == 0
+        assert self.pool.num_held == self.pool.num_promised == 0
         return started
 
     def _start(self, prompt: Sequence[int], sampling: SamplingParams) -> _Running:
-        hashes = hash_blocks(prompt, BLOCK_SIZE)[: (len(prompt) - 1) // BLOCK_SIZE]
-        cached = self.pool.acquire_cached(hashes)
-        num_blocks = -(-(len(prompt) + sampling.max_tokens) // BLOCK_SIZE)
-        blocks = cached + self.pool.allocate(num_blocks - len(cached))
-        self.num_cached_tokens += len(cached) * BLOCK_SIZE
-        return _Running(list(prompt), sampling, blocks, len(cached) * BLOCK_SIZE)
+        hashes = hash_blocks(prompt, BLOCK_SIZE)
+        sequence = ActiveSequence(self.pool, self.runner.layout, Prompt(tuple(prompt), hashes, sampling, chain_seed()))
+        sequence.acquire_prefix()
+        sequence.reserve(self.max_num_batched_tokens)
+        self.num_cached_tokens += sequence.num_cached
+        return _Running(sequence)
 
     def _step(self, running: list[_Running]) -> list[_Running]:
         budget, batch, members = self.max_num_batched_tokens, [], []
-        for sequence in running:
-            if budget > 0:
-                batch.append(sequence.step(budget))
-                members.append(sequence)
-                budget -= len(batch[-1].token_ids)
+        for one in running:
+            num_tokens = min(budget, one.sequence.num_uncomputed)
+            if num_tokens > 0:
+                one.sequence.grow(one.sequence.num_computed + num_tokens)
+                batch.append(one.sequence.next_step(num_tokens))
+                members.append(one)
+                budget -= num_tokens
+        self.most_held = max(self.most_held, self.pool.num_held)
         result = self.runner.collect(self.runner.launch(StepBatch(tuple(batch))))
         self.num_steps += 1
         finished = []
-        for sequence, step, token, logprobs in zip(members, batch, result.token_ids, result.logprobs, strict=True):
-            if sequence.take(step, token, logprobs):
-                finished.append(sequence)
-        for sequence in finished:
-            self._release(sequence)
-        return [sequence for sequence in running if sequence not in finished]
-
-    def _release(self, sequence: _Running) -> None:
-        parent = chain_seed()
-        written = sequence.tokens[: sequence.num_computed]
-        for block, block_hash in zip(sequence.blocks, hash_blocks(written, BLOCK_SIZE), strict=False):
-            self.pool.register(block, block_hash, parent)
-            parent = block_hash
-        self.pool.disown(sequence.blocks)
+        for one, step, token, logprobs in zip(members, batch, result.token_ids, result.logprobs, strict=True):
+            if one.take(len(step.token_ids), token, logprobs):
+                finished.append(one)
+                one.sequence.release()
+        return [one for one in running if one not in finished]
 
 
 def greedy(max_tokens: int, **changes: object) -> SamplingParams:

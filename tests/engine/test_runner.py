@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import ConfigurationError
 from core.kv_layout import KVLayout
-from engine.batch import Draw, SequenceStep, StepBatch
+from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.checkpoint import load_model_spec
 from engine.kv_cache import KVCache, decide_num_blocks
 from engine.runner import ModelRunner
@@ -27,7 +27,7 @@ def runner(tmp_path: Path):
 
 
 def prompt_step(length: int, blocks: tuple[int, ...], draw: Draw | None = GREEDY) -> SequenceStep:
-    return SequenceStep(tuple(range(8, 8 + length)), 0, blocks, draw)
+    return SequenceStep(tuple(range(8, 8 + length)), 0, (BlockTable(blocks),), draw)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,9 @@ def test_results_come_in_the_order_of_the_batch(runner: ModelRunner):
 
 def test_garbage_beyond_a_sequence_is_not_seen(runner: ModelRunner):
     """Slots of reused blocks hold old numbers, however large."""
-    batch = StepBatch((prompt_step(1, (5,)), prompt_step(17, (0, 1)), SequenceStep((9,), 3, (8,), GREEDY)))
+    batch = StepBatch(
+        (prompt_step(1, (5,)), prompt_step(17, (0, 1)), SequenceStep((9,), 3, (BlockTable((8,)),), GREEDY))
+    )
     clean = runner.collect(runner.launch(batch)).token_ids
     runner.kv_cache.tensor[:, [5, 0, 1]] = 1e30
     runner.kv_cache.tensor[:, 8, :, :, 4:] = -1e30

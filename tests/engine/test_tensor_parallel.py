@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import ConfigurationError, PeerLost
 from core.sampling import SamplingParams
-from engine.batch import Draw, SequenceStep, StepBatch
+from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.batch_codec import decode_batch, encode_batch
 from engine.checkpoint import load_model_spec
 from engine.tensor_parallel import connect_ranks
@@ -64,9 +64,11 @@ def test_splits_that_do_not_fit_are_refused(tmp_path: Path):
 def test_batches_survive_the_broadcast_bit_for_bit():
     batch = StepBatch(
         (
-            SequenceStep((5, 6, 7), 32, (9, 1, 4), Draw(0.1 + 0.2, 0.95, 7, 2**63 - 1, 0)),
-            SequenceStep((1,) * 2000, 0, tuple(range(130)), None),
-            SequenceStep((3,), 4, (0,), Draw(0.0, 1.0, 0, 0, None)),
+            SequenceStep(
+                (5, 6, 7), 32, (BlockTable((9, 1, 4)), BlockTable((2,), 2)), Draw(0.1 + 0.2, 0.95, 7, 2**63 - 1, 0)
+            ),
+            SequenceStep((1,) * 2000, 0, (BlockTable(tuple(range(130))),), None),
+            SequenceStep((3,), 4, (BlockTable((0,)),), Draw(0.0, 1.0, 0, 0, None)),
         )
     )
     assert decode_batch(encode_batch(batch)) == batch

@@ -14,7 +14,7 @@ from core.block_hash import chain_seed, hash_blocks
 from core.errors import Overloaded, StaleMessage
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_decode import Abandon, Announce, Commit, Open, Sequence, Ticket
+from core.messages.to_decode import Abandon, Announce, Commit, Open, Sequence
 from core.messages.to_prefill import Prefill, Release
 from core.messages.to_rank import Fetched
 from core.sampling import SamplingParams
@@ -25,28 +25,32 @@ from kv_transfer.lease_book import LeaseBook
 from kv_transfer.share_book import ShareBook
 from prefill_worker.deliveries import Deliveries
 from prefill_worker.scheduler import PrefillScheduler
-from tests.handoff.token_memory import BLOCK, LAYERS, Memory, Prefixed, draw
-
-POOL = 9
-LAYOUT = KVLayout(LAYERS, 1, 1, BLOCK, "float32", 1)
+from tests.handoff.token_memory import BLOCK, PLAIN, WINDOWED, Memory, Prefixed, draw
 
 
-def info(name: str, role: Role) -> ReplicaInfo:
+def info(name: str, role: Role, layout: KVLayout, num_blocks: int) -> ReplicaInfo:
     same = Compatibility("m", "r", "float32", BLOCK, "h")
-    return ReplicaInfo(name, role, 1, (name,), LAYOUT, same, POOL, 3, 4, 64)
+    return ReplicaInfo(name, role, 1, (name,), layout, same, num_blocks, 3, 4, 64)
 
 
 class HandoffModel(RuleBasedStateMachine):
+    layout = PLAIN
+    num_blocks = 9
+
     def __init__(self) -> None:
         super().__init__()
+        layout, size = self.layout, self.num_blocks
         self.now = 0.0
-        self.prefill_info, self.decode_info = info("p", Role.PREFILL), info("d", Role.DECODE)
-        self.prefill_pool, self.decode_pool = BlockPool(POOL), BlockPool(POOL)
-        self.jobs = PrefillScheduler(self.prefill_pool, BLOCK, 3, 4, 8)
+        self.prefill_info, self.decode_info = (
+            info(name, role, layout, size) for name, role in (("p", Role.PREFILL), ("d", Role.DECODE))
+        )
+        self.prefill_pool, self.decode_pool = BlockPool(size), BlockPool(size)
+        self.jobs = PrefillScheduler(self.prefill_pool, layout, 3, 4, 8)
         self.deliveries = Deliveries(self.prefill_info, self.prefill_pool, self.jobs, ShareBook(BLOCK, ttl_s=1e9))
         self.batch = DecodeScheduler(self.decode_pool, 3, 4)
-        self.handoffs = Handoffs(self.decode_pool, BLOCK, LeaseBook(LAYERS, ttl_s=1e9), self.batch, 6)
-        self.prefill_memory, self.decode_memory = Memory(), Memory()
+        book = LeaseBook(layout.kv_groups, ttl_s=1e9)
+        self.handoffs = Handoffs(self.decode_pool, layout, book, self.batch, 6)
+        self.prefill_memory, self.decode_memory = Memory(layout), Memory(layout)
         self.wire: list[object] = []
         self.fetches: list[object] = []
         self.prefill_step = self.decode_step = None
@@ -73,12 +77,8 @@ class HandoffModel(RuleBasedStateMachine):
             handoff = self.handoffs.open(Open(name, self.attempts[name], "i", sequence, source, 9.0), self.now)
         except Overloaded:
             return
-        lease = handoff.lease
-        ticket = Ticket(
-            name, lease.attempt, lease.lease_id, self.decode_info, lease.first_missing_block, lease.num_blocks
-        )
         if not local:
-            self.wire.append(Prefill(name, lease.attempt, sequence, ticket, 9.0))
+            self.wire.append(Prefill(*handoff.key, sequence, handoff.ticket(self.decode_info), 9.0))
         self.settle()
 
     @rule(name=st.sampled_from("abcd"), on_decode=st.booleans())
@@ -154,7 +154,7 @@ class HandoffModel(RuleBasedStateMachine):
                 self.layers_told = 0
             return
         step, sequences = self.prefill_step
-        if self.layers_told < LAYERS:
+        if self.layers_told < self.layout.num_layers:
             if self.layers_told == 0:
                 for sequence in sequences:
                     self.prefill_memory.write_step(sequence)
@@ -216,10 +216,10 @@ class HandoffModel(RuleBasedStateMachine):
         if len(sources) == len(hashes) <= self.decode_pool.num_free:
             blocks = self.decode_pool.allocate(len(hashes))
             for block_hash, source, target in zip(hashes, sources, blocks, strict=True):
-                for layer in range(LAYERS):
+                for place in range(self.layout.num_places):
                     for slot in range(BLOCK):
-                        cell = self.prefill_memory.cells[layer, source, slot]
-                        self.decode_memory.cells[layer, target, slot] = cell
+                        cell = self.prefill_memory.cells.get((place, source, slot), ())
+                        self.decode_memory.cells[place, target, slot] = cell
                 self.decode_pool.register(target, block_hash, None)
             self.decode_pool.disown(blocks)
         if not self.handoffs.claim(handoff, self.now):
@@ -250,3 +250,10 @@ class HandoffModel(RuleBasedStateMachine):
         assert len(self.handoffs) == 0 and len(self.deliveries) == 0
         assert self.decode_pool.num_held == 0 and self.prefill_pool.num_held == 0
         assert self.decode_pool.num_promised == 0
+
+
+class WindowedHandoffModel(HandoffModel):
+    """Layers with windows of two sizes among those without one, in one pool."""
+
+    layout = WINDOWED
+    num_blocks = 22

@@ -17,9 +17,9 @@ class AnyIndex:
         return self.random.randrange(self.size)
 
 
-def run_random(seed: int, num_actions: int) -> HandoffModel:
+def run_random(seed: int, num_actions: int, model_class: type[HandoffModel] = HandoffModel) -> HandoffModel:
     """One life of `num_actions` events."""
-    random, model = Random(seed), HandoffModel()
+    random, model = Random(seed), model_class()
     for _ in range(num_actions):
         action = random.random()
         if action < 0.06:

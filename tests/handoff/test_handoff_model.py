@@ -4,13 +4,18 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from core.messages.to_decode import Commit
-from tests.handoff.handoff_model import HandoffModel
+from tests.handoff.handoff_model import HandoffModel, WindowedHandoffModel
 from tests.handoff.random_handoffs import COMMON, run_random
 
 TestHandoffModel = HandoffModel.TestCase
 TestHandoffModel.settings = settings(
     max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+TestWindowedHandoffModel = WindowedHandoffModel.TestCase
+TestWindowedHandoffModel.settings = TestHandoffModel.settings
+
+MODELS = pytest.mark.parametrize("model_class", [HandoffModel, WindowedHandoffModel])
 
 
 class First:
@@ -20,8 +25,9 @@ class First:
         return 0
 
 
-def test_the_plain_path_ends_with_the_right_tokens():
-    model = HandoffModel()
+@MODELS
+def test_the_plain_path_ends_with_the_right_tokens(model_class):
+    model = model_class()
     model.request("a", [1, 0, 1, 1, 0], 4, False)
     for _ in range(40):
         while model.wire:
@@ -66,7 +72,7 @@ def test_who_waits_for_a_prefix_that_never_comes_takes_it_from_its_source(is_evi
     while not model.orphaned:
         commits = [message for message in model.wire if isinstance(message, Commit)]
         if commits and is_evicted:
-            model.prefill_pool.match = lambda hashes: []
+            model.prefill_pool.match = lambda keys: []
         while model.wire:
             model.receive(model.wire.pop(0))
         while model.fetches:
@@ -76,10 +82,11 @@ def test_who_waits_for_a_prefix_that_never_comes_takes_it_from_its_source(is_evi
     model.teardown()
 
 
-def test_long_random_lives_end_with_nothing_held():
+@MODELS
+def test_long_random_lives_end_with_nothing_held(model_class):
     joined = shared = orphaned = 0
     for seed in range(20):
-        model = run_random(seed, 1500)
+        model = run_random(seed, 1500, model_class)
         joined, shared, orphaned = joined + model.joined, shared + model.shared, orphaned + model.orphaned
         model.teardown()
     print(f"{joined} requests joined decode, {shared} blocks came with another's transfer, {orphaned} waited in vain")

@@ -5,7 +5,7 @@ import pytest
 from core.errors import InvalidParameter, StaleMessage
 from decode_worker.handoffs import Handoffs
 from engine.block_pool import BlockPool
-from kv_transfer.lease_book import LeaseBook, LeaseState
+from kv_transfer.lease_book import LeaseBook, LeaseState, announced_blocks
 from tests.handoff.random_handoffs import run_random
 
 
@@ -72,8 +72,7 @@ def share_half_a_block(monkeypatch):
 
     def fetched_some(self, lease, number):
         fetched(self, lease, number)
-        message = lease.announced[number]
-        return list(range(message.first_block, message.first_block + len(message.source_blocks)))
+        return announced_blocks(lease.announced[number])
 
     monkeypatch.setattr(LeaseBook, "fetched", fetched_some)
 

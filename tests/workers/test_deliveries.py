@@ -20,7 +20,7 @@ def test_a_prompt_that_waits_longer_than_decode_may_read_is_still_computed():
     weights = Compatibility("m", "r", "float32", 16, "h")
     info = ReplicaInfo("p0", Role.PREFILL, 1, ("p0:1",), layout, weights, 8, 4, 64, 128)
     pool = BlockPool(8)
-    deliveries = Deliveries(info, pool, PrefillScheduler(pool, 16, 4, 64, 8), ShareBook(16, TTL_S))
+    deliveries = Deliveries(info, pool, PrefillScheduler(pool, layout, 4, 64, 8), ShareBook(16, TTL_S))
     sequence = Sequence(tuple(range(20)), (), SamplingParams(4), chain_seed(""))
     deliveries.accept(Prefill("r", 0, sequence, Ticket("r", 0, 1, info, 0, 2), 600.0), now=0.0)
 
