@@ -70,7 +70,12 @@ def last_piece_bytes(layout: KVLayout, num_tokens: int, pool: PoolConfig, transf
     """Bytes of the last layer group of a prompt's last chunk: nothing is left to compute beside their transfer."""
     chunk = num_tokens % pool.max_num_batched_tokens or pool.max_num_batched_tokens
     num_layers = layer_groups(layout.num_layers, transfer.layers_per_group, transfer.last_layers_per_group)[-1]
-    return layout.num_blocks_for(chunk) * layout.block_bytes_per_rank // layout.num_places * num_layers
+    layers, end = range(layout.num_layers - num_layers, layout.num_layers), layout.num_blocks_for(num_tokens)
+    num_cells = 0  # one layer of one block each
+    for group in layout.kv_groups:
+        first = max((num_tokens - chunk) // layout.block_size, group.first_needed(num_tokens, layout.block_size))
+        num_cells += len(group.places(layers)) * (end - first)
+    return num_cells * layout.block_bytes_per_rank // layout.num_places
 
 
 async def run_request(plane: ControlPlane, name: str, prompt: Sequence[int], num_output: int, placement: str) -> Seen:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-_WINDOW_OF_TYPE = {"gemma2": 4096, "gemma3_text": 4096, "gpt_oss": 128, "mistral": 4096}  # if config.json has none
 _ONLY_IF_USED = ("qwen2", "qwen3", "qwen3_moe")  # a window counts where `use_sliding_window` is true
+_WINDOW_OF_TYPE = {"gpt_oss": 128} | dict.fromkeys(("gemma2", "gemma3_text", "mistral", *_ONLY_IF_USED), 4096)
 _LOCAL = "sliding_attention"
 
 
@@ -12,7 +12,7 @@ def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """For each layer, how many positions a token sees, its own included; None: all that there can be."""
     kind = config.get("model_type")
     is_used = config.get("use_sliding_window", kind not in _ONLY_IF_USED) and config.get("kv_lora_rank") is None
-    window = config.get("sliding_window", _WINDOW_OF_TYPE.get(str(kind))) if is_used else None
+    window = config.get("sliding_window", _WINDOW_OF_TYPE.get(str(kind))) if is_used else None  # null: none
     if window is not None and window >= config["max_position_embeddings"]:
         window = None
     return tuple(window if layer_type == _LOCAL else None for layer_type in _layer_types(config))

@@ -81,10 +81,14 @@ class Handoff:
         """(request id, attempt)."""
         return self.message.request_id, self.message.attempt
 
-    @property
-    def first_block_not_owed(self) -> int:
-        """The logical block from which on, in every KV group, nothing was to come with another's transfer."""
-        return max(missing.start for missing in self.lease.missing)
+    def owed_blocks(self) -> list[tuple[int, range]]:
+        """KV group and logical blocks, from the first to the last that is owed."""
+        found, owed = [], set(self.shared.owed)
+        for group, (keys, missing) in enumerate(zip(self.shared.awaited, self.lease.missing, strict=True)):
+            numbers = [block for block, key in enumerate(keys, missing.start - len(keys)) if key in owed]
+            if numbers:
+                found.append((group, range(numbers[0], numbers[-1] + 1)))
+        return found
 
     def ticket(self, decode: ReplicaInfo) -> Ticket:
         """For whoever prefills."""

@@ -1,7 +1,6 @@
 """The replicas that KV comes from: decode fetches, borrows and releases their blocks, and measures each link."""
 
 import logging
-from dataclasses import replace
 
 from core.errors import BatonError, TransferFailed
 from core.messages.fleet import ReplicaInfo
@@ -54,17 +53,16 @@ class Sources:
 
     async def borrow(self, name: str, sequence: Sequence, source: ReplicaInfo, due_s: float) -> None:
         """Returns when the prefix is cached here, or will not come. `name` is unique in the fleet."""
-        fetched = await self._borrower.borrow(name, sequence, source, due_s)
-        if fetched is not None:
-            self.links.add(source.replica_id, fetched)
+        self._add(source, await self._borrower.borrow(name, sequence, source, due_s))
 
     async def borrow_owed(self, handoff: Handoff) -> None:
         """As `borrow`: what was to come with another request's transfer, which ended before."""
-        assert handoff.source is not None
-        sequence = handoff.message.sequence
-        wanted = replace(sequence, block_hashes=sequence.block_hashes[: handoff.first_block_not_owed])
+        source, message = handoff.source, handoff.message
+        assert source is not None
         name = f"{handoff.request_id}.{handoff.attempt}.owed"
-        await self.borrow(name, wanted, handoff.source, handoff.message.due_s)
+        for group, blocks in handoff.owed_blocks():
+            borrowed = self._borrower.borrow_blocks(name, message.sequence, group, blocks, source, message.due_s)
+            self._add(source, await borrowed)
 
     async def release(self, handoff: Handoff) -> None:
         """Prefill may free the attempt's blocks; one that does not hear it lets them expire."""
@@ -74,6 +72,10 @@ class Sources:
             await self._client.call(handoff.source.address, methods.RELEASE, message, self._timeout_s)
         except BatonError as error:
             logger.info("prefill %s did not take a release: %s", handoff.source.replica_id, error)
+
+    def _add(self, source: ReplicaInfo, fetched: Fetched | None) -> None:
+        if fetched is not None:
+            self.links.add(source.replica_id, fetched)
 
 
 def _order(fetch: Fetch) -> BlockOrder:

@@ -6,7 +6,7 @@ from collections.abc import Coroutine, Iterable
 from itertools import islice
 from typing import Any
 
-from core.block_hash import BlockHash
+from core.block_hash import BlockKey, in_group
 from core.errors import BatonError
 from core.kv_groups import chain_key, deepest_prefix
 from core.messages.fleet import ReplicaInfo
@@ -27,7 +27,7 @@ class Borrower:
     def __init__(self, context: RankContext, fetcher: Fetcher) -> None:
         self._context = context
         self._fetcher = fetcher
-        self._coming: dict[BlockHash, asyncio.Task[Fetched | None]] = {}  # by the first block that is missing
+        self._coming: dict[BlockKey, asyncio.Task[Fetched | None]] = {}  # by the first block that is missing
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
@@ -42,32 +42,52 @@ class Borrower:
         num_here = deepest_prefix(layout.reaches, hashes, self._context.block_pool.__contains__)
         if num_here == len(hashes):
             return None
-        first = hashes[num_here]
+        borrow = Borrow(self._loan_id(name), hashes[num_here:], num_here)
+        return await self._once(hashes[num_here], borrow, sequence, source, due_s)
+
+    async def borrow_blocks(
+        self, name: str, sequence: Sequence, group: int, blocks: range, source: ReplicaInfo, due_s: float
+    ) -> Fetched | None:
+        """As `borrow`, but for these logical blocks of one KV group."""
+        keys = [in_group(block_hash, group) for block_hash in sequence.block_hashes[blocks.start : blocks.stop]]
+        num_here = len(self._context.block_pool.match(keys))
+        if num_here == len(keys):
+            return None
+        first = blocks.start + num_here
+        borrow = Borrow(self._loan_id(f"{name}.{group}"), sequence.block_hashes[first : blocks.stop], first, group)
+        return await self._once(keys[num_here], borrow, sequence, source, due_s)
+
+    def _loan_id(self, name: str) -> str:
+        return f"{name}~{self._context.info.replica_id}"
+
+    async def _once(
+        self, first: BlockKey, borrow: Borrow, sequence: Sequence, source: ReplicaInfo, due_s: float
+    ) -> Fetched | None:
+        """`first`: of the blocks asked for; while some call brings that, others wait for it."""
         known = self._coming.get(first)
         if known is not None:
             await asyncio.shield(known)
             return None
-        task = self._spawn(self._fetch(f"{name}~{self._context.info.replica_id}", sequence, num_here, source, due_s))
+        task = self._spawn(self._fetch(borrow, sequence, source, due_s))
         self._coming[first] = task
         task.add_done_callback(lambda _: self._coming.pop(first, None))
         return await asyncio.shield(
             task
         )  # whoever asked may leave: blocks are freed when no byte of them is on its way
 
-    async def _fetch(
-        self, loan_id: str, sequence: Sequence, num_here: int, source: ReplicaInfo, due_s: float
-    ) -> Fetched | None:
+    async def _fetch(self, borrow: Borrow, sequence: Sequence, source: ReplicaInfo, due_s: float) -> Fetched | None:
         client, timeout_s = self._context.client, self._context.spec.transfer.control_timeout_s
-        borrow = Borrow(loan_id, sequence.block_hashes[num_here:], num_here)
         try:
             lent = await client.call(source.address, methods.BORROW, borrow, timeout_s)
-            groups = lent.groups or (LentBlocks(0, num_here, lent.source_blocks),)
-            return await self._bring(loan_id, sequence, lent.source, groups, due_s) if lent.source_blocks else None
+            if not lent.source_blocks:
+                return None
+            groups = lent.groups or (LentBlocks(0, borrow.first_block, lent.source_blocks),)
+            return await self._bring(borrow.loan_id, sequence, lent.source, groups, due_s)
         except (BatonError, OutOfBlocks) as error:
-            logger.info("%s lends nothing for %s: %s", source.replica_id, loan_id, error)
+            logger.info("%s lends nothing for %s: %s", source.replica_id, borrow.loan_id, error)
             return None
         finally:
-            self._spawn(self._give_back(loan_id, source))
+            self._spawn(self._give_back(borrow.loan_id, source))
 
     async def _bring(
         self, loan_id: str, sequence: Sequence, source: ReplicaInfo, lent: tuple[LentBlocks, ...], due_s: float

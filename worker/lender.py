@@ -66,8 +66,12 @@ class Lender:
         assert len(self._shares) == len(self._lent)
 
     def _cached(self, message: Borrow) -> list[LentBlocks]:
-        """What is cached of the deepest prefix that one can go on behind, by KV group."""
+        """What is cached of the blocks asked for, or of the deepest prefix that one can go on behind, by KV group."""
         layout, hashes = self._info.layout, message.block_hashes
+        if message.group is not None:
+            keys = [in_group(block_hash, message.group) for block_hash in hashes]
+            blocks = tuple(self._pool.match(keys))
+            return [LentBlocks(message.group, message.first_block, blocks)] if blocks else []
         depth = deepest_prefix(layout.reaches, hashes, self._pool.__contains__)
         end, found = message.first_block + depth, []
         for number, group in enumerate(layout.kv_groups):

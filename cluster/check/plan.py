@@ -45,8 +45,12 @@ class PoolPlan:
 
     @property
     def num_tokens(self) -> int:
-        """KV capacity of one replica."""
-        return self.rank.num_blocks * self.layout.block_size
+        """KV capacity of one replica: of one sequence, where layers with a window keep less than the others."""
+        return self.longest(self.rank.num_blocks * self.layout.block_size)
+
+    def longest(self, limit: int) -> int:
+        """Tokens of the longest sequence that a replica holds, `limit` at most."""
+        return self.layout.longest_within(self.rank.num_blocks, self.pool.max_num_batched_tokens, limit)
 
     @property
     def num_ranks(self) -> int:
@@ -130,9 +134,10 @@ def _kv_field(pool: PoolConfig) -> str:
 
 def _shortages(plan: PoolPlan, needed_tokens: int) -> list[ConfigurationError]:
     found = []
-    if plan.num_tokens < needed_tokens:
+    longest = plan.longest(needed_tokens)
+    if longest < needed_tokens:
         message = (
-            f"{plan.rank.num_blocks} blocks hold {plan.num_tokens} tokens, fewer than the {needed_tokens} of "
+            f"{plan.rank.num_blocks} blocks hold {longest} tokens, fewer than the {needed_tokens} of "
             "model.max_model_len"
         )
         found.append(ConfigurationError(message, field=f"{plan.name}.{_kv_field(plan.pool)}"))

@@ -173,7 +173,9 @@ class Admission:
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
         prefills = self.fleet.usable(Role.PREFILL, now)
-        return self._decision_maker.decide(request, prefills, decodes, self.index.match(request.block_hashes))
+        num_usable = (request.num_tokens - 1) // decodes[0].info.compatibility.block_size  # one token must be computed
+        cached = self.index.match(request.block_hashes[:num_usable])
+        return self._decision_maker.decide(request, prefills, decodes, cached)
 
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request

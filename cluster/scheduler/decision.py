@@ -74,7 +74,7 @@ class DecisionMaker:
         everyone = [replica for replica in (*prefills, *decodes) if replica.info.replica_id not in request.avoid]
         prefills = _without(prefills, request.avoid)
         decodes = _without(decodes, request.avoid)
-        with_room = [decode for decode in decodes if self._has_room(request, decode)]
+        with_room = [decode for decode in decodes if self._has_room(request, decode, num_at_once=1)]
         ready_prefills = [prefill for prefill in prefills if takes_more(prefill) and request.placement != "local"]
         candidates = []
         for decode in with_room:
@@ -82,13 +82,13 @@ class DecisionMaker:
             ready = [prefill for prefill in partners if prefill in ready_prefills]
             candidates += [self._pair(request, prefill, decode, everyone, cached) for prefill in ready]
             reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
-            if reason:
+            if reason and self._has_room(request, decode, decode.info.max_num_batched_tokens):
                 candidates.append(self._local(request, decode, everyone, cached, reason))
         return min(candidates, key=_rank, default=None)
 
-    def _has_room(self, request: Reserve, decode: ReplicaView) -> bool:
+    def _has_room(self, request: Reserve, decode: ReplicaView, num_at_once: int) -> bool:
         # Cached blocks count, too: nobody may hold them yet, and taking them makes them no longer free.
-        needed = decode.info.layout.num_blocks_held(request.num_tokens + 1, num_at_once=1)
+        needed = decode.info.layout.num_blocks_held(request.num_tokens + 1, num_at_once)
         reserve = (1 - self._config.max_decode_kv_usage) * decode.info.num_blocks
         is_empty = decode.num_decode_requests == 0
         fits = decode.num_free_blocks - needed >= (0 if is_empty else reserve)

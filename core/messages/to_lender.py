@@ -12,11 +12,12 @@ from core.messages.fleet import ReplicaInfo
 
 @dataclass(frozen=True)
 class Borrow:
-    """Asks for consecutive blocks of a sequence, by content, as far as one can go on behind them. Repeatable."""
+    """Asks for consecutive blocks of a sequence, by content. Repeatable."""
 
     loan_id: str
     block_hashes: tuple[BlockHash, ...]
     first_block: int  # logical, of the first hash
+    group: int | None = None  # of KV, from that alone; None: from all what it takes to go on behind these blocks
 
 
 @dataclass(frozen=True)

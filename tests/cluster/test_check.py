@@ -15,7 +15,7 @@ from cluster.check.rank_memory import count_channels, largest_channel_bytes
 from cluster.cli import app
 from core.config import BatonConfig, TransferConfig, parse_config
 from core.errors import ConfigurationError
-from core.model_geometry import ExpertGeometry, LatentGeometry, ModelGeometry, read_geometry
+from core.model_geometry import ExpertGeometry, LatentGeometry, ModelGeometry, geometry_of, read_geometry
 from engine.checkpoint import load_model_spec
 from tests.checkpoints import make_checkpoint, make_mxfp4_checkpoint
 
@@ -185,6 +185,34 @@ def test_latents_are_small_and_whole_on_every_rank_while_heads_are_split():
 def test_kv_heads_must_split_too():
     odd = replace(LLAMA_8B, num_heads=24, num_kv_heads=8, intermediate_size=14592)
     assert "must divide 8 KV heads" in problems(on_gpus({"tensor_parallel": 3}), odd)["prefill.tensor_parallel"]
+
+
+def test_layers_with_a_window_take_a_windows_blocks():
+    """Of Gemma 3's shape: one group of global layers, five of local ones, each of a sixth of the layers."""
+    layer_types = (["sliding_attention"] * 5 + ["full_attention"]) * 4
+    local = {"model_type": "gemma3_text", "sliding_window": 1024, "layer_types": layer_types}
+    sizes = {
+        "num_hidden_layers": 24, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    windowed, plain = geometry_of(local | sizes), geometry_of({"model_type": "llama"} | sizes)
+    config = on_gpus(
+        {"max_num_batched_tokens": 2048}, {"max_num_batched_tokens": 2048}, model={"max_model_len": 131072}
+    )
+    (ours, _), (theirs, _) = (
+        make_plan(config, one, None, Hardware(host_bytes=24 * GIB)).pools for one in (windowed, plain)
+    )
+    assert theirs.layout.block_bytes_per_rank == 6 * ours.layout.block_bytes_per_rank
+    assert theirs.num_tokens == theirs.rank.num_blocks * 16
+    # of a long sequence five groups hold the 1,023 tokens behind a step's first and its 2,048: 193 blocks at most
+    assert ours.num_tokens == (ours.rank.num_blocks - 5 * 193) * 16 > 5 * theirs.num_tokens
+    few = {"max_num_batched_tokens": 2048, "num_blocks": 8192 + 5 * 193}
+    assert problems(on_gpus(few, few, model={"max_model_len": 131072}), windowed) == {}
+    found = problems(on_gpus(few | {"num_blocks": 8192 + 5 * 193 - 1}, few, model={"max_model_len": 131072}), windowed)
+    assert found == {
+        "prefill.num_blocks": "9156 blocks hold 131056 tokens, fewer than the 131072 of model.max_model_len"
+    }
 
 
 def test_pools_on_cpu_share_their_hosts_memory():

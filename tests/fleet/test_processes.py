@@ -53,13 +53,17 @@ SETTINGS = [
     (1, 1, "shared_memory", "qwen3"),
     (1, 2, "tcp", "deepseek_v3"),
     (2, 2, "shared_memory", "deepseek_v2"),
+    (1, 1, "tcp", "mistral"),
+    (1, 2, "shared_memory", "gemma3"),
+    (2, 1, "tcp", "gpt_oss"),
+    (2, 2, "shared_memory", "gemma2"),
 ]
 MORE_SETTINGS = [
     (prefill_tp, decode_tp, channel, family)
     for prefill_tp in (1, 2)
     for decode_tp in (1, 2)
     for channel in ("gloo", "shared_memory")
-    for family in ("llama", "qwen2", "qwen3")
+    for family in ("llama", "qwen2", "qwen3", "gemma3")
     if (prefill_tp, decode_tp, channel, family) not in SETTINGS
 ]
 PROMPTS = [[random.Random(n).randrange(384) for _ in range(n)] for n in (5, 16, 33, 100, 230, 400)]

@@ -2,10 +2,15 @@
 
 import pytest
 
+from core import kv_groups
 from core.errors import InvalidParameter, StaleMessage
+from core.kv_groups import KVGroup
+from decode_worker import shared_prefixes
 from decode_worker.handoffs import Handoffs
+from engine import group_blocks
 from engine.block_pool import BlockPool
 from kv_transfer.lease_book import LeaseBook, LeaseState, announced_blocks
+from tests.handoff.handoff_model import WindowedHandoffModel
 from tests.handoff.random_handoffs import run_random
 
 
@@ -75,6 +80,32 @@ def share_half_a_block(monkeypatch):
         return announced_blocks(lease.announced[number])
 
     monkeypatch.setattr(LeaseBook, "fetched", fetched_some)
+
+
+def give_back_too_early(monkeypatch):
+    """A block that the next token still sees counts as behind the window."""
+    first_needed = KVGroup.first_needed
+
+    def one_more(self, num_tokens, block_size):
+        return first_needed(self, num_tokens + block_size * (self.window is not None), block_size)
+
+    monkeypatch.setattr(KVGroup, "first_needed", one_more)
+
+
+def mix_groups_up(monkeypatch):
+    """A cached block is taken for that of any KV group."""
+    for module in (group_blocks, kv_groups, shared_prefixes):
+        monkeypatch.setattr(module, "in_group", lambda block_hash, group: block_hash)
+
+
+@pytest.mark.parametrize(
+    "mutation", [give_back_too_early, mix_groups_up, forget_readers, complete_too_early, share_half_a_block]
+)
+def test_the_model_with_windows_catches(mutation, monkeypatch):
+    mutation(monkeypatch)
+    with pytest.raises((AssertionError, KeyError, IndexError, InvalidParameter)):
+        for seed in range(40):
+            run_random(seed, 1500, WindowedHandoffModel).teardown()
 
 
 @pytest.mark.parametrize(

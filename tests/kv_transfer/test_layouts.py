@@ -12,6 +12,7 @@ import torch
 from transfer_fleet import Fleet, random_pools
 
 from core.errors import TransferFailed
+from core.kv_groups import KVGroup
 from core.kv_layout import KVLayout
 from core.messages.to_rank import Copy, FetchBlocks, SlabHeader
 from kv_transfer.digest import digest
@@ -21,6 +22,7 @@ DEGREES = [1, 2, 4]
 SIZES = [8, 16, 32]
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn"]
 HEADS = KVLayout(4, 4, 8, 16, "bfloat16", 1)
+GROUPS = (KVGroup((1, 3)), KVGroup((0, 2), 20))
 LATENT = KVLayout(4, 1, 20, 16, "bfloat16", 1, latent=True)
 NUM_TOKENS = 512  # of every pool
 
@@ -120,6 +122,16 @@ async def test_every_pair_of_degrees_in_unlike_blocks(fleet, kind, source_tp, de
     source = replace(kind, tensor_parallel=source_tp, block_size=32)
     destination = replace(kind, tensor_parallel=destination_tp, block_size=16)
     await Story(fleet, source, destination, range(16, 144)).run(range(4))
+
+
+@pytest.mark.parametrize("source_tp", DEGREES)
+@pytest.mark.parametrize("destination_tp", DEGREES)
+async def test_blocks_of_one_kv_group_have_places_for_its_layers_alone(fleet, source_tp, destination_tp):
+    grouped = replace(HEADS, groups=GROUPS)
+    source = replace(grouped, tensor_parallel=source_tp, block_size=32)
+    destination = replace(grouped, tensor_parallel=destination_tp, block_size=16)
+    assert destination.block_bytes_per_rank * 2 == replace(destination, groups=()).block_bytes_per_rank
+    await Story(fleet, source, destination, range(16, 144)).run(range(2))
 
 
 @pytest.mark.parametrize("source_size", SIZES)

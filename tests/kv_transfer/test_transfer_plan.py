@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from transfer_fleet import random_pools
 
 from core.errors import Incompatible
+from core.kv_groups import KVGroup
 from core.kv_layout import KVLayout
 from core.messages.to_rank import Copy
 from kv_transfer.plan import Move, plan_copies, plan_stages, source_ranks, split_into_slabs
 from kv_transfer.spans import copy_span, span_bytes
 
 DEGREES = [1, 2, 4, 8]
+
+GROUPS = (KVGroup((0, 1, 2), 4),)
 
 
 def layout_of(tensor_parallel: int, num_kv_heads: int = 4, **changes) -> KVLayout:
@@ -63,7 +66,14 @@ def test_replicated_heads_are_read_once_each_and_spread_over_the_replicas(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_layers", 4), ("num_kv_heads", 8), ("head_dim", 8), ("block_size", 3), ("dtype", "float32")],
+    [
+        ("num_layers", 4),
+        ("num_kv_heads", 8),
+        ("head_dim", 8),
+        ("block_size", 3),
+        ("dtype", "float32"),
+        ("groups", GROUPS),
+    ],
 )
 def test_layouts_that_differ_are_refused_by_field(field, value):
     changes = {"num_kv_heads": 4} | {field: value}

@@ -49,7 +49,7 @@ def block_shape(layout: KVLayout) -> tuple[int, ...]:
 def random_pools(layout: KVLayout, num_blocks: int, seed: int) -> list[torch.Tensor]:
     """Pools of all ranks of a replica, holding the slices of one full-heads pool."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (layout.num_layers, num_blocks, *block_shape(layout))
+    shape = (layout.num_places, num_blocks, *block_shape(layout))
     full = torch.randn(shape, generator=generator).to(getattr(torch, layout.dtype))
     return [
         full[:, :, :, heads.start : heads.stop].contiguous()
