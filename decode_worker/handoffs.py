@@ -30,7 +30,6 @@ class Handoffs:
         limit: int,
     ) -> None:
         self._pool = pool
-        self._layout = layout
         self._book = book
         self._scheduler = scheduler
         self._limit = limit
@@ -63,13 +62,14 @@ class Handoffs:
         sequence, awaited, missing = self._blocks.acquire(message)
         lease = self._book.open(message.request_id, message.attempt, missing, now)
         handoff = Handoff(message, lease, sequence, HandoffTimes(now), message.prefill)
-        handoff.num_reused_blocks = sequence.num_acquired + sum(map(len, awaited))
+        handoff.num_reused_blocks = sequence.num_acquired
         self._live[message.request_id] = handoff
         if message.prefill is None:
             self._book.complete_here(lease)
             self._join(handoff)
         else:
             self._prefixes.enter(handoff, awaited)
+            handoff.num_reused_blocks += handoff.shared.num_awaited
         return handoff
 
     def announce(self, message: Announce, now: float) -> Fetch | None:

@@ -206,7 +206,7 @@ class HandoffModel(RuleBasedStateMachine):
         self.wire += [Release(h.request_id, h.message.attempt) for h in self.handoffs.take_releasable()]
         for handoff in self.handoffs.take_joined():
             self.joined += 1
-            self.shared += len(handoff.shared.awaited)
+            self.shared += handoff.shared.num_awaited
             assert handoff.sequence.num_uncomputed >= 1
 
     def borrow(self, handoff) -> None:
