@@ -37,7 +37,8 @@ def start(pool: BlockPool, tokens: range | tuple[int, ...]) -> ActiveSequence:
 
 def compute(sequence: ActiveSequence, num_tokens: int) -> None:
     """One step. Raises OutOfBlocks before it begins."""
-    sequence.grow(sequence.num_computed + num_tokens)
+    sequence.grow(sequence.num_launched + num_tokens)
+    sequence.launch(num_tokens, number=0)
     sequence.advance(num_tokens)
 
 
@@ -84,12 +85,10 @@ def test_a_step_reads_from_the_first_block_that_it_sees():
     sequence = start(pool, range(60))
     compute(sequence, 6)
     compute(sequence, 6)
-    step = sequence.next_step(6)
-    assert [(table.first, len(table.blocks)) for table in step.block_tables] == [(0, 9), (4, 2), (4, 2)]
     sequence.grow(18)
-    step = sequence.next_step(6)
-    assert [(table.first, len(table.blocks)) for table in step.block_tables] == [(0, 9), (4, 5), (4, 5)]
     assert len(sequence.blocks_written_by(6)) == 3 * 3
+    step = sequence.launch(6, number=0)
+    assert [(table.first, len(table.blocks)) for table in step.block_tables] == [(0, 9), (4, 5), (4, 5)]
     sequence.release()
 
 
