@@ -7,6 +7,7 @@ import pytest
 from core.config import PoolConfig, SchedulerConfig, TiersConfig
 from core.errors import TransferFailed
 from engine.checkpoint import load_model_spec
+from tests.checkpoints import make_checkpoint
 from tests.fleet.in_process_fleet import BLOCK_SIZE, generate, running_fleet
 from tests.fleet.test_fleet import reference
 
@@ -73,17 +74,19 @@ async def test_the_scheduler_counts_on_what_lies_below_the_device(tiny_llama):
     async with running_fleet(tiny_llama[0], 1, 2, a_pool(tiers), scheduler=local) as fleet:
         for n, prompt in enumerate(PROMPTS):
             await generate(fleet, f"a{n}", prompt, 4)
-        holders = {}
-        for name in ("d0", "d1"):
-            await tiers_at_rest(fleet.replicas[name])
-            holders[name] = set(fleet.replicas[name].service._context.tiers.books.snapshot())
+        replicas = [fleet.replicas[name] for name in ("d0", "d1")]
+        before = [await tiers_at_rest(replica) for replica in replicas]
         await asyncio.sleep(1.0)  # reports
-        found = {name: fleet.replicas[name].service.status().tiers[1].num_found for name in holders}
         for n, prompt in enumerate(PROMPTS):
             await generate(fleet, f"b{n}", prompt, 4)
-        restored = sum(fleet.replicas[name].service.status().tiers[1].num_found - found[name] for name in holders)
+        after = [await tiers_at_rest(replica) for replica in replicas]
         await fleet.until_quiet()
-    assert restored >= 2 * 6
+    found = {
+        name: sum(late[name].num_found - early[name].num_found for early, late in zip(before, after, strict=True))
+        for name in ("device", "host")
+    }
+    assert sum(found.values()) == 4 * 6
+    assert found["host"] >= 6
 
 
 async def test_a_tier_that_fails_costs_a_computation_and_no_request(tiny_llama):
@@ -101,3 +104,21 @@ async def test_a_tier_that_fails_costs_a_computation_and_no_request(tiny_llama):
         again = [await generate(fleet, f"b{n}", prompt, 4) for n, prompt in enumerate(PROMPTS[:2])]
         await fleet.until_quiet()
     assert again == first
+
+
+async def test_a_prefix_comes_back_for_a_model_with_windows(tmp_path):
+    """Of layers with a window only the blocks that the rest of the prompt sees."""
+    checkpoint = make_checkpoint(tmp_path, "gemma2")
+    prompts = [[(5 * n + 3 * i) % 384 for i in range(NUM_PROMPT + 64)] for n in range(3)]
+    pool = PoolConfig(num_blocks=26, max_num_seqs=1, max_num_batched_tokens=32, tiers=TiersConfig(host_mib=4))
+    local = SchedulerConfig(local_prefill_max_tokens=1000)
+    async with running_fleet(checkpoint, 1, 1, pool, scheduler=local) as fleet:
+        decode = fleet.replicas["d0"]
+        first = [await generate(fleet, f"a{n}", prompt, 4) for n, prompt in enumerate(prompts)]
+        before = await tiers_at_rest(decode)
+        again = [await generate(fleet, f"b{n}", prompt, 4) for n, prompt in enumerate(prompts)]
+        after = await tiers_at_rest(decode)
+        await fleet.until_quiet()
+    assert again == first
+    num_found = after["host"].num_found - before["host"].num_found
+    assert 2 * 10 <= num_found < 3 * 2 * 10  # ten blocks of each prompt in the group that sees all, fewer in the other
