@@ -63,6 +63,7 @@ def print_fleet(fleet: dict[str, Any], console: Console) -> None:
         console.print(_sizes(fleet["sizes"]))
     links = _links(fleet["replicas"])
     console.print(links if links.row_count else "no KV has moved between replicas yet")
+    console.print(_tiers(fleet["replicas"]))
 
 
 def describe_weights(weights: dict[str, float]) -> str:
@@ -129,6 +130,21 @@ def _links(replicas: list[dict[str, Any]]) -> Table:
                 str(link["num_transfers"]),
                 f"{link['bytes_per_s'] / 1e6:.0f}",
                 str(link["num_corrupt"]),
+            )
+    return table
+
+
+def _tiers(replicas: list[dict[str, Any]]) -> Table:
+    table = _table("cached prefixes", "replica", "tier", "blocks", "found of wanted", "MB in", "MB out")
+    for replica in replicas:
+        for tier in replica["status"]["tiers"]:
+            table.add_row(
+                replica["info"]["replica_id"],
+                tier["name"],
+                f"{tier['num_cached']} of {tier['num_slots']}",
+                f"{tier['num_found']} of {tier['num_wanted']}",
+                f"{tier['bytes_in'] / 1e6:.1f}",
+                f"{tier['bytes_out'] / 1e6:.1f}",
             )
     return table
 

@@ -47,6 +47,21 @@ class RankResources(Section):
     num_threads: int = Field(default=1, ge=1)  # compute threads inside the rank
 
 
+class TiersConfig(Section):
+    """Where cached blocks go that lose their place on the device; nowhere by default. Sizes are per rank."""
+
+    host_mib: float = Field(default=0.0, ge=0)
+    disk_mib: float = Field(default=0.0, ge=0)
+    disk_dir: str = ""  # of a local file without a name, which goes with the rank
+    disk_ttl_s: float = Field(default=3600.0, gt=0)  # there and unused for longer, a block is forgotten
+
+    @model_validator(mode="after")
+    def _placed(self) -> "TiersConfig":
+        if self.disk_mib > 0 and not self.disk_dir:
+            raise ValueError("disk_mib needs a disk_dir")
+        return self
+
+
 class PoolConfig(Section):
     """One pool of equal replicas; prefill and decode each have their own."""
 
@@ -62,6 +77,7 @@ class PoolConfig(Section):
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=512, ge=1)
     steps_in_flight: int | None = Field(default=None, ge=1, le=2)  # None: 2 on GPUs, which then never wait for the host
+    tiers: TiersConfig = TiersConfig()
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
     engine: EngineConfig = EngineConfig()
     resources_per_rank: RankResources = RankResources()

@@ -88,6 +88,17 @@ def chain_key(hashes: Sequence[BlockHash], number: int, group: KVGroup, block: i
     return in_group(hashes[block], number), in_group(hashes[block - 1], number) if has_parent else None
 
 
+def needed_behind(
+    groups: Sequence[KVGroup], hashes: Sequence[BlockHash], depth: int, block_size: int
+) -> list[tuple[BlockKey, BlockKey | None]]:
+    """The chain keys of what a sequence needs to go on behind its first `depth` blocks, by group."""
+    return [
+        chain_key(hashes, number, group, block)
+        for number, group in enumerate(groups)
+        for block in range(group.first_needed(depth * block_size, block_size), depth)
+    ]
+
+
 def deepest_prefix(
     reaches: Sequence[int | None], hashes: Sequence[BlockHash], is_cached: Callable[[BlockKey], bool]
 ) -> int:

@@ -65,6 +65,7 @@ class DecodeService:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._housekeep())
             group.create_task(self._loop.run())
+            group.create_task(self._context.tiers.run())
 
     def may_read(self, header: SlabHeader) -> bool:
         """Whether a peer may fetch these blocks."""
@@ -84,6 +85,7 @@ class DecodeService:
             decode_step_s=self._steps.step_s.value,
             num_steps=self._context.engine.num_steps,
             links=self._sources.links.status(),
+            tiers=self._context.tiers.statuses(),
         )
 
     # ---- calls --------------------------------------------------------------------------------------------------
@@ -93,9 +95,11 @@ class DecodeService:
         request_id_var.set(message.request_id)
         if self.drainer.is_draining and self._handoffs.find(message.request_id, message.attempt) is None:
             raise NoReplica("this decode replica is draining")
-        if message.pull_from is not None and self._handoffs.find(message.request_id, message.attempt) is None:
-            name = f"{message.request_id}.{message.attempt}"
-            await self._sources.borrow(name, message.sequence, message.pull_from, message.due_s)
+        if self._handoffs.find(message.request_id, message.attempt) is None:
+            await self._context.tiers.restore(message.sequence.block_hashes)
+            if message.pull_from is not None:
+                name = f"{message.request_id}.{message.attempt}"
+                await self._sources.borrow(name, message.sequence, message.pull_from, message.due_s)
         handoff = self._handoffs.open(message, self._now())
         self._tasks.settle()
         if handoff.source is not None:
@@ -145,7 +149,7 @@ class DecodeService:
 
     def _held(self) -> Held:
         """Leases; fetches, loans, releases and token events on their way, the step in flight."""
-        moving = len(self._context.lender) + self._sources.num_loans + len(self._tasks)
+        moving = len(self._context.lender) + len(self._context.tiers) + self._sources.num_loans + len(self._tasks)
         return Held(len(self._handoffs), moving + self._outbox.num_undelivered + self._loop.in_flight)
 
     def _hand_over(self) -> None:

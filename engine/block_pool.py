@@ -38,7 +38,8 @@ class _Block:
 class BlockPool:
     """Counts, promises and the prefix cache of one replica's KV blocks (the same ids on all its ranks)."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, keeps_released: bool = False) -> None:
+        """`keeps_released`: somebody calls `take_released`."""
         self.num_blocks = num_blocks
         self.num_promised = 0  # reusable blocks that leases may still claim
         self._blocks = [_Block() for _ in range(num_blocks)]
@@ -50,11 +51,17 @@ class BlockPool:
         self._clock = 0
         self._stored: list[BlockKey] = []
         self._removed: list[BlockKey] = []
+        self._released: dict[int, None] | None = {} if keeps_released else None
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated or promised now; evictable cached ones count."""
         return self._num_reusable - self.num_promised
+
+    @property
+    def num_empty(self) -> int:
+        """Blocks that can be allocated without evicting a cached one."""
+        return len(self._free)
 
     @property
     def num_held(self) -> int:
@@ -129,6 +136,17 @@ class BlockPool:
             self._children[parent] = self._children.get(parent, 0) + 1
         self._stored.append(key)
 
+    def take_released(self, limit: int) -> dict[BlockKey, int]:
+        """Cached blocks that lost their last owner since the last call, the first first; at most so many."""
+        taken: dict[BlockKey, int] = {}
+        while self._released and len(taken) < limit:
+            block = next(iter(self._released))
+            del self._released[block]
+            key = self._blocks[block].key
+            if key is not None:
+                taken[key] = block
+        return taken
+
     def snapshot(self) -> tuple[BlockKey, ...]:
         """All cached keys."""
         return tuple(self._cached)
@@ -144,9 +162,7 @@ class BlockPool:
 
     def own(self, blocks: Sequence[int]) -> None:
         """One more owner each. Raises OutOfBlocks when that would eat into promised capacity."""
-        newly_held = sum(1 for block in blocks if self._blocks[block].reusable)
-        if newly_held > self.num_free:
-            raise OutOfBlocks(f"{newly_held} cached blocks wanted, {self.num_free} free of {self.num_blocks}")
+        self._require_free(blocks)
         for block in blocks:
             self._count(block, owners=1)
 
@@ -154,6 +170,9 @@ class BlockPool:
         """One owner less each; pass a sequence's blocks in logical order."""
         for block in reversed(blocks):
             self._count(block, owners=-1)
+            entry = self._blocks[block]
+            if self._released is not None and not entry.owners and entry.key is not None:
+                self._released[block] = None
 
     def begin_write(self, blocks: Iterable[int]) -> None:
         """A step or transfer will write these held blocks."""
@@ -167,6 +186,12 @@ class BlockPool:
 
     def begin_read(self, blocks: Iterable[int]) -> None:
         """A transfer will read these held blocks."""
+        for block in blocks:
+            self._count(block, readers=1)
+
+    def begin_read_cached(self, blocks: Sequence[int]) -> None:
+        """As `begin_read`, of cached blocks that may be held by nobody. Raises OutOfBlocks as `own` does."""
+        self._require_free(blocks)
         for block in blocks:
             self._count(block, readers=1)
 
@@ -195,11 +220,16 @@ class BlockPool:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
+    def _require_free(self, blocks: Sequence[int]) -> None:
+        newly_held = sum(1 for block in blocks if self._blocks[block].reusable)
+        if newly_held > self.num_free:
+            raise OutOfBlocks(f"{newly_held} cached blocks wanted, {self.num_free} free of {self.num_blocks}")
+
     def _count(self, block: int, *, owners: int = 0, writers: int = 0, readers: int = 0) -> None:
         """The one door through which counters change."""
         entry = self._blocks[block]
         was_reusable = entry.reusable
-        assert not was_reusable or owners > 0, "only an owner may take hold of a reusable block"
+        assert not was_reusable or owners > 0 or readers > 0, "a write does not take hold of a reusable block"
         entry.owners += owners
         entry.writers += writers
         entry.readers += readers
@@ -240,6 +270,8 @@ class BlockPool:
         entry = self._blocks[block]
         assert entry.key is not None
         del self._cached[entry.key]
+        if self._released is not None:
+            self._released.pop(block, None)
         self._removed.append(entry.key)
         if entry.parent is not None:
             self._children[entry.parent] -= 1

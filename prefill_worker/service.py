@@ -74,6 +74,7 @@ class PrefillService:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._housekeep())
             group.create_task(self._loop.run())
+            group.create_task(self._context.tiers.run())
 
     def may_read(self, header: SlabHeader) -> bool:
         """Whether a peer may fetch these blocks, or a sibling rank may."""
@@ -92,6 +93,7 @@ class PrefillService:
             prefill_tokens_per_s=self._tokens_per_s.value,
             decode_step_s=0.0,
             num_steps=self._context.engine.num_steps,
+            tiers=self._context.tiers.statuses(),
         )
 
     # ---- calls --------------------------------------------------------------------------------------------------
@@ -109,6 +111,7 @@ class PrefillService:
         self._answers[key] = answer
         try:
             async with asyncio.timeout(message.timeout_s):
+                await self._context.tiers.restore(message.sequence.block_hashes)
                 if message.pull_from is not None:
                     await self._borrower.borrow(f"{key[0]}.{key[1]}", message.sequence, message.pull_from, 0.0)
                 self._deliveries.accept(message, self._now())
@@ -164,7 +167,7 @@ class PrefillService:
     def _held(self) -> Held:
         """Prompts without an answer; blocks that others still read, messages to decode, the step in flight."""
         moving = len(self._deliveries) + len(self._context.lender) + len(self._borrower) + len(self._tasks)
-        return Held(len(self._answers), moving + self._loop.in_flight)
+        return Held(len(self._answers), moving + len(self._context.tiers) + self._loop.in_flight)
 
     def _hand_over(self) -> None:
         """The ingress plans these prompts anew, and decode lets their attempts go."""

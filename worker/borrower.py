@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from itertools import islice
-from typing import Any
 
 from core.block_hash import BlockKey, in_group
 from core.errors import BatonError
@@ -15,7 +14,9 @@ from core.messages.to_lender import Borrow, GiveBack, LentBlocks
 from core.messages.to_rank import Fetched
 from engine.block_pool import OutOfBlocks
 from rpc import methods
+from worker.arriving import ChainKey, arriving
 from worker.fetcher import BlockOrder, Fetcher
+from worker.once import Once
 from worker.rank_context import RankContext
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ class Borrower:
     def __init__(self, context: RankContext, fetcher: Fetcher) -> None:
         self._context = context
         self._fetcher = fetcher
-        self._coming: dict[BlockKey, asyncio.Task[Fetched | None]] = {}  # by the first block that is missing
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._coming: Once[BlockKey, Fetched | None] = Once()  # by the first block that is missing
+        self._giving_back: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._coming) + len(self._giving_back)
 
     async def borrow(self, name: str, sequence: Sequence, source: ReplicaInfo, due_s: float) -> Fetched | None:
         """Returns when the prefix is cached here, or will not come: what is missing then is computed.
@@ -43,7 +44,7 @@ class Borrower:
         if num_here == len(hashes):
             return None
         borrow = Borrow(self._loan_id(name), hashes[num_here:], num_here)
-        return await self._once(hashes[num_here], borrow, sequence, source, due_s)
+        return await self._coming.run(hashes[num_here], self._fetch(borrow, sequence, source, due_s))
 
     async def borrow_blocks(
         self, name: str, sequence: Sequence, group: int, blocks: range, source: ReplicaInfo, due_s: float
@@ -55,25 +56,10 @@ class Borrower:
             return None
         first = blocks.start + num_here
         borrow = Borrow(self._loan_id(f"{name}.{group}"), sequence.block_hashes[first : blocks.stop], first, group)
-        return await self._once(keys[num_here], borrow, sequence, source, due_s)
+        return await self._coming.run(keys[num_here], self._fetch(borrow, sequence, source, due_s))
 
     def _loan_id(self, name: str) -> str:
         return f"{name}~{self._context.info.replica_id}"
-
-    async def _once(
-        self, first: BlockKey, borrow: Borrow, sequence: Sequence, source: ReplicaInfo, due_s: float
-    ) -> Fetched | None:
-        """`first`: of the blocks asked for; while some call brings that, others wait for it."""
-        known = self._coming.get(first)
-        if known is not None:
-            await asyncio.shield(known)
-            return None
-        task = self._spawn(self._fetch(borrow, sequence, source, due_s))
-        self._coming[first] = task
-        task.add_done_callback(lambda _: self._coming.pop(first, None))
-        return await asyncio.shield(
-            task
-        )  # whoever asked may leave: blocks are freed when no byte of them is on its way
 
     async def _fetch(self, borrow: Borrow, sequence: Sequence, source: ReplicaInfo, due_s: float) -> Fetched | None:
         client, timeout_s = self._context.client, self._context.spec.transfer.control_timeout_s
@@ -87,18 +73,24 @@ class Borrower:
             logger.info("%s lends nothing for %s: %s", source.replica_id, borrow.loan_id, error)
             return None
         finally:
-            self._spawn(self._give_back(borrow.loan_id, source))
+            task = asyncio.create_task(self._give_back(borrow.loan_id, source))
+            self._giving_back.add(task)
+            task.add_done_callback(self._giving_back.discard)
 
     async def _bring(
         self, loan_id: str, sequence: Sequence, source: ReplicaInfo, lent: tuple[LentBlocks, ...], due_s: float
     ) -> Fetched:
         """Raises BatonError, and OutOfBlocks when there is no room; blocks that came can be found by content."""
-        pool, groups = self._context.block_pool, self._context.info.layout.kv_groups
-        blocks = pool.allocate(sum(len(of_group.source_blocks) for of_group in lent))
-        pool.begin_write(blocks)
-        try:
+        layout, hashes = self._context.info.layout, sequence.block_hashes
+        groups, before, coming = layout.kv_groups, list[BlockKey](), list[ChainKey]()
+        for of_group in lent:
+            group, first = groups[of_group.group], of_group.first_block
+            needed = range(group.first_needed(first * layout.block_size, layout.block_size), first)
+            before += [in_group(hashes[block], of_group.group) for block in needed]
+            logical = range(first, first + len(of_group.source_blocks))
+            coming += [chain_key(hashes, of_group.group, group, block) for block in logical]
+        with arriving(self._context.block_pool, before, coming) as blocks:
             places = iter(blocks)
-            taken = [(of_group, tuple(islice(places, len(of_group.source_blocks)))) for of_group in lent]
             fetched = await self._fetch_all(
                 BlockOrder(
                     loan_id,
@@ -109,19 +101,12 @@ class Borrower:
                     len(groups[of_group.group].layers),
                     of_group.first_block,
                     of_group.source_blocks,
-                    filled,
+                    tuple(islice(places, len(of_group.source_blocks))),
                     due_s,
                     of_group.group,
                 )
-                for of_group, filled in taken
+                for of_group in lent
             )
-            for of_group, filled in taken:
-                for number, block in enumerate(filled, of_group.first_block):
-                    key = chain_key(sequence.block_hashes, of_group.group, groups[of_group.group], number)
-                    pool.register(block, *key)
-        finally:
-            pool.end_write(blocks)
-            pool.disown(blocks)
         logger.info("%d blocks of %s came from %s", len(blocks), loan_id, source.replica_id)
         return fetched
 
@@ -145,9 +130,3 @@ class Borrower:
             await self._context.client.call(source.address, methods.GIVE_BACK, GiveBack(loan_id), timeout_s)
         except BatonError as error:
             logger.info("%s did not take loan %s back: %s", source.replica_id, loan_id, error)
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task

@@ -1,6 +1,7 @@
 """Brings blocks of another replica to every rank of this one."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ class Fetcher:
 
     def __init__(self, context: RankContext) -> None:
         self._context = context
-        self._handing_on: set[tuple[str, int]] = set()
+        self._handing_on: Counter[tuple[str, int]] = Counter()  # fetches by (name, attempt)
         self._prepared: dict[str, int] = {}  # incarnations by replica id
 
     async def fetch(self, order: BlockOrder) -> Fetched:
@@ -74,11 +75,11 @@ class Fetcher:
             source_blocks=order.destination_blocks,
         )
         key = (order.name, order.attempt)
-        self._handing_on.add(key)
+        self._handing_on[key] += 1
         try:
             handed_on = await self._on_all_ranks(fetch, [stage.from_siblings for stage in stages])
         finally:
-            self._handing_on.discard(key)
+            self._handing_on -= Counter([key])
         return Fetched(
             fetched.num_bytes + handed_on.num_bytes,
             fetched.seconds + handed_on.seconds,

@@ -6,20 +6,21 @@ listen -> load (engine thread) -> meet the other ranks -> transfer agent -> role
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from platform import python_version
 
 import torch
 
 from core.block_hash import HASH_SCHEME
-from core.errors import PeerLost
+from core.errors import PeerLost, TransferFailed
 from core.kv_layout import Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
 from core.messages.to_lender import Borrow, GiveBack, Lent
-from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TimelineEvents
+from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TierMove, TimelineEvents
 from core.version import PROTOCOL, VERSION
 from engine.block_pool import BlockPool
+from engine.kv_tiers import KVTiers
 from kv_transfer.agent import TransferAgent
 from kv_transfer.channels.select import Connect, make_connectors
 from rpc import methods
@@ -33,6 +34,8 @@ from worker.rank_context import RankContext, RoleService
 from worker.rank_weights import RankWeights
 from worker.reporter import Reporter
 from worker.spec import RankSpec
+from worker.tier_stores import TierStores, tier_sizes
+from worker.tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class _Serving:
     loaded: LoadedEngine
     weights: RankWeights
     agent: TransferAgent
+    tiers: TierStores
     info: ReplicaInfo
     role: RoleService | None  # of the first rank
 
@@ -85,11 +89,14 @@ class Rank:
             control=RpcPeerControl(self._client, spec.transfer),
             may_read=self._may_read,
         )
-        self._serving = _Serving(engine, loaded, weights, agent, info, None)
+        sizes = tier_sizes(info.layout, spec.pool.tiers)
+        stores = TierStores(kv_cache.tensor, spec.pool.tiers, sizes)
+        self._serving = _Serving(engine, loaded, weights, agent, stores, info, None)
         self._bind_transfer(agent)
+        self._server.unary(methods.MOVE_BLOCKS, stores.move)
         weights.lend(loaded.runner.weights, self._server)
         if spec.rank == 0:
-            self._serving.role = self._start_role(engine, agent, info)
+            self._serving.role = self._start_role(engine, agent, info, sizes)
         else:
             self._following = asyncio.create_task(engine.follow())
         await self._server.start()
@@ -136,6 +143,7 @@ class Rank:
         if self._serving is not None:
             await self._serving.weights.close()
             await self._serving.agent.close()
+            await asyncio.to_thread(self._serving.tiers.close)
             await asyncio.to_thread(self._serving.engine.close, self._serving.loaded.runner.close)
         await self._client.close()
 
@@ -147,19 +155,26 @@ class Rank:
         drained = serving.role is not None and serving.role.drainer.is_drained
         return RankHealth(True, serving.engine.num_steps, serving.engine.busy_s, self._failure, drained)
 
-    def _start_role(self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo) -> RoleService:
-        pool = BlockPool(info.num_blocks)
+    def _start_role(
+        self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo, sizes: Mapping[str, int]
+    ) -> RoleService:
+        pool = BlockPool(info.num_blocks, keeps_released=bool(sizes))
         lender = Lender(info, pool, 3 * self._spec.transfer.data_timeout_s)
-        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, lender, self._client))
+        books = KVTiers(tuple(sizes.values()), self._spec.pool.tiers.disk_ttl_s if "disk" in sizes else None)
+        tiers = Tiers(pool, books, tuple(sizes), info.layout, self._move_on_all_ranks)
+        role = self._make_role(RankContext(self._spec, info, engine, pool, agent, lender, tiers, self._client))
         role.bind(self._server)
-        self._server.stream(methods.WATCH, Reporter(info, pool, role.status).watch)
+        self._server.stream(methods.WATCH, Reporter(info, pool, books, role.status).watch)
 
         async def drain(message: Drain) -> Empty:
             await role.drainer.drain(message.timeout_s)
             return Empty()
 
         async def borrow(message: Borrow) -> Lent:
-            return Lent(info, ()) if role.drainer.is_draining else lender.lend(message, time.monotonic())
+            if role.drainer.is_draining:
+                return Lent(info, ())
+            await tiers.restore(message.block_hashes)
+            return lender.lend(message, time.monotonic())
 
         async def give_back(message: GiveBack) -> Empty:
             lender.give_back(message.loan_id, time.monotonic())
@@ -170,6 +185,16 @@ class Rank:
         self._server.unary(methods.BORROW, borrow)
         self._server.unary(methods.GIVE_BACK, give_back)
         return role
+
+    async def _move_on_all_ranks(self, move: TierMove) -> None:
+        """Raises a BatonError, TransferFailed only when every rank has answered."""
+        serving, timeout_s = self._require_serving(), self._spec.transfer.data_timeout_s
+        others = serving.info.rank_addresses[1:]
+        calls = (self._client.call(address, methods.MOVE_BLOCKS, move, timeout_s) for address in others)
+        results = await asyncio.gather(serving.tiers.move(move), *calls, return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            raise next((f for f in failures if not isinstance(f, TransferFailed)), failures[0])
 
     def _bind_transfer(self, agent: TransferAgent) -> None:
         async def health(_: Empty) -> RankHealth:

@@ -14,6 +14,7 @@ from worker.drainer import Drainer
 from worker.engine_thread import EngineThread
 from worker.lender import Lender
 from worker.spec import RankSpec
+from worker.tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RankContext:
     block_pool: BlockPool
     agent: TransferAgent
     lender: Lender
+    tiers: Tiers
     client: RpcClient
 
 

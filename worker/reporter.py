@@ -9,6 +9,7 @@ from core.block_hash import BlockKey
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import ReplicaStatus, Report, Watch
 from engine.block_pool import BlockPool
+from engine.kv_tiers import KVTiers
 
 INTERVAL_S = 0.05
 QUIET_INTERVAL_S = 0.5  # between reports when nothing changed
@@ -23,9 +24,11 @@ class _Watcher:
 class Reporter:
     """One per replica, on its first rank."""
 
-    def __init__(self, info: ReplicaInfo, pool: BlockPool, status: Callable[[], ReplicaStatus]) -> None:
+    def __init__(self, info: ReplicaInfo, pool: BlockPool, tiers: KVTiers, status: Callable[[], ReplicaStatus]) -> None:
+        """What a tier has counts as cached: it comes back when it is wanted."""
         self._info = info
         self._pool = pool
+        self._tiers = tiers
         self._status = status
         self._watchers: dict[str, _Watcher] = {}
 
@@ -35,7 +38,8 @@ class Reporter:
         watcher = self._watchers[message.watcher_id] = _Watcher()
         clock = time.monotonic
         status, reported_at, sequence = self._status(), clock(), 0
-        yield Report(self._info, sequence, True, status, self._pool.snapshot(), ())
+        cached = {*self._pool.snapshot(), *self._tiers.snapshot()}
+        yield Report(self._info, sequence, True, status, tuple(cached), ())
         try:
             while self._watchers.get(message.watcher_id) is watcher:
                 await asyncio.sleep(INTERVAL_S)
@@ -52,6 +56,8 @@ class Reporter:
 
     def _collect_events(self) -> None:
         stored, removed = self._pool.drain_events()
+        changed = self._tiers.drain_changed().union(stored, removed)
+        present = {name for name in changed if name in self._pool or self._tiers.holds(name)}
         for watcher in self._watchers.values():
-            watcher.stored = (watcher.stored - set(removed)) | set(stored)
-            watcher.removed = (watcher.removed - set(stored)) | set(removed)
+            watcher.stored = (watcher.stored - changed) | present
+            watcher.removed = (watcher.removed | changed) - present

@@ -22,7 +22,7 @@ class RankMemory:
     kv_bytes: int
     num_channels: int
     channel_bytes: int  # of all of them
-    reserve_bytes: int  # activations on a GPU, the process itself on a host
+    reserve_bytes: int  # activations on a GPU; on a host the process itself and the tier in host memory
 
     @property
     def total_bytes(self) -> int:
@@ -69,8 +69,12 @@ def size_rank(
         channel_bytes=min(
             num_channels * largest_channel_bytes(transfer, layout, pool.device), int(transfer.pairs_mib * 2**20)
         ),
-        reserve_bytes=ACTIVATION_MARGIN_BYTES if pool.device == "cuda" else PROCESS_BYTES,
+        reserve_bytes=ACTIVATION_MARGIN_BYTES if pool.device == "cuda" else _process_bytes(pool),
     )
+
+
+def _process_bytes(pool: PoolConfig) -> int:
+    return PROCESS_BYTES + int(pool.tiers.host_mib * 2**20)
 
 
 def largest_channel_bytes(transfer: TransferConfig, layout: KVLayout, device: Device) -> int:

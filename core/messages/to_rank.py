@@ -163,6 +163,19 @@ class CloseChannel:
 
 
 @dataclass(frozen=True)
+class TierMove:
+    """Each rank copies blocks between two of the places where it keeps them.
+
+    Place 0 is the device's pool, its slots the block ids; the tiers below follow, the fastest first.
+    """
+
+    source: int
+    destination: int
+    source_slots: tuple[int, ...]
+    destination_slots: tuple[int, ...]  # in the same order
+
+
+@dataclass(frozen=True)
 class Copy:
     """One fetch of a plan: from a span of a peer rank's pool into a span of ours, equal in shape."""
 

@@ -130,6 +130,19 @@ class LinkStatus:
 
 
 @dataclass(frozen=True)
+class TierStatus:
+    """One of the places where a replica keeps blocks, since it started; its hit rate is found / wanted."""
+
+    name: str  # device, host, disk
+    num_slots: int
+    num_cached: int
+    num_wanted: int = 0  # prefix blocks of prompts that no tier above had
+    num_found: int = 0
+    bytes_in: int = 0  # over all ranks, from other tiers
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True)
 class ReplicaStatus:
     """Load of a replica at one moment."""
 
@@ -143,6 +156,7 @@ class ReplicaStatus:
     decode_step_s: float  # recent, 0 while unknown
     num_steps: int
     links: tuple[LinkStatus, ...] = ()  # by source
+    tiers: tuple[TierStatus, ...] = ()  # the fastest first
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Ranks:
         self.failing: set[str] = set()
         self.release = asyncio.Event()
         self.release.set()
+        self.gates: list[asyncio.Event] = []  # of the calls to come, in their order
 
     async def fetch(self, order: FetchBlocks) -> Fetched:
         return await self._done("d:0", order)
@@ -41,6 +42,8 @@ class Ranks:
         del method
         assert timeout_s == order.timeout_s + 2 * CONFIG.control_timeout_s
         await self.release.wait()
+        if self.gates:
+            await self.gates.pop(0).wait()
         return await self._done(address, order)
 
     async def _done(self, address: str, order: FetchBlocks) -> Fetched:
@@ -51,11 +54,18 @@ class Ranks:
 
 
 def fetch_of(ranks: Ranks, layout: KVLayout) -> "asyncio.Task[Fetched]":
+    return fetch_by(fetcher_of(ranks, layout), layout)
+
+
+def fetcher_of(ranks: Ranks, layout: KVLayout) -> Fetcher:
     spec = SimpleNamespace(transfer=CONFIG, rank=0)
-    context = SimpleNamespace(spec=spec, info=replica("d", layout), agent=ranks, client=ranks)
+    return Fetcher(SimpleNamespace(spec=spec, info=replica("d", layout), agent=ranks, client=ranks))
+
+
+def fetch_by(fetcher: Fetcher, layout: KVLayout) -> "asyncio.Task[Fetched]":
     source = replica("p", replace(layout, tensor_parallel=1))
     order = BlockOrder("r", 3, 7, source, 0, 2, 4, (5, 1, 8, 2), (0, 3, 6, 1), 1.0)
-    return asyncio.create_task(Fetcher(context).fetch(order))
+    return asyncio.create_task(fetcher.fetch(order))
 
 
 async def test_heads_come_from_the_source_in_one_stage():
@@ -117,3 +127,24 @@ async def test_channels_are_made_ahead_once_for_each_incarnation_of_a_source():
     assert asked == [("d:0", ("p:0", "p:1")), ("d:1", ("p:2", "p:3"))]
     await fetcher.prepare(replace(source, incarnation=2))
     assert len(asked) == 4
+
+
+async def test_two_fetches_of_a_request_hand_on_until_each_is_done():
+    """The end of one does not take the right to read from the ranks of the other."""
+    ranks, header = Ranks(), SimpleNamespace(request_id="r", attempt=3)
+    fetcher = fetcher_of(ranks, LATENT)
+    fetches, gates = [], []
+    for _ in range(2):
+        passing, gate = asyncio.Event(), asyncio.Event()
+        passing.set()
+        ranks.gates = [passing, gate]  # from the source, then from siblings
+        fetches.append(fetch_by(fetcher, LATENT))
+        gates.append(gate)
+        async with asyncio.timeout(5):
+            while ranks.gates:
+                await asyncio.sleep(0)
+    for fetch, gate, still_reads in zip(fetches, gates, (True, False), strict=True):
+        assert fetcher.may_read(header)
+        gate.set()
+        await fetch
+        assert fetcher.may_read(header) == still_reads
