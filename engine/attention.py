@@ -16,8 +16,8 @@ class AttentionStep(Protocol):
     """Attention in all layers of one step."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
-        """Writes key and value [T, H, D] to the cache, then query [T, Q, D] attends to what the rule lets it see of its
-        context: [T, Q * D].
+        """Writes key and value [T, H, D] to the cache, whose dtype they have, then query [T, Q, D] attends to what the
+        rule lets it see of its context: [T, Q * D] in the dtype of the query.
         """
         ...
 

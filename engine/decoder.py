@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, rms_norm
 
 from core.kv_layout import KVLayout
+from engine.arithmetic import arithmetic_dtype
 from engine.attention import AttentionStep
 from engine.attention_math import AttentionRule
 from engine.model_spec import AttentionSpec, LayerSpec, ModelSpec
@@ -17,7 +18,7 @@ from engine.rank_group import RankGroup
 from engine.rope import inverse_frequencies, rotary_angles, rotate
 from engine.rope_spec import Rope
 from engine.step_inputs import StepInputs
-from engine.weights import AttentionWeights, LatentAttentionWeights, LayerWeights, ModelWeights
+from engine.weights import TORCH_DTYPES, AttentionWeights, LatentAttentionWeights, LayerWeights, ModelWeights
 
 Angles = dict[Rope, tuple[Tensor, Tensor]]  # of a step's positions
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]  # see AttentionStep
@@ -34,6 +35,8 @@ class Decoder:
         self._num_query_heads = spec.decoder.num_heads // layout.tensor_parallel
         self._num_kv_heads = layout.heads_per_rank
         device, scale = weights.embedding.device, spec.decoder.embedding_scale
+        self._arithmetic = arithmetic_dtype(device, weights.embedding.dtype)
+        self._cached_dtype = TORCH_DTYPES[layout.dtype]
         self._embedding_scale = (
             None if scale == 1.0 else torch.tensor(scale, dtype=weights.embedding.dtype, device=device)
         )
@@ -72,7 +75,8 @@ class Decoder:
             elsewhere = (local < 0) | (local >= table.shape[0])
             rows = embedding(local.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0.0)
             rows = self._group.all_reduce(rows)
-        return rows if self._embedding_scale is None else rows * self._embedding_scale
+        scaled = rows if self._embedding_scale is None else rows * self._embedding_scale
+        return scaled.to(self._arithmetic)
 
     def _attend(
         self,
@@ -87,6 +91,7 @@ class Decoder:
             query, key, value = self._latents(weights, x, *turned)
         else:
             query, key, value = self._heads(weights, x, *turned)
+        key, value = key.to(self._cached_dtype), value.to(self._cached_dtype)
         attended = attention.attend(index, query, key, value, self._rules[index])
         return self._group.all_reduce(weights.output(attended))
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.arithmetic import arithmetic_dtype
 from engine.experts import Experts, MixtureOfExperts
 from engine.grouped_experts import GroupedExperts
 from engine.latent_up import LatentUp
@@ -98,7 +99,7 @@ class _Loading:
     def norm(self, name: str) -> Tensor:
         """A norm's weights, offset included: then in float32, since few bits do not hold both."""
         weight = self.tensor(name)
-        return weight.float() + self._norm_offset if self._norm_offset else weight
+        return weight.float() + self._norm_offset if self._norm_offset else _widened(weight)
 
     def norm_if(self, wanted: bool, name: str) -> Tensor | None:
         """None unless wanted."""
@@ -167,7 +168,8 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
         query_up=loading.linear(f"{name}query_up", has_bias=False) if goes_up else None,
         latent_norm=loading.norm(f"{name}latent_norm"),
         up=LatentUp(
-            loading.tensor(f"{name}latent_up").view(-1, sizes.made_size, sizes.kv_lora_rank), sizes.qk_nope_head_dim
+            _widened(loading.tensor(f"{name}latent_up")).view(-1, sizes.made_size, sizes.kv_lora_rank),
+            sizes.qk_nope_head_dim,
         ),
         output=loading.linear(f"{name}output", has_bias=False),
     )
@@ -218,6 +220,11 @@ def _grouped(loading: _Loading, mlp: MlpSpec, name: str, numbers: range, adds_bi
         stacks.get("down_bias"),
         ACTIVATIONS[mlp.activation],
     )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In the precision that its device computes in."""
+    return tensor.to(arithmetic_dtype(tensor.device, tensor.dtype))
 
 
 def _same(tensor: Tensor) -> Tensor:
