@@ -32,7 +32,7 @@ class GroupedExperts:
         ends = torch.searchsorted(of_row, torch.arange(num_experts, device=x.device), right=True).int()
         expert, rows = of_row.clamp(max=num_experts - 1), order // chosen.shape[1]
         inner = _biased(grouped_mm(x[rows], self.gate_up.transpose(1, 2), offs=ends), self.gate_up_bias, expert)
-        inner = self.activate(*inner.chunk(2, dim=-1))
+        inner = self.activate(inner)
         outputs = _biased(grouped_mm(inner, self.down.transpose(1, 2), offs=ends), self.down_bias, expert)
         weighted = outputs.float() * weights.flatten()[order, None]
         weighted = weighted.masked_fill((of_row == num_experts)[:, None], 0.0)  # there the products are undefined

@@ -29,10 +29,14 @@ def inverse_frequencies(rope: Rope) -> Tensor:
     raise AssertionError(rope.scaling)
 
 
-def rotary_angles(positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, R] of int64 positions [T]; sines of the first elements of pairs are negated."""
-    angles = positions.float()[:, None] * frequencies  # [T, R / 2]
-    cosines, sines = angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
+def pair_angles(positions: Tensor, frequencies: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each rotated pair, [T, R / 2] in float32, at int64 positions [T]."""
+    angles = positions.float()[:, None] * frequencies
+    return angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
+
+
+def rotary_angles(cosines: Tensor, sines: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Those of pairs, for each element, [T, 1, R]; sines of the first elements of pairs are negated."""
     dim = -1 if rope.interleaved else -2  # elements of a pair: next to each other, or halves apart
     return (
         torch.stack((cosines, cosines), dim).flatten(-2).to(dtype)[:, None],

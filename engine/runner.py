@@ -14,10 +14,15 @@ from torch import Tensor
 from core.errors import ConfigurationError, PeerLost
 from core.kv_layout import KVLayout
 from core.sampling import TokenLogprobs
+from engine.arithmetic import arithmetic_dtype
 from engine.attention import AttentionBackend, TorchAttention
 from engine.batch import Draw, SequenceStep, StepBatch, StepResult
 from engine.batch_codec import decode_batch, encode_batch
+from engine.cpu_attention import CACHED_DTYPES, CpuAttention
+from engine.cpu_kernels import CpuKernels
+from engine.cpu_library import load_cpu_library
 from engine.decoder import Decoder
+from engine.kernels import TorchKernels
 from engine.kv_cache import KVCache
 from engine.latent_attention import LatentAttention
 from engine.model_parameters import Share, list_parameters
@@ -26,7 +31,7 @@ from engine.parameters import ReadParameters
 from engine.rank_group import RankGroup
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
 from engine.step_inputs import DrawAt, lay_out
-from engine.weights import assemble
+from engine.weights import TORCH_DTYPES, assemble
 
 _STOP, _KEEP_ALIVE, _STEP = range(3)
 
@@ -71,15 +76,23 @@ class ModelRunner:
         self._group = group
         self._device = device
         self._require_agreement()
+        library = load_cpu_library() if self._computes_in_float32() else None
+        kernels = TorchKernels() if library is None else CpuKernels(library)
         with torch.inference_mode():
             share = Share(group.rank, layout, whole_experts)
             parameters = list_parameters(spec, share)
             named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
-            self.weights = assemble(spec, share, device, named)
-        self._decoder = Decoder(spec, layout, self.weights, group)
+            self.weights = assemble(spec, share, device, named, kernels)
+        self._decoder = Decoder(spec, layout, self.weights, group, kernels)
         self.kv_cache = KVCache(layout, group.rank, num_blocks, device)
-        attention = LatentAttention if layout.latent else TorchAttention
-        self._attention: AttentionBackend = attention(self.kv_cache.tensor)
+        cache = self.kv_cache.tensor
+        self._attention: AttentionBackend
+        if layout.latent:
+            self._attention = LatentAttention(cache)
+        elif library is not None and cache.dtype in CACHED_DTYPES:
+            self._attention = CpuAttention(library, cache)
+        else:
+            self._attention = TorchAttention(cache)
 
     # ---- the first rank -----------------------------------------------------------------------------------------
 
@@ -162,6 +175,10 @@ class ModelRunner:
                     f"rank {self._group.rank} has blocks, revision, block size {ours}, not {theirs}"
                 )
 
+    def _computes_in_float32(self) -> bool:
+        dtype = TORCH_DTYPES[self.spec.dtype]
+        return self._device.type == "cpu" and arithmetic_dtype(self._device, dtype) == torch.float32
+
     @torch.inference_mode()
     def _execute(self, batch: StepBatch, on_layers: OnLayers | None, layer_groups: Sequence[int]) -> InFlightStep:
         inputs = lay_out(batch, self._device)
@@ -179,7 +196,9 @@ class ModelRunner:
             else:
                 step.written.append((_recorded_event(), first, num_layers))
 
-        logits = self._decoder.forward(inputs, self._attention.plan(inputs), layer_done)
+        attention = self._attention.plan(inputs)
+        hidden = self._decoder.forward(inputs.token_ids, inputs.positions, attention, layer_done)
+        logits = self._decoder.logits(hidden.index_select(0, inputs.draw_rows)) if inputs.draws else None
         if logits is not None:
             step.drawn = draw_tokens(logits, inputs.draws)
             step.host_tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in step.drawn.tensors())

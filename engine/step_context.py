@@ -149,6 +149,7 @@ class StepContext:
         self._inputs = inputs
         self._slot_rows = cache.slot_rows(inputs)
         self._views: dict[int | None, View] = {}  # by window
+        self.dtype = cache.slots.dtype
 
     def write(self, layer: int, *planes: Tensor) -> None:
         """The step's tokens, [T, H, D] of each plane."""

@@ -10,11 +10,21 @@ from torch import Tensor
 from engine.arithmetic import arithmetic_dtype
 from engine.experts import Experts, MixtureOfExperts
 from engine.grouped_experts import GroupedExperts
+from engine.kernels import Kernels, Norm
 from engine.latent_up import LatentUp
 from engine.linear import Linear
-from engine.mlp import ACTIVATIONS, Mlp
+from engine.mlp import Activate, Mlp
 from engine.model_parameters import Share
-from engine.model_spec import AttentionSpec, LatentAttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
+from engine.model_spec import (
+    Activation,
+    AttentionSpec,
+    DecoderSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+)
 from engine.router import Router
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +37,8 @@ class AttentionWeights:
     """One layer's attention on one rank."""
 
     qkv: Linear
-    query_norm: Tensor | None
-    key_norm: Tensor | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     sinks: Tensor | None
     output: Linear
 
@@ -39,9 +49,9 @@ class LatentAttentionWeights:
 
     spec: LatentAttentionSpec
     down: Linear  # hidden -> latent, key part to be rotated, queries or what they are made of
-    query_norm: Tensor | None
+    query_norm: Norm | None
     query_up: Linear | None
-    latent_norm: Tensor
+    latent_norm: Norm
     up: LatentUp
     output: Linear
 
@@ -50,12 +60,12 @@ class LatentAttentionWeights:
 class LayerWeights:
     """One decoder layer of one rank."""
 
-    attention_norm: Tensor
+    attention_norm: Norm
     attention: AttentionWeights | LatentAttentionWeights
-    attention_norm_after: Tensor | None
-    mlp_norm: Tensor
+    attention_norm_after: Norm | None
+    mlp_norm: Norm
     mlp: Mlp | MixtureOfExperts
-    mlp_norm_after: Tensor | None
+    mlp_norm_after: Norm | None
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,16 @@ class ModelWeights:
 
     embedding: Tensor  # [rows, hidden]
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor
+    final_norm: Norm
     head: Linear  # hidden -> rows
     parameters: tuple[StoredAs, ...]  # in the order of `list_parameters`
 
 
-def assemble(spec: ModelSpec, share: Share, device: torch.device, named: Iterator[tuple[str, Tensor]]) -> ModelWeights:
+def assemble(
+    spec: ModelSpec, share: Share, device: torch.device, named: Iterator[tuple[str, Tensor]], kernels: Kernels
+) -> ModelWeights:
     """`named`: parameters on `device` and their names, in the order of `list_parameters`."""
-    loading = _Loading(named, device, spec.decoder.norm_offset)
+    loading = _Loading(named, device, spec.decoder, kernels)
     layers = tuple(_layer(loading, layer, share, f"layers.{index}.") for index, layer in enumerate(spec.decoder.layers))
     final_norm, embedding = loading.norm("final_norm"), loading.tensor("embedding")
     head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
@@ -84,9 +96,12 @@ def assemble(spec: ModelSpec, share: Share, device: torch.device, named: Iterato
 class _Loading:
     """Takes parameters in their order, as weights ask for them by name."""
 
-    def __init__(self, named: Iterator[tuple[str, Tensor]], device: torch.device, norm_offset: float) -> None:
+    def __init__(
+        self, named: Iterator[tuple[str, Tensor]], device: torch.device, decoder: DecoderSpec, kernels: Kernels
+    ) -> None:
         self._named = named
-        self._norm_offset = norm_offset
+        self._decoder = decoder
+        self._kernels = kernels
         self.device = device
         self.taken: list[StoredAs] = []
 
@@ -96,14 +111,19 @@ class _Loading:
         self.taken.append(partial(_same, tensor))
         return tensor
 
-    def norm(self, name: str) -> Tensor:
-        """A norm's weights, offset included: then in float32, since few bits do not hold both."""
-        weight = self.tensor(name)
-        return weight.float() + self._norm_offset if self._norm_offset else _widened(weight)
+    def norm(self, name: str, eps: float | None = None) -> Norm:
+        """`eps` None: that of the model's decoder."""
+        stored, decoder = self.tensor(name), self._decoder
+        weight = stored.float() + decoder.norm_offset if decoder.norm_offset else _widened(stored)
+        return Norm(stored, weight, bool(decoder.norm_offset), decoder.norm_eps if eps is None else eps)
 
-    def norm_if(self, wanted: bool, name: str) -> Tensor | None:
+    def norm_if(self, wanted: bool, name: str, eps: float | None = None) -> Norm | None:
         """None unless wanted."""
-        return self.norm(name) if wanted else None
+        return self.norm(name, eps) if wanted else None
+
+    def activate(self, activation: Activation) -> Activate:
+        """By the kernels that the model is computed with."""
+        return partial(self._kernels.activate, activation=activation)
 
     def tensor_if(self, wanted: bool, name: str) -> Tensor | None:
         """None unless wanted."""
@@ -164,9 +184,9 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
     return LatentAttentionWeights(
         attention,
         down=loading.linear(f"{name}latent_down", has_bias=False),
-        query_norm=loading.norm_if(goes_up, f"{name}query_norm"),
+        query_norm=loading.norm_if(goes_up, f"{name}query_norm", attention.norm_eps),
         query_up=loading.linear(f"{name}query_up", has_bias=False) if goes_up else None,
-        latent_norm=loading.norm(f"{name}latent_norm"),
+        latent_norm=loading.norm(f"{name}latent_norm", attention.norm_eps),
         up=LatentUp(
             _widened(loading.tensor(f"{name}latent_up")).view(-1, sizes.made_size, sizes.kv_lora_rank),
             sizes.qk_nope_head_dim,
@@ -177,7 +197,7 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
 
 def _mlp(loading: _Loading, mlp: MlpSpec, name: str, adds_bias: bool) -> Mlp:
     gate_up = loading.linear(f"{name}gate_up", mlp.bias)
-    return Mlp(gate_up, loading.linear(f"{name}down", mlp.bias and adds_bias), ACTIVATIONS[mlp.activation])
+    return Mlp(gate_up, loading.linear(f"{name}down", mlp.bias and adds_bias), loading.activate(mlp.activation))
 
 
 def _mixture(loading: _Loading, mixture: MoeSpec, share: Share, name: str) -> MixtureOfExperts:
@@ -218,7 +238,7 @@ def _grouped(loading: _Loading, mlp: MlpSpec, name: str, numbers: range, adds_bi
         stacks.get("gate_up_bias"),
         stacks["down"],
         stacks.get("down_bias"),
-        ACTIVATIONS[mlp.activation],
+        loading.activate(mlp.activation),
     )
 
 

@@ -1,12 +1,15 @@
 """One grouped product, and expert by expert: the same mixture, on one rank or shared out."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from engine.experts import Experts
 from engine.grouped_experts import GroupedExperts
+from engine.kernels import TorchKernels
 from engine.linear import Linear
-from engine.mlp import ACTIVATIONS, Mlp
+from engine.mlp import Mlp
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K = 6, 32, 16, 2
 
@@ -26,7 +29,7 @@ def test_a_grouped_product_is_that_of_each_expert_alone(num_rows, has_bias, own)
     x, weights = random(num_rows, HIDDEN), random(num_rows, TOP_K).abs()
     chosen = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(num_rows)])
     part = slice(own.start, own.stop)
-    activate = ACTIVATIONS["silu"]
+    activate = partial(TorchKernels().activate, activation="silu")
     grouped = GroupedExperts(
         own.start,
         gate_up[part],
@@ -41,7 +44,7 @@ def test_a_grouped_product_is_that_of_each_expert_alone(num_rows, has_bias, own)
         for expert, weight in zip(chosen[row].tolist(), weights[row], strict=True):
             if expert in own:
                 inner = gate_up[expert] @ x[row] + (0 if gate_up_bias is None else gate_up_bias[expert])
-                output = down[expert] @ activate(*inner.chunk(2)) + (0 if down_bias is None else down_bias[expert])
+                output = down[expert] @ activate(inner) + (0 if down_bias is None else down_bias[expert])
                 expected[row] += weight * output
     one_by_one = [
         Mlp(
