@@ -1,7 +1,7 @@
-"""Compiles cpu_kernels.cpp once per machine, and loads it.
+"""Compiles cpu_kernels.cpp and cpu_products.cpp once per machine, and loads them.
 
-Takes two seconds the first time, and a C++ compiler. The library lies in the user's cache folder under a name made of
-source, flags, compiler and processor.
+Takes three seconds the first time, and a C++ compiler. The library lies in the user's cache folder under a name made of
+sources, flags, compiler and processor.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_products.cpp"))
 FOLDER = Path("~/.cache/baton")
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)  # without -fopenmp: torch has loaded an OpenMP; without -ffast-math: that would change the process
@@ -35,6 +35,9 @@ _ARGUMENTS = {
     "rotate": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG, _INT),
     "write": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT),
     "attend": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT),
+    "pack": (_POINTER, _LONG, _LONG, _POINTER, _INT),
+    "unpack": (_POINTER, _LONG, _LONG, _POINTER, _INT),
+    "multiply": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
 }
 
 
@@ -43,7 +46,7 @@ Function = Callable[..., None]
 
 @dataclass(frozen=True)
 class CpuLibrary:
-    """The functions of cpu_kernels.cpp, where their names begin with `baton_`."""
+    """The functions of the sources, where their names begin with `baton_`."""
 
     norm: Function
     add_norm: Function
@@ -51,6 +54,10 @@ class CpuLibrary:
     rotate: Function
     write: Function
     attend: Function
+    pack: Function
+    unpack: Function
+    multiply: Function
+    panel_outputs: int
 
 
 @cache
@@ -70,20 +77,24 @@ def load_cpu_library() -> CpuLibrary | None:
         function = library[f"baton_{name}"]
         function.argtypes, function.restype = types, None
         functions[name] = function
-    return CpuLibrary(**functions)
+    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs())
 
 
 def _built(compiler: str) -> Path:
     """Raises OSError, RuntimeError without a home, subprocess.SubprocessError."""
     told = subprocess.run((compiler, "--version"), capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
-    parts = (SOURCE.read_bytes(), repr((COMPILE, LINK)).encode(), told, torch.__version__.encode(), _processor())
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    parts = (sources, repr((COMPILE, LINK)).encode(), told, torch.__version__.encode(), _processor())
     library = FOLDER.expanduser() / f"cpu_kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            for command in ((*COMPILE, str(SOURCE), "-o", str(compiled)), (*LINK, str(compiled), "-o", str(linked))):
-                subprocess.run((compiler, *command), capture_output=True, check=True, timeout=_TIMEOUT_S)
+            linked = Path(folder, "kernels.so")
+            for command in (
+                (*COMPILE, *map(str, SOURCES)),
+                (*LINK, *(f"{s.stem}.o" for s in SOURCES), "-o", str(linked)),
+            ):
+                subprocess.run((compiler, *command), cwd=folder, capture_output=True, check=True, timeout=_TIMEOUT_S)
             linked.replace(library)
     return library
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from engine.arithmetic import arithmetic_dtype
+from engine.cpu_library import load_cpu_library
 from engine.half_matrix import pack_halves
+from engine.panel_matrix import PanelMatrix
 
 _mkldnn: Any = torch.ops.mkldnn
 _ROWS_HINT = 16  # libraries are slow at fewer; the blocked layout hardly depends on it
@@ -32,11 +34,15 @@ def matrix_of(weight: Tensor, bias: Tensor | None) -> Matrix:
     """The fastest form; on CPU the weight passed in is not kept.
 
     There, packed weights are read about twice as fast as rows by a product with few rows of x. Where the CPU emulates
-    arithmetic of the weight's dtype FBGEMM packs it, and what does not suit FBGEMM is kept in float32.
+    arithmetic of the weight's dtype, compiled code of ours widens it while multiplying, or without a compiler FBGEMM;
+    what suits neither is kept in float32.
     """
     arithmetic = arithmetic_dtype(weight.device, weight.dtype)
     if arithmetic != weight.dtype:
         bias = None if bias is None else bias.to(arithmetic)
+        library = load_cpu_library() if weight.dtype == torch.bfloat16 else None
+        if library is not None:
+            return PanelMatrix(library, weight, bias)
         halves = pack_halves(weight, bias)
         if halves is not None:
             return halves

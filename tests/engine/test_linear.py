@@ -12,13 +12,15 @@ from engine.linear import Linear
 
 CPU = torch.device("cpu")
 needs_fbgemm = pytest.mark.skipif(torch.backends.quantized.engine not in ("fbgemm", "x86"), reason="no FBGEMM here")
-ROWS = [1, 4, 5, 16, 63, 65, 200]
+ROWS = [1, 2, 3, 4, 5, 16, 63, 65, 200]
 
 
-@pytest.fixture(params=["as the CPU computes", "widened"])
+@pytest.fixture(params=["as the CPU computes", "widened", "widened without a compiler"])
 def precision(request, monkeypatch) -> str:
     """Every machine takes both ways: widening is forced where the CPU would not need it."""
-    if request.param == "widened":
+    if request.param.endswith("a compiler"):
+        monkeypatch.setattr(matrix, "load_cpu_library", lambda: None)
+    if request.param.startswith("widened"):
         for module in (matrix, attention_math):
             monkeypatch.setattr(module, "arithmetic_dtype", lambda _device, _dtype: torch.float32)
     return request.param
