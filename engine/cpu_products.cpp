@@ -4,6 +4,7 @@
 // half of a word is of one output, the high half of the output LANES further. One shift and one mask widen both.
 // A tile keeps the sums of R rows with P panels in registers while it reads the panels once.
 
+#include <algorithm>
 #include <cstdint>
 
 namespace {
@@ -15,6 +16,7 @@ constexpr int64_t LANES = 8;
 #endif
 constexpr int64_t PANEL = 2 * LANES;
 constexpr int64_t AHEAD = 64;  // inputs that memory is asked for before they are needed
+constexpr int64_t CACHED_NUMBERS = 1 << 16;  // of x: rows that stay in a core's cache while all panels pass by
 constexpr int64_t LEAST_PARALLEL = 1 << 17;  // multiplications
 constexpr int MOST_ROWS = 6;  // times 2 sums, the words widened and a number of x: 15 of AVX2's 16 registers
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -77,14 +79,21 @@ template <int P>
 void multiply(const float* x, const uint32_t* panels, const float* bias, int64_t rows, Sizes sizes, float* y,
               int threads) {
     int64_t count = num_panels(sizes.outputs), panel_words = sizes.inputs * LANES;
+    int64_t together = std::max<int64_t>(1, CACHED_NUMBERS / sizes.inputs / MOST_ROWS) * MOST_ROWS;
     int64_t work = rows * sizes.inputs * sizes.outputs;
-#pragma omp parallel for num_threads(threads) schedule(static) if (work >= LEAST_PARALLEL)
-    for (int64_t p = 0; p < count; p += P) {
-        if (p + P <= count)
-            all_rows<P>(x, panels + p * panel_words, bias, rows, sizes, p * PANEL, y);
-        else
-            for (int64_t q = p; q < count; q++)
-                all_rows<1>(x, panels + q * panel_words, bias, rows, sizes, q * PANEL, y);
+#pragma omp parallel num_threads(threads) if (work >= LEAST_PARALLEL)
+    for (int64_t first = 0; first < rows; first += together) {
+        int64_t num = std::min(together, rows - first);
+        const float* from = x + first * sizes.inputs;
+        float* to = y + first * sizes.outputs;
+#pragma omp for schedule(static) nowait
+        for (int64_t p = 0; p < count; p += P) {
+            if (p + P <= count)
+                all_rows<P>(from, panels + p * panel_words, bias, num, sizes, p * PANEL, to);
+            else
+                for (int64_t q = p; q < count; q++)
+                    all_rows<1>(from, panels + q * panel_words, bias, num, sizes, q * PANEL, to);
+        }
     }
 }
 
