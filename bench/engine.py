@@ -10,25 +10,32 @@ where the CPU is faster with that.
 of all kinds are first launched once where torch raises at whatever waits for the device. With `--device-weights-mib`
 layers stream in from the host: then decode is bound by the bandwidth of that copy, which is measured, too.
 
-`--peer` runs transformers' generate on the same checkpoint and the same prompts.
+Peers generate from the same checkpoint and the same prompts, in turns with us; medians count. Their decode time is that
+of all tokens less that of the first. Shapes apart, peers other than transformers (`--peer`) want a checkpoint with a
+tokenizer:
+
+    python -m bench.engine --checkpoint DIR --openvino-python PATH --openvino-model DIR.f16.gguf --vllm-python PATH
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.engine_limits import Limits, seconds
+from bench.engine_peers import EnginePeer, PeerSettings, started_peers
 from bench.random_checkpoint import SHAPES, random_parameters, write_hollow_checkpoint, write_random_checkpoint
 from bench.report import print_json, print_table
 from core.engine_config import EngineConfig
 from core.kv_layout import DTYPE_BYTES, KVLayout
-from engine.arithmetic import arithmetic_dtype
 from engine.backend import choose_backend
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.checkpoint import load_model_spec
@@ -39,6 +46,7 @@ from engine.rank_group import SingleRank
 from engine.runner import ModelRunner
 from engine.weights import TORCH_DTYPES
 
+OURS = "baton"
 GREEDY = Draw(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 SAMPLED = Draw(temperature=0.7, top_p=0.9, top_k=40, seed=0, num_logprobs=3)
 MAX_PREFILL_TOKENS = 8192  # together, before decoding
@@ -58,53 +66,13 @@ class Measured:
     size: int  # sequences of a decode batch, tokens of a prompt
     tokens_per_s: float
     limit: float
-    peer_tokens_per_s: float | None = None
+    peers: dict[str, float]  # their tokens/s
 
-    @classmethod
-    def of(
-        cls, what: tuple[str, str, int], num_tokens: int, times: tuple[float, float | None], limit: float
-    ) -> "Measured":
-        """Rates from the seconds of the engine and of its peer. `what`: by, phase, size."""
-        ours_s, peer_s = times
-        return cls(*what, num_tokens / ours_s, limit, num_tokens / peer_s if peer_s else None)
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Best wall time of `work`, the device idle before and after."""
-    best = float("inf")
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure_bandwidth(device: torch.device) -> float:
-    """Bytes/s of reading memory much larger than any cache."""
-    data = torch.ones(1 << 27, dtype=torch.int64 if device.type == "cpu" else torch.float32, device=device)
-    return data.nbytes / seconds(data.sum, device, 8)
-
-
-def measure_upload(device: torch.device) -> float:
-    """Bytes/s of copies from pinned host memory."""
-    host = torch.ones(1 << 28, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    there = torch.empty_like(host, device=device)
-    return host.nbytes / seconds(lambda: there.copy_(host, non_blocking=True), device, 4)
-
-
-def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, in the precision that is quickest for numbers of `dtype`."""
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(arithmetic_dtype(device, dtype)) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, device, 8)
+    @property
+    def ratios(self) -> dict[str, float]:
+        """To the limit and to each peer."""
+        others = {"limit": self.limit} | self.peers
+        return {name: round(self.tokens_per_s / rate, 2) for name, rate in others.items()}
 
 
 def prompt_batch(prompts: list[list[int]], layout: KVLayout, num_tokens: int) -> StepBatch:
@@ -162,13 +130,6 @@ def what_waits(runner: ModelRunner) -> str:
     return ""
 
 
-def peer_generate(model: Any, prompts: list[list[int]], num_tokens: int) -> float:
-    """Seconds of transformers' generate."""
-    ids = torch.tensor(prompts, device=model.device)
-    settings = {"do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0}
-    return seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings), model.device, 1)
-
-
 def seen_bytes(layout: KVLayout, context: float) -> float:
     """KV that the token after `context` others attends to, in all layers."""
     bytes_per_token = layout.block_bytes_per_rank / layout.num_places / layout.block_size  # of one layer
@@ -176,38 +137,24 @@ def seen_bytes(layout: KVLayout, context: float) -> float:
     return bytes_per_token * sum(seen)
 
 
-def load_peer(checkpoint: Path, dtype: str, device: torch.device) -> Any:
-    """The same checkpoint in transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=TORCH_DTYPES[dtype])
-    return model.to(device).eval()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of the device, measured."""
-
-    read_bytes_per_s: float
-    flop_per_s: float
-    upload_bytes_per_s: float
-
-    @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype) -> "Limits":
-        """In some seconds."""
-        return cls(measure_bandwidth(device), measure_matmul(device, dtype), measure_upload(device))
-
-
 def is_hollow(args: argparse.Namespace) -> bool:
     """Whether random weights are made on the device, rather than read."""
-    return args.checkpoint is None and not args.peer
+    return args.checkpoint is None and not args.peer and args.openvino_python is None and args.vllm_python is None
 
 
 class EngineBench:
-    """The engine, computed by one of BY, and, if asked for, its peer, with prompts that both get."""
+    """The engine, computed by one of BY, and its peers, with prompts that all get."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: Path, spec: ModelSpec, by: str, limits: "Limits") -> None:
-        self._args, self._spec, self._by, self._limits = args, spec, by, limits
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        checkpoint: Path,
+        spec: ModelSpec,
+        by: str,
+        limits: Limits,
+        peers: Mapping[str, EnginePeer],
+    ) -> None:
+        self._args, self._spec, self._by, self._limits, self._peers = args, spec, by, limits, peers
         self._device = torch.device(args.device)
         self._generator = torch.Generator().manual_seed(args.seed)
         self._layout = spec.kv_layout(1, args.block_size)
@@ -226,28 +173,31 @@ class EngineBench:
         self._runner.warm_up(max(args.prefill, default=0))
         self.warm_up_s = time.perf_counter() - started
         self.waits = what_waits(self._runner) if self._device.type == "cuda" else ""
-        self._peer = load_peer(checkpoint, spec.dtype, self._device) if args.peer else None
         self._embedding_size = spec.vocab_size * spec.hidden_size
+        num_tables = 1 if spec.tie_word_embeddings else 2
+        self._num_layer_parameters = spec.num_parameters - num_tables * self._embedding_size
 
     def decode(self, num_sequences: int) -> Measured:
         """Steps of so many sequences. A step reads all weights but the embedding, of which it needs few rows."""
         prompts = self._prompts(num_sequences, self._args.prompt)
         num_steps = self._args.output - 1
 
-        def peer_s() -> float:
-            return peer_generate(self._peer, prompts, num_steps + 1) - peer_generate(self._peer, prompts, 1)
+        def peer_s(peer: EnginePeer) -> float:
+            return peer.generate(prompts, num_steps + 1) - peer.generate(prompts, 1)
 
         times = self._in_turns(lambda: generate(self._runner, prompts, num_steps + 1), peer_s)
-        weight_bytes = (self._spec.num_parameters - self._embedding_size) * DTYPE_BYTES[self._spec.dtype]
+        num_read = self._num_layer_parameters + self._embedding_size  # the head's, of the embedding's size
         context = self._args.prompt + num_steps / 2
         kv_bytes = seen_bytes(self._layout, context)
         stream = self._runner.weights.stream
         streamed_bytes = 0 if stream is None else stream.host_bytes
-        read_s = (weight_bytes - streamed_bytes + num_sequences * kv_bytes) / self._limits.read_bytes_per_s
-        step_s = max(read_s, streamed_bytes / self._limits.upload_bytes_per_s)
-        return Measured.of(
-            (self._by, "decode", num_sequences), num_sequences * num_steps, times, num_sequences / step_s
+        resident_bytes = num_read * DTYPE_BYTES[self._spec.dtype] - streamed_bytes
+        step_s = max(
+            (resident_bytes + num_sequences * kv_bytes) / self._limits.read_bytes_per_s,
+            num_sequences * 2 * num_read / self._limits.flop_per_s,
+            streamed_bytes / self._limits.upload_bytes_per_s,
         )
+        return self._measured("decode", num_sequences, num_sequences * num_steps, times, num_sequences / step_s)
 
     def prefill(self, length: int) -> Measured:
         """One prompt. Every token meets all weights but embedding and head, and half of the prompt twice: its keys and
@@ -257,12 +207,12 @@ class EngineBench:
         batch = prompt_batch(prompts, self._layout, length)
         times = self._in_turns(
             lambda: seconds(lambda: self._runner.collect(self._runner.launch(batch)), self._device, 1),
-            lambda: peer_generate(self._peer, prompts, 1),
+            lambda peer: peer.generate(prompts, 1),
         )
         decoder = self._spec.decoder
         seen = 2 * length * decoder.num_heads * decoder.head_dim * len(decoder.layers)
-        flop = 2 * (self._spec.num_parameters - 2 * self._embedding_size) + seen
-        return Measured.of((self._by, "prefill", length), length, times, self._limits.flop_per_s / flop)
+        flop = 2 * self._num_layer_parameters + seen
+        return self._measured("prefill", length, length, times, self._limits.flop_per_s / flop)
 
     def close(self) -> None:
         """Frees the engine."""
@@ -272,15 +222,46 @@ class EngineBench:
         ids: list[list[int]] = torch.randint(self._spec.vocab_size, (count, length), generator=self._generator).tolist()
         return ids
 
-    def _in_turns(self, ours: Callable[[], float], peer: Callable[[], float]) -> tuple[float, float | None]:
-        """The best seconds of each, taken in turns so that a noisy machine disturbs both alike."""
-        pairs = [(ours(), peer() if self._peer is not None else None) for _ in range(self._args.repeats)]
-        peers = [peer_s for _, peer_s in pairs if peer_s is not None]
-        return min(ours_s for ours_s, _ in pairs), min(peers) if peers else None
+    def _in_turns(self, ours: Callable[[], float], peer_s: Callable[[EnginePeer], float]) -> dict[str, float]:
+        """Median seconds of each, taken in turns so that a noisy machine disturbs all alike."""
+        ways = {OURS: ours} | {name: partial(peer_s, peer) for name, peer in self._peers.items()}
+        rounds = [{name: way() for name, way in ways.items()} for _ in range(self._args.repeats)]
+        return {name: statistics.median(times[name] for times in rounds) for name in ways}
+
+    def _measured(self, phase: str, size: int, num_tokens: int, times: dict[str, float], limit: float) -> Measured:
+        rates = {name: num_tokens / median_s for name, median_s in times.items()}
+        return Measured(self._by, phase, size, rates.pop(OURS), limit, rates)
 
 
 def main() -> None:
-    """Measures, prints a table and one JSON line."""
+    """Measures, prints tables and one JSON line."""
+    args = parse()
+    peers_asked = PeerSettings(args.peer, args.openvino_python, args.openvino_model, args.vllm_python)
+    found: list[Measured] = []
+    starts: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = args.checkpoint or Path(folder)
+        if is_hollow(args):
+            write_hollow_checkpoint(checkpoint, SHAPES[args.shape])
+        elif args.checkpoint is None:
+            write_random_checkpoint(checkpoint, SHAPES[args.shape], args.seed)
+        spec = load_model_spec(checkpoint, args.dtype)
+        dtype, device = TORCH_DTYPES[spec.dtype], torch.device(args.device)
+        limits = Limits.measure(device, dtype)
+        with started_peers(peers_asked, checkpoint, dtype, device, args.threads) as peers:
+            for by in args.by:
+                bench = EngineBench(args, checkpoint, spec, by, limits, peers)
+                found += [bench.decode(count) for count in args.decode]
+                found += [bench.prefill(length) for length in args.prefill]
+                starts[by] = {"warm_up_s": round(bench.warm_up_s, 2), "waits": bench.waits}
+                bench.close()
+    report(limits, starts, found)
+    results = [asdict(line) | {"ratios": line.ratios} for line in found]
+    print_json("engine", args, limits=asdict(limits), starts=starts, results=results)
+
+
+def parse() -> argparse.Namespace:
+    """Options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="instead of random weights")
     parser.add_argument("--shape", choices=SHAPES, default="160m")
@@ -292,31 +273,15 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="prompt lengths")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens before decoding")
     parser.add_argument("--output", type=int, default=64, help="tokens decoded")
-    parser.add_argument("--repeats", type=int, default=3, help="the best counts")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--by", nargs="+", choices=BY, default=["torch"], help="what computes")
     parser.add_argument("--device-weights-mib", type=int, help="weights beyond it stream in from the host")
     parser.add_argument("--peer", action="store_true", help="measure transformers too")
-    args = parser.parse_args()
-    found: list[Measured] = []
-    starts: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.checkpoint or Path(folder)
-        if is_hollow(args):
-            write_hollow_checkpoint(checkpoint, SHAPES[args.shape])
-        elif args.checkpoint is None:
-            write_random_checkpoint(checkpoint, SHAPES[args.shape], args.seed)
-        spec = load_model_spec(checkpoint, args.dtype)
-        limits = Limits.measure(torch.device(args.device), TORCH_DTYPES[spec.dtype])
-        for by in args.by:
-            bench = EngineBench(args, checkpoint, spec, by, limits)
-            found += [bench.decode(count) for count in args.decode]
-            found += [bench.prefill(length) for length in args.prefill]
-            starts[by] = {"warm_up_s": round(bench.warm_up_s, 2), "waits": bench.waits}
-            bench.close()
-    report(limits, starts, found)
-    results = [vars(line) | {"ratio_to_limit": line.tokens_per_s / line.limit} for line in found]
-    print_json("engine", args, limits=vars(limits), starts=starts, results=results)
+    parser.add_argument("--openvino-python", type=Path, help="interpreter with openvino-genai")
+    parser.add_argument("--openvino-model", type=Path, help="the checkpoint as OpenVINO takes it")
+    parser.add_argument("--vllm-python", type=Path, help="interpreter with vLLM's CPU build")
+    return parser.parse_args()
 
 
 def report(limits: Limits, starts: dict[str, dict[str, Any]], found: list[Measured]) -> None:
@@ -329,20 +294,15 @@ def report(limits: Limits, starts: dict[str, dict[str, Any]], found: list[Measur
         print(
             f"{by}: warm-up {start['warm_up_s']} s" + (f"; a launch waits: {start['waits']}" if start["waits"] else "")
         )
-    head = ("by", "phase", "size", "tokens/s", "limit", "of limit", "transformers")
-    rows = [
-        (
-            line.by,
-            line.phase,
-            str(line.size),
-            f"{line.tokens_per_s:.0f}",
-            f"{line.limit:.0f}",
-            f"{line.tokens_per_s / line.limit:.2f}",
-            "-" if line.peer_tokens_per_s is None else f"{line.peer_tokens_per_s:.0f}",
-        )
-        for line in found
-    ]
-    print_table(head, rows)
+    names = list(found[0].peers) if found else []
+    heads = [head for name in names for head in (name, "ratio")]
+    print_table(("by", "phase", "size", "tokens/s", "limit", "of limit", *heads), [_row(line, names) for line in found])
+
+
+def _row(line: Measured, names: list[str]) -> list[str]:
+    peers = [cell for name in names for cell in (f"{line.peers[name]:.0f}", str(line.ratios[name]))]
+    ours = f"{line.tokens_per_s:.0f}", f"{line.limit:.0f}", str(line.ratios["limit"])
+    return [line.by, line.phase, str(line.size), *ours, *peers]
 
 
 if __name__ == "__main__":

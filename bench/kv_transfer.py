@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.kv_pair import Case, Pair, contiguous, layout_of, scattered
-from bench.kv_peer_process import PeerProcess
+from bench.kv_peer_process import KvPeer
 from bench.report import print_json, print_table
 from worker.spec import RANK_ENVIRONMENT
 
@@ -100,11 +100,11 @@ def run_as_ranks_do() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | RANK_ENVIRONMENT)
 
 
-def started_peers(args: argparse.Namespace, largest_bytes: int) -> Iterable[tuple[str, PeerProcess]]:
+def started_peers(args: argparse.Namespace, largest_bytes: int) -> Iterable[tuple[str, KvPeer]]:
     """Other transfer engines, where a Python that has them was named."""
     for name, python in (("mooncake", args.mooncake_python), ("nixl", args.nixl_python)):
         if python is not None:
-            yield name, PeerProcess(python, name, max(largest_bytes, 2 * NUM_SCATTERED * 2**19))
+            yield name, KvPeer(python, name, max(largest_bytes, 2 * NUM_SCATTERED * 2**19))
 
 
 def parse() -> argparse.Namespace:

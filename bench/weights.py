@@ -1,7 +1,9 @@
 """Seconds from launching a rank to ready, its weights read from disk or from a living rank of another replica.
 
 Bound: the same start with the checkpoint in the page cache. Before a cold start the kernel is asked to drop the
-checkpoint's pages, which needs no privileges; `cold read` is one thread reading the files after that.
+checkpoint's pages, which needs no privileges; `cold read` is one thread reading the files after that. Before the starts
+the engine's own load is measured in GB/s, in this process, cold and cached: parameters read, and put together, which on
+a CPU repacks them; bound by the same files read by one thread.
 
     python -m bench.weights --shape 1b --rounds 3
 """
@@ -12,15 +14,22 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
 from bench.rank_processes import RankProcess, lone_rank, rank_processes
 from bench.report import print_json, print_table
 from core.config import ModelConfig, PoolConfig, RankResources, TransferConfig
 from core.messages.fleet import Role
+from engine.checkpoint import load_model_spec
+from engine.checkpoint_reader import CheckpointReader
+from engine.kernels import TorchKernels
+from engine.model_parameters import Share, list_parameters
+from engine.weights import assemble
 from worker.spec import RankSpec
 
 BLOCK_SIZE = 16
@@ -100,6 +109,36 @@ def drop_cached(checkpoint: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_parameters(checkpoint: Path) -> None:
+    """As the engine cuts them out of the files."""
+    for _ in _named_parameters(checkpoint):
+        pass
+
+
+def load_weights(checkpoint: Path) -> None:
+    """Reads parameters and puts them together for a CPU."""
+    spec = load_model_spec(checkpoint, None)
+    share = Share(0, spec.kv_layout(1, BLOCK_SIZE))
+    assemble(spec, share, torch.device("cpu"), _named_parameters(checkpoint), TorchKernels())
+
+
+def _named_parameters(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    spec = load_model_spec(checkpoint, None)
+    parameters = list_parameters(spec, Share(0, spec.kv_layout(1, BLOCK_SIZE)))
+    read = CheckpointReader(checkpoint, spec, torch.device("cpu")).read(parameters)
+    yield from zip((parameter.name for parameter in parameters), read, strict=True)
+
+
+def measure_loads(checkpoint: Path, num_bytes: int) -> dict[str, dict[str, float]]:
+    """GB/s by what is done and where the files are."""
+    rates: dict[str, dict[str, float]] = {}
+    for name, work in (("one reader", read_whole), ("parameters", read_parameters), ("load", load_weights)):
+        drop_cached(checkpoint)
+        cold_s, cached_s = seconds_of(work, checkpoint), seconds_of(work, checkpoint)
+        rates[name] = {"cold": num_bytes / cold_s / 1e9, "cached": num_bytes / cached_s / 1e9}
+    return rates
+
+
 def seconds_of(work: Callable[[Path], None], checkpoint: Path) -> float:
     """Wall clock."""
     started = time.perf_counter()
@@ -115,13 +154,19 @@ def main() -> None:
         checkpoint = folder / "model"
         write_random_checkpoint(checkpoint, SHAPES[args.shape])
         num_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-        drop_cached(checkpoint)
-        cold_s, cached_s = seconds_of(read_whole, checkpoint), seconds_of(read_whole, checkpoint)
+        loads = measure_loads(checkpoint, num_bytes)
         starts = asyncio.run(measure(args, checkpoint, folder))
     of_way = {way.name: [start.ready_s for start in starts if start.way == way.name] for way in WAYS}
     limit = statistics.median(of_way["disk, cached"])
-    print(f"{num_bytes / 1e9:.2f} GB; read cold {num_bytes / cold_s / 1e9:.2f} GB/s, ", end="")
-    print(f"from the page cache {num_bytes / cached_s / 1e9:.2f} GB/s")
+    print(f"{num_bytes / 1e9:.2f} GB")
+    bound = loads["one reader"]
+    print_table(
+        ("GB/s", "cold", "of one reader", "cached", "of one reader"),
+        [
+            (name, *(cell for way, rate in rates.items() for cell in (f"{rate:.2f}", f"{rate / bound[way]:.2f}")))
+            for name, rates in loads.items()
+        ],
+    )
     print_table(
         ("weights", "ready s", "of the cached start", "last start's sources"),
         [
@@ -138,8 +183,7 @@ def main() -> None:
         "weights",
         args,
         checkpoint_bytes=num_bytes,
-        cold_read_gb_s=num_bytes / cold_s / 1e9,
-        cached_read_gb_s=num_bytes / cached_s / 1e9,
+        loads_gb_s=loads,
         results=[asdict(start) for start in starts],
     )
 

@@ -76,7 +76,7 @@ class PoolConfig(Section):
     kv_cache_mib: int = Field(default=256, ge=1)  # per rank, on CPU
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=512, ge=1)
-    steps_in_flight: int | None = Field(default=None, ge=1, le=2)  # None: 2 on GPUs, which then never wait for the host
+    steps_in_flight: int = Field(default=1, ge=1, le=2)  # 2: the next step is launched while one is computed
     tiers: TiersConfig = TiersConfig()
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
     engine: EngineConfig = EngineConfig()
@@ -88,12 +88,9 @@ class PoolConfig(Section):
     def _ordered(self) -> "PoolConfig":
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        if self.steps_in_flight > 1 and self.device == "cuda" and self.engine.attention != "torch":
+            raise ValueError("steps_in_flight 2 needs engine.attention torch: FlashInfer has one plan at a time")
         return self
-
-    @property
-    def most_steps_in_flight(self) -> int:
-        """Steps that are launched before the first of them is collected."""
-        return self.steps_in_flight or (2 if self.device == "cuda" else 1)
 
     @property
     def replica_cost(self) -> float:

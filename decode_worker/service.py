@@ -46,7 +46,7 @@ class DecodeService:
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
         self._outbox = Outbox(self._config.lease_ttl_s, self.drainer.changed)
         self._steps = DecodeSteps(self._scheduler, self._handoffs, self._outbox, self.drainer, self._hand_over)
-        timeline, most_in_flight = context.agent.timeline, pool.most_steps_in_flight
+        timeline, most_in_flight = context.agent.timeline, pool.steps_in_flight
         self._loop = StepLoop(context.engine, self._steps, timeline, most_in_flight)
         self._tasks = HandoffTasks(self._handoffs, self._sources, self._outbox, timeline, self.drainer, self._loop.wake)
 

@@ -1,21 +1,30 @@
-"""In which precision matrix products are computed."""
+"""In which precision a device computes."""
 
+import platform
 from typing import Any
 
 import torch
 
 _mkldnn: Any = torch.ops.mkldnn
+_cpu: Any = torch.cpu
 
 
 def arithmetic_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or float32 where the device emulates its products.
+    """Of activations and products of a model stored as `dtype`: that, or float32 where the device emulates products.
 
-    A CPU without AVX-512 multiplies half precision number by number: 8 times slower than float32 in large products,
-    100 times in small ones of a batch. Widening is exact, so results differ by the rounding of sums alone.
+    A CPU without instructions for them multiplies half precision number by number: 8 times slower than float32 in large
+    products, 100 times in small ones of a batch. Widening is exact, and what lies between products is rounded less.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
+    return dtype if _multiplies(dtype) else torch.float32
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN and the processor both know the format; oneDNN takes AVX-512 alone for enough."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return torch.float32
-    is_native = _mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else _mkldnn._is_mkldnn_fp16_supported
-    return dtype if is_native() else torch.float32
+        return False
+    if dtype == torch.float16:
+        return bool(_mkldnn._is_mkldnn_fp16_supported())
+    has_instructions = platform.machine() not in ("x86_64", "AMD64") or _cpu._is_avx512_bf16_supported()
+    return bool(has_instructions and _mkldnn._is_mkldnn_bf16_supported())

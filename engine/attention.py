@@ -18,8 +18,8 @@ class AttentionStep(Protocol):
     """Attention in all layers of one step."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
-        """Writes key and value [T, H, D] to the cache, then query [T, Q, D] attends to what the rule lets it see of its
-        context: [T, Q * D].
+        """Writes key and value [T, H, D] to the cache, rounded to its dtype, then query [T, Q, D] attends to what the
+        rule lets it see of its context: [T, Q * D] in the dtype of the query.
         """
         ...
 
@@ -68,6 +68,7 @@ class TorchAttentionStep:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """See AttentionStep."""
         context = self._context
+        key, value = key.to(context.dtype), value.to(context.dtype)
         context.write(layer, key, value)
 
         def singles(group: SingleGroup) -> Tensor:

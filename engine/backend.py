@@ -12,7 +12,11 @@ from core.engine_config import EngineConfig, Library
 from core.errors import ConfigurationError
 from core.kv_groups import KVGroup
 from core.kv_layout import KVLayout
+from engine.arithmetic import arithmetic_dtype
 from engine.attention import AttentionBackend, TorchAttention
+from engine.cpu_attention import CACHED_DTYPES, CpuAttention
+from engine.cpu_kernels import CpuKernels
+from engine.cpu_library import load_cpu_library
 from engine.flashinfer_attention import FlashInferAttention
 from engine.flashinfer_kernels import FlashInferKernels
 from engine.flashinfer_latents import FlashInferLatentAttention
@@ -21,6 +25,9 @@ from engine.kernels import Kernels, TorchKernels
 from engine.latent_attention import LatentAttention
 from engine.model_spec import ModelSpec
 from engine.recording import CudaRecorder, Record
+from engine.weights import TORCH_DTYPES
+
+_CPU = torch.device("cpu")
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +50,17 @@ class Backend:
         return f"{type(self.kernels).__name__}, {sizes}"
 
 
-def torch_backend(layout: KVLayout) -> Backend:
-    """Runs everywhere."""
-    return Backend(TorchKernels(), LatentAttention if layout.latent else TorchAttention)
+def torch_backend(layout: KVLayout, device: torch.device = _CPU, *, may_compile: bool = True) -> Backend:
+    """Runs everywhere. On a CPU that computes in float32 it takes compiled kernels, where there is a compiler."""
+    dtype = TORCH_DTYPES[layout.dtype]
+    wants_library = may_compile and device.type == "cpu" and arithmetic_dtype(device, dtype) == torch.float32
+    library = load_cpu_library() if wants_library else None
+    kernels: Kernels = TorchKernels() if library is None else CpuKernels(library)
+    if layout.latent:
+        return Backend(kernels, LatentAttention)
+    if library is None or dtype not in CACHED_DTYPES:
+        return Backend(kernels, TorchAttention)
+    return Backend(kernels, partial(CpuAttention, library))
 
 
 def choose_backend(
@@ -54,7 +69,7 @@ def choose_backend(
     """Raises ConfigurationError when FlashInfer is asked for and cannot do it."""
     library = find_flashinfer() if device.type == "cuda" or "flashinfer" in (config.attention, config.kernels) else None
     absent = "" if library else NOT_INSTALLED
-    plain = torch_backend(layout)
+    plain = torch_backend(layout, device, may_compile=config.device_weights_mib is None)
     kernels, attention = plain.kernels, plain.attention
     if _takes(config.kernels, "kernels", absent or why_no_kernels(spec, device)):
         kernels = FlashInferKernels(library)

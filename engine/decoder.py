@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from core.kv_layout import KVLayout
+from engine.arithmetic import arithmetic_dtype
 from engine.attention import AttentionStep
 from engine.attention_math import AttentionRule
 from engine.kernels import Angles, Kernels, Norm
@@ -35,6 +36,7 @@ class Decoder:
         self._num_query_heads = spec.decoder.num_heads // layout.tensor_parallel
         self._num_kv_heads = layout.heads_per_rank
         device, scale = weights.embedding.device, spec.decoder.embedding_scale
+        self._arithmetic = arithmetic_dtype(device, weights.embedding.dtype)
         self._embedding_scale = (
             None if scale == 1.0 else torch.tensor(scale, dtype=weights.embedding.dtype, device=device)
         )
@@ -82,7 +84,8 @@ class Decoder:
             elsewhere = (local < 0) | (local >= table.shape[0])
             rows = embedding(local.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0.0)
             rows = self._group.all_reduce(rows)
-        return rows if self._embedding_scale is None else rows * self._embedding_scale
+        scaled = rows if self._embedding_scale is None else rows * self._embedding_scale
+        return scaled.to(self._arithmetic)
 
     def _attend(
         self,

@@ -40,6 +40,7 @@ class LatentAttentionStep:
         """
         context, up, size = self._context, rule.up, value.shape[-1]
         assert up is not None
+        key = key.to(context.dtype)
         context.write(layer, key)
 
         def singles(group: SingleGroup) -> Tensor:

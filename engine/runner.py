@@ -72,7 +72,7 @@ class ModelRunner:
         torch.set_num_threads(num_threads)
         self.spec = spec
         self.layout = layout
-        backend = backend or torch_backend(layout)
+        backend = backend or torch_backend(layout, device)
         self.num_blocks = num_blocks - 1 if backend.record is not None else num_blocks
         self._group = group
         self._device = device

@@ -154,6 +154,7 @@ class StepContext:
         self._inputs = inputs
         self._slot_rows: dict[int, Tensor] = {}  # by number of the group
         self._views: dict[int, View] = {}
+        self.dtype = cache.slots.dtype
 
     def write(self, layer: int, *planes: Tensor) -> None:
         """The step's tokens, [T, H, D] of each plane."""

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.arithmetic import arithmetic_dtype
 from engine.experts import Experts, MixtureOfExperts
 from engine.grouped_experts import GroupedExperts
 from engine.hosted_layers import HostedLayers
@@ -146,7 +147,7 @@ class _Loading:
     def norm(self, name: str, eps: float | None = None) -> Norm:
         """`eps` None: that of the model's decoder."""
         stored, decoder = self.tensor(name), self._decoder
-        weight = stored.float() + decoder.norm_offset if decoder.norm_offset else stored
+        weight = stored.float() + decoder.norm_offset if decoder.norm_offset else _widened(stored)
         return Norm(stored, weight, bool(decoder.norm_offset), decoder.norm_eps if eps is None else eps)
 
     def norm_if(self, wanted: bool, name: str, eps: float | None = None) -> Norm | None:
@@ -220,7 +221,8 @@ def _latent_attention(loading: _Loading, attention: LatentAttentionSpec, name: s
         query_up=loading.linear(f"{name}query_up", has_bias=False) if goes_up else None,
         latent_norm=loading.norm(f"{name}latent_norm", attention.norm_eps),
         up=LatentUp(
-            loading.tensor(f"{name}latent_up").view(-1, sizes.made_size, sizes.kv_lora_rank), sizes.qk_nope_head_dim
+            _widened(loading.tensor(f"{name}latent_up")).view(-1, sizes.made_size, sizes.kv_lora_rank),
+            sizes.qk_nope_head_dim,
         ),
         output=loading.linear(f"{name}output", has_bias=False),
     )
@@ -271,6 +273,11 @@ def _grouped(loading: _Loading, mlp: MlpSpec, name: str, numbers: range, adds_bi
         stacks.get("down_bias"),
         loading.activate(mlp.activation),
     )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In the precision that its device computes in."""
+    return tensor.to(arithmetic_dtype(tensor.device, tensor.dtype))
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -51,11 +51,11 @@ class PrefillService:
             pool.max_num_seqs,
             pool.max_num_batched_tokens,
             pool.queue_limit,
-            pool.most_steps_in_flight,
+            pool.steps_in_flight,
         )
         shares = ShareBook(context.info.layout.block_size, self._config.rest_timeout_s)
         self._deliveries = Deliveries(context.info, context.block_pool, self._scheduler, shares)
-        self._loop = StepLoop(context.engine, self, context.agent.timeline, pool.most_steps_in_flight)
+        self._loop = StepLoop(context.engine, self, context.agent.timeline, pool.steps_in_flight)
         self._fetcher = Fetcher(context)
         self._borrower = Borrower(context, self._fetcher)
         self._answers: dict[tuple[str, int], asyncio.Future[FirstToken]] = {}

@@ -1,21 +1,27 @@
 """Products in every precision, as the CPU has it or must emulate it, against float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine import attention_math, linear
+from engine import attention_math, matrix
 from engine.arithmetic import arithmetic_dtype
+from engine.half_matrix import HalfMatrix, pack_halves
 from engine.linear import Linear
 
 CPU = torch.device("cpu")
-ROWS = [1, 4, 5, 16, 63, 65, 200]
+needs_fbgemm = pytest.mark.skipif(torch.backends.quantized.engine not in ("fbgemm", "x86"), reason="no FBGEMM here")
+ROWS = [1, 2, 3, 4, 5, 16, 63, 65, 400]  # of 300 inputs: more than are taken together
 
 
-@pytest.fixture(params=["as the CPU computes", "widened"])
+@pytest.fixture(params=["as the CPU computes", "widened", "widened without a compiler"])
 def precision(request, monkeypatch) -> str:
     """Every machine takes both ways: widening is forced where the CPU would not need it."""
-    if request.param == "widened":
-        for module in (linear, attention_math):
+    if request.param.endswith("a compiler"):
+        monkeypatch.setattr(matrix, "load_cpu_library", lambda: None)
+    if request.param.startswith("widened"):
+        for module in (matrix, attention_math):
             monkeypatch.setattr(module, "arithmetic_dtype", lambda _device, _dtype: torch.float32)
     return request.param
 
@@ -26,13 +32,14 @@ def precision(request, monkeypatch) -> str:
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_product_is_that_of_float64_but_for_one_rounding(dtype, rows, with_bias):
     generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(5000, 300, generator=generator).to(dtype) / 16  # several pieces, the last one short
+    weight = torch.randn(5000, 300, generator=generator).to(dtype) / 16
     bias = torch.randn(5000, generator=generator).to(dtype) if with_bias else None
-    x = torch.randn(rows, 300, generator=generator).to(dtype)
+    arithmetic = matrix.arithmetic_dtype(CPU, dtype)
+    x = torch.randn(rows, 300, generator=generator).to(arithmetic)
     expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
     got = Linear(weight.clone(), bias)(x)
-    assert got.dtype == dtype and got.shape == (rows, 5000)
-    tolerance = 2 * torch.finfo(dtype).eps
+    assert got.dtype == arithmetic and got.shape == (rows, 5000)
+    tolerance = 2 * torch.finfo(arithmetic).eps
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance + 1e-5)
 
 
@@ -67,11 +74,24 @@ def test_attention_is_that_of_float64_but_for_rounding(dtype, window, softcap, h
 def test_only_half_precision_on_a_cpu_without_its_instructions_is_widened():
     assert arithmetic_dtype(CPU, torch.float32) == torch.float32
     assert arithmetic_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    flags = Path("/proc/cpuinfo").read_text()
+    native = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
     assert arithmetic_dtype(CPU, torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_weight_can_be_had_back_bit_by_bit(dtype):
-    weight = torch.randn(72, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-12])
+def test_the_weight_can_be_had_back_bit_by_bit(dtype, scale):
+    weight = (torch.randn(72, 40, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+    weight[3, 5] = 1e-7
     assert torch.equal(Linear(weight.clone()).rows(), weight)
+
+
+@needs_fbgemm
+def test_halves_are_packed_unless_float16_would_change_them():
+    weight = torch.randn(72, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert isinstance(pack_halves(weight / 64, None), HalfMatrix)
+    assert isinstance(pack_halves(weight.half(), None), HalfMatrix)
+    for unfit in (weight * 2**17, weight / 2**20, weight.float()):
+        assert pack_halves(unfit, None) is None

@@ -73,6 +73,13 @@ def test_greedy_tokens_equal_transformers(checkpoint, prompts, expected, max_num
     runner.close()
 
 
+def test_tokens_are_the_same_without_a_compiler(checkpoint, prompts, expected, monkeypatch):
+    monkeypatch.setattr("engine.runner.load_cpu_library", lambda: None)
+    runner = make_runner(checkpoint)
+    assert outputs(PlainEngine(runner), prompts, expected) == expected
+    runner.close()
+
+
 def test_prefix_hits_change_nothing(checkpoint, prompts, expected):
     runner = make_runner(checkpoint)
     engine = PlainEngine(runner, max_num_batched_tokens=256)
