@@ -21,7 +21,8 @@ from tests.engine.plain_engine import CPU
 CUDA = torch.device("cuda")
 
 
-def test_a_cpu_takes_torch(tmp_path: Path):
+def test_a_cpu_without_a_compiler_takes_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.backend.load_cpu_library", lambda: None)
     for family, attention in (("llama", TorchAttention), ("deepseek_v3", LatentAttention)):
         spec = load_model_spec(make_checkpoint(tmp_path / family, family))
         backend = choose_backend(EngineConfig(), spec, spec.kv_layout(1, 16), CPU, 8)

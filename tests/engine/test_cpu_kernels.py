@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from core.kv_groups import KVGroup
 from engine.attention import TorchAttention
 from engine.attention_math import AttentionRule
-from engine.batch import SequenceStep, StepBatch
+from engine.batch import BlockTable, SequenceStep, StepBatch
 from engine.cpu_attention import CpuAttention
 from engine.cpu_kernels import CpuKernels
 from engine.cpu_library import CpuLibrary, load_cpu_library
@@ -86,18 +87,18 @@ def test_rotations_leave_values_alone(kernels, rows, rotated, interleaved):
 def test_attention_over_blocks_that_lie_anywhere(library, dtype, rule, num_kv_heads):
     blocks = torch.randperm(60, generator=torch.Generator().manual_seed(3)).tolist()
     contexts = [0, 3, 4, 40, 130]
-    sequences = [SequenceStep((1,), context, tuple(blocks[10 * i : 10 * i + 9]), None)
+    sequences = [SequenceStep((1,), context, (BlockTable(tuple(blocks[10 * i : 10 * i + 9])),), None)
                  for i, context in enumerate(contexts)]  # fmt: skip
-    chunk = SequenceStep((1,) * 21, 17, tuple(blocks[50:53]), None)
+    chunk = SequenceStep((1,) * 21, 17, (BlockTable(tuple(blocks[50:53])),), None)
     inputs = lay_out(StepBatch((*sequences, chunk)), CPU)
     num_rows = len(inputs.token_ids)
     query, qkv = random(num_rows, 6, 32), random(num_rows, 2 * num_kv_heads, 32, seed=5)
     key, value = qkv[:, :num_kv_heads], qkv[:, num_kv_heads:]
     filled = random(2, 60, 2, num_kv_heads, 16, 32, seed=9).to(dtype)
-    caches = [filled.clone(), filled.clone()]
+    caches, groups = [filled.clone(), filled.clone()], (KVGroup((0, 1), rule.window),)
     expected, got = (
         backend.plan(inputs).attend(1, query, key, value, rule)
-        for backend in (TorchAttention(caches[0]), CpuAttention(library, caches[1]))
+        for backend in (TorchAttention(caches[0], groups), CpuAttention(library, caches[1], groups))
     )
     assert torch.equal(*caches)
     assert not torch.equal(caches[0][1], filled[1]) and torch.equal(caches[0][0], filled[0])

@@ -74,7 +74,7 @@ def test_greedy_tokens_equal_transformers(checkpoint, prompts, expected, max_num
 
 
 def test_tokens_are_the_same_without_a_compiler(checkpoint, prompts, expected, monkeypatch):
-    monkeypatch.setattr("engine.runner.load_cpu_library", lambda: None)
+    monkeypatch.setattr("engine.backend.load_cpu_library", lambda: None)
     runner = make_runner(checkpoint)
     assert outputs(PlainEngine(runner), prompts, expected) == expected
     runner.close()

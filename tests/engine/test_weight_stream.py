@@ -100,7 +100,7 @@ def test_tokens_and_what_others_may_borrow_are_the_same(tmp_path: Path, family: 
     plain.close()
 
     def make(layout) -> Backend:
-        kept = plain_flashinfer_backend()(layout) if by == "flashinfer" else torch_backend(layout)
+        kept = plain_flashinfer_backend()(layout) if by == "flashinfer" else torch_backend(layout, may_compile=False)
         return Backend(kept.kernels, kept.attention, device_weight_bytes=total - KIB)
 
     runner = make_runner(checkpoint, num_blocks=64, make_backend=make)
@@ -136,5 +136,5 @@ def test_no_more_than_the_budget_is_on_the_device(tmp_path: Path):
 
 
 def _plain(layout) -> tuple:
-    backend = torch_backend(layout)
+    backend = torch_backend(layout, may_compile=False)
     return backend.kernels, backend.attention

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from core.block_hash import hash_blocks
 from core.config import PoolConfig, SchedulerConfig, TiersConfig
 from core.errors import TransferFailed
 from engine.checkpoint import load_model_spec
@@ -67,26 +68,22 @@ async def test_without_tiers_the_prompt_is_computed_again(tiny_llama):
     assert device.num_found == 0
 
 
-async def test_the_scheduler_counts_on_what_lies_below_the_device(tiny_llama):
+async def test_the_scheduler_knows_what_lies_below_the_device(tiny_llama):
     """Routed hits are the engine's hits, though the device has forgotten them."""
     tiers = TiersConfig(host_mib=100 * block_mib(tiny_llama[0]))
     local = SchedulerConfig(local_prefill_max_tokens=1000)
-    async with running_fleet(tiny_llama[0], 1, 2, a_pool(tiers), scheduler=local) as fleet:
+    async with running_fleet(tiny_llama[0], 1, 1, a_pool(tiers), scheduler=local) as fleet:
         for n, prompt in enumerate(PROMPTS):
             await generate(fleet, f"a{n}", prompt, 4)
-        replicas = [fleet.replicas[name] for name in ("d0", "d1")]
-        before = [await tiers_at_rest(replica) for replica in replicas]
-        await asyncio.sleep(1.0)  # reports
-        for n, prompt in enumerate(PROMPTS):
-            await generate(fleet, f"b{n}", prompt, 4)
-        after = [await tiers_at_rest(replica) for replica in replicas]
-        await fleet.until_quiet()
-    found = {
-        name: sum(late[name].num_found - early[name].num_found for early, late in zip(before, after, strict=True))
-        for name in ("device", "host")
-    }
-    assert sum(found.values()) == 4 * 6
-    assert found["host"] >= 6
+        replica = fleet.replicas["d0"]
+        await tiers_at_rest(replica)
+        held = {*replica.pool.snapshot(), *replica.service._context.tiers.books.snapshot()}
+        index = fleet.scheduler._admission.index
+        async with asyncio.timeout(10):
+            while index._held.get("d0", set()) != held:
+                await asyncio.sleep(0.02)
+        assert [index.match(hash_blocks(prompt, BLOCK_SIZE)) for prompt in PROMPTS] == [{"d0": 6}] * 4
+        assert replica.pool.num_cached < 4 * 6 <= len(held)
 
 
 async def test_a_tier_that_fails_costs_a_computation_and_no_request(tiny_llama):
