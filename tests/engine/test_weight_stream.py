@@ -132,6 +132,9 @@ def test_no_more_than_the_budget_is_on_the_device(tmp_path: Path):
     stream = runner.weights.stream
     assert stream is not None and stream.num_layers == 4
     assert others + 2 * per_layer + stream.device_bytes <= budget + 4 * KIB  # what images round up
+    on_host = {image.memory.untyped_storage().data_ptr() for image in stream._images}
+    lent = [stored().untyped_storage().data_ptr() in on_host for stored in runner.weights.parameters[:-3]]
+    assert lent == [False] * (len(lent) // 3) + [True] * (2 * len(lent) // 3), "two layers of six stay"
     runner.close()
 
 
