@@ -80,6 +80,17 @@ def test_a_prompt_needs_a_pool_for_its_full_layers_and_windows_only():
     assert pool.num_held == pool.num_promised == 0
 
 
+def test_a_started_prompt_has_room_whatever_others_take():
+    pool = BlockPool(80)
+    sequence = start(pool, range(60))
+    while sequence.num_uncomputed:
+        taken = pool.allocate(pool.num_free)
+        compute(sequence, min(AT_ONCE, sequence.num_uncomputed))
+        pool.disown(taken)
+    sequence.release()
+    assert pool.num_held == pool.num_promised == 0
+
+
 def test_a_step_reads_from_the_first_block_that_it_sees():
     pool = BlockPool(100)
     sequence = start(pool, range(60))
