@@ -19,6 +19,7 @@ ALLOWED = {
     "decode_worker": {"core", "rpc", "engine", "kv_transfer", "worker"},
     "cluster": {"core", "rpc", "kv_transfer", "prefill_worker", "decode_worker", "worker", "models"},
     "models": set(),
+    "simulator": {"core", "cluster", "engine", "kv_transfer", "prefill_worker", "decode_worker", "worker"},
     "bench": {
         "core",
         "rpc",
@@ -29,6 +30,7 @@ ALLOWED = {
         "worker",
         "cluster",
         "models",
+        "simulator",
     },
 }
 
@@ -97,6 +99,8 @@ PURE = [
     "kv_transfer.tombstones",
     "prefill_worker.deliveries",
     "prefill_worker.scheduler",
+    "simulator.cost.cost_model",
+    "simulator.traces.trace",
     "kv_transfer.pieces",
     "kv_transfer.plan",
     "kv_transfer.channels.choice",

@@ -1,0 +1,1 @@
+"""A digital twin of the fleet: the production scheduler, pools and policies on a virtual clock."""

@@ -1,0 +1,1 @@
+"""Recorded loads, read into requests that the twin can play."""
