@@ -8,40 +8,20 @@ Whoever prefills may first pull the prefix that another replica L has cached, if
 uncached shrinks to that on L, and pull(bytes that L has more, over the link) is added.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from cluster.scheduler.candidate import Candidate, Decision, Terms
 from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.policy import Choices, Memoryless
+from cluster.scheduler.rules import can_pair, fits_prefill, has_room, takes_more, uncached_tokens, without
 from core.config import SchedulerConfig
-from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import Reserve
 
 LINK_BYTES_PER_S = 1.5e9  # until links are measured
 LINK_LATENCY_S = 0.002
+NUM_EXPLAINED = 8  # candidates that a decision keeps
 HIDDEN_SHARE = 0.8  # of a transfer, by the compute of later layers and chunks
-STEPS_HELD = 2  # a worker holds about this many steps of work; the rest waits at the scheduler
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The chosen replicas, and the terms that made them win, in seconds."""
-
-    prefill: ReplicaView | None
-    decode: ReplicaView
-    reason: str
-    queue_s: float
-    prefill_s: float
-    transfer_s: float
-    num_uncached_tokens: int
-    num_decode_blocks: int  # that the request will claim on decode for its prompt
-    lender: ReplicaView | None = None  # whose cached prefix is pulled first
-    pull_s: float = 0.0
-    crosses_zones: bool = False  # taken only when no candidate within one zone has room
-
-    @property
-    def predicted_ttft_s(self) -> float:
-        """Sum of the terms."""
-        return self.queue_s + self.pull_s + self.prefill_s + self.transfer_s
 
 
 @dataclass(frozen=True)
@@ -53,27 +33,21 @@ class _Pull:
     num_uncached_tokens: int
 
 
-class DecisionMaker:
-    """One method; state is the caller's."""
+class DecisionMaker(Memoryless):
+    """The production policy."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
 
-    def decide(
-        self,
-        request: Reserve,
-        prefills: Sequence[ReplicaView],
-        decodes: Sequence[ReplicaView],
-        cached: dict[str, int],
-    ) -> Decision | None:
-        """The cheapest candidate that has room now, or None: wait. `cached` are leading blocks by replica id.
+    def decide(self, request: Reserve, choices: Choices) -> Decision | None:
+        """The cheapest candidate that has room now, or None: wait.
 
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
         """
-        everyone = [replica for replica in (*prefills, *decodes) if replica.info.replica_id not in request.avoid]
-        prefills = _without(prefills, request.avoid)
-        decodes = _without(decodes, request.avoid)
+        everyone = [r for r in (*choices.prefills, *choices.decodes) if r.info.replica_id not in request.avoid]
+        prefills, decodes = (without(pool, request.avoid) for pool in (choices.prefills, choices.decodes))
+        cached = choices.cached
         with_room = [decode for decode in decodes if self._has_room(request, decode, num_at_once=1)]
         ready_prefills = [prefill for prefill in prefills if takes_more(prefill) and request.placement != "local"]
         candidates = []
@@ -84,15 +58,11 @@ class DecisionMaker:
             reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
             if reason and self._has_room(request, decode, decode.info.max_num_batched_tokens):
                 candidates.append(self._local(request, decode, everyone, cached, reason))
-        return min(candidates, key=_rank, default=None)
+        ranked = sorted(candidates, key=_rank)
+        return replace(ranked[0], candidates=tuple(map(_explained, ranked[:NUM_EXPLAINED]))) if ranked else None
 
     def _has_room(self, request: Reserve, decode: ReplicaView, num_at_once: int) -> bool:
-        # Cached blocks count, too: nobody may hold them yet, and taking them makes them no longer free.
-        needed = decode.info.layout.num_blocks_held(request.num_tokens + 1, num_at_once)
-        reserve = (1 - self._config.max_decode_kv_usage) * decode.info.num_blocks
-        is_empty = decode.num_decode_requests == 0
-        fits = decode.num_free_blocks - needed >= (0 if is_empty else reserve)
-        return fits and decode.num_decode_requests < decode.info.max_num_seqs
+        return has_room(request.num_tokens + 1, decode, num_at_once, self._config.max_decode_kv_usage)
 
     def _pair(
         self,
@@ -100,7 +70,7 @@ class DecisionMaker:
         prefill: ReplicaView,
         decode: ReplicaView,
         everyone: Sequence[ReplicaView],
-        cached: dict[str, int],
+        cached: Mapping[str, int],
     ) -> Decision:
         pull = self._pull(request, prefill, everyone, cached)
         blocks = self._decode_blocks(request, decode, cached)
@@ -111,27 +81,30 @@ class DecisionMaker:
             prefill,
             decode,
             "pair",
-            queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
-            prefill_s=pull.num_uncached_tokens / prefill.prefill_tokens_per_s,
-            transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / bytes_per_s,
+            Terms(
+                queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
+                pull_s=pull.seconds,
+                prefill_s=pull.num_uncached_tokens / prefill.prefill_tokens_per_s,
+                transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / bytes_per_s,
+            ),
             num_uncached_tokens=pull.num_uncached_tokens,
             num_decode_blocks=blocks,
             lender=pull.lender,
-            pull_s=pull.seconds,
+            num_transfer_bytes=num_bytes,
             crosses_zones=self._config.zone_affinity != "ignore" and prefill.info.zone != decode.info.zone,
         )
 
     def _may_pair(self, request: Reserve, prefill: ReplicaView, decode: ReplicaView) -> bool:
         """The prompt fits on prefill, the two may exchange blocks, and the zones allow it."""
         near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
-        return near and request.num_tokens <= prefill.info.max_model_len and can_pair(prefill.info, decode.info)
+        return near and fits_prefill(request, prefill.info) and can_pair(prefill.info, decode.info)
 
     def _local(
         self,
         request: Reserve,
         decode: ReplicaView,
         everyone: Sequence[ReplicaView],
-        cached: dict[str, int],
+        cached: Mapping[str, int],
         reason: str,
     ) -> Decision:
         pull = self._pull(request, decode, everyone, cached)
@@ -139,25 +112,26 @@ class DecisionMaker:
             None,
             decode,
             reason,
-            queue_s=decode.outstanding_prefill_tokens / decode.prefill_tokens_per_s,
-            prefill_s=pull.num_uncached_tokens / decode.prefill_tokens_per_s,
-            transfer_s=0.0,
+            Terms(
+                queue_s=decode.outstanding_prefill_tokens / decode.prefill_tokens_per_s,
+                pull_s=pull.seconds,
+                prefill_s=pull.num_uncached_tokens / decode.prefill_tokens_per_s,
+            ),
             num_uncached_tokens=pull.num_uncached_tokens,
             num_decode_blocks=self._decode_blocks(request, decode, cached),
             lender=pull.lender,
-            pull_s=pull.seconds,
         )
 
     def _pull(
-        self, request: Reserve, taker: ReplicaView, everyone: Sequence[ReplicaView], cached: dict[str, int]
+        self, request: Reserve, taker: ReplicaView, everyone: Sequence[ReplicaView], cached: Mapping[str, int]
     ) -> _Pull:
         """The lender with the deepest prefix, when fetching what it has more is faster than computing that."""
         held = cached.get(taker.info.replica_id, 0)
-        alone = _Pull(None, 0.0, _uncached_tokens(request, held, taker))
+        alone = _Pull(None, 0.0, uncached_tokens(request, held, taker))
         lenders = [lender for lender in everyone if can_pair(lender.info, taker.info)]
         lender = max(lenders, key=lambda one: cached.get(one.info.replica_id, 0), default=taker)
         depth, layout = cached.get(lender.info.replica_id, 0), taker.info.layout
-        num_uncached = _uncached_tokens(request, depth, taker)
+        num_uncached = uncached_tokens(request, depth, taker)
         num_saved = alone.num_uncached_tokens - num_uncached
         if num_saved < self._config.pull_min_tokens:
             return alone
@@ -168,7 +142,7 @@ class DecisionMaker:
         return _Pull(lender, pull_s, num_uncached) if pull_s < num_saved / taker.prefill_tokens_per_s else alone
 
     def _why_local(
-        self, request: Reserve, decode: ReplicaView, cached: dict[str, int], *, have_prefill: bool, saturated: bool
+        self, request: Reserve, decode: ReplicaView, cached: Mapping[str, int], *, have_prefill: bool, saturated: bool
     ) -> str:
         if request.placement == "local":
             return "local_asked"
@@ -176,7 +150,7 @@ class DecisionMaker:
             return "local_no_prefill"
         if request.placement == "pair":
             return ""
-        uncached = _uncached_tokens(request, cached.get(decode.info.replica_id, 0), decode)
+        uncached = uncached_tokens(request, cached.get(decode.info.replica_id, 0), decode)
         if uncached <= self._config.local_prefill_max_tokens:
             return "local_short"
         if saturated and decode.num_decode_requests == 0:
@@ -184,35 +158,8 @@ class DecisionMaker:
         return ""
 
     @staticmethod
-    def _decode_blocks(request: Reserve, decode: ReplicaView, cached: dict[str, int]) -> int:
+    def _decode_blocks(request: Reserve, decode: ReplicaView, cached: Mapping[str, int]) -> int:
         return decode.info.layout.num_blocks_missing(cached.get(decode.info.replica_id, 0), request.num_tokens)
-
-
-def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
-    """KV blocks of one mean the same to the other, and both are of one generation."""
-    means_the_same = prefill.compatibility == decode.compatibility and prefill.layout.groups == decode.layout.groups
-    return means_the_same and prefill.generation == decode.generation
-
-
-def takes_more(prefill: ReplicaView) -> bool:
-    """Whether the replica holds less than about two steps of work."""
-    return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
-
-
-def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:
-    """Whether a request of hardly any tokens would find room."""
-    is_below_watermark = decode.num_free_blocks > (1 - max_kv_usage) * decode.info.num_blocks
-    return is_below_watermark and decode.num_decode_requests < decode.info.max_num_seqs
-
-
-def _uncached_tokens(request: Reserve, num_blocks: int, replica: ReplicaView) -> int:
-    return max(1, request.num_tokens - num_blocks * replica.info.layout.block_size)
-
-
-def _without(replicas: Sequence[ReplicaView], avoid: Iterable[str]) -> list[ReplicaView]:
-    """Leaves out the replicas that just failed the request, unless none would be left."""
-    others = [replica for replica in replicas if replica.info.replica_id not in avoid]
-    return others or list(replicas)
 
 
 def _rank(decision: Decision) -> tuple[bool, float, int, str, str]:
@@ -224,4 +171,15 @@ def _rank(decision: Decision) -> tuple[bool, float, int, str, str]:
         reservations,
         prefill.info.replica_id if prefill else "",
         decode.info.replica_id,
+    )
+
+
+def _explained(decision: Decision) -> Candidate:
+    prefill, lender = decision.prefill, decision.lender
+    return Candidate(
+        prefill.info.replica_id if prefill else "",
+        decision.decode.info.replica_id,
+        lender.info.replica_id if lender else "",
+        decision.reason,
+        decision.terms,
     )

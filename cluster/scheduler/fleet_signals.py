@@ -8,8 +8,8 @@ from typing import NamedTuple
 from cluster.autoscaling.signals import FleetSignals, PoolSignals
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.asked_sizes import Asked
-from cluster.scheduler.decision import has_free_slot, takes_more
 from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.rules import has_free_slot, takes_more
 from core.messages.fleet import Role
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.scheduler.decision import Decision
+from cluster.scheduler.candidate import Decision
 from cluster.scheduler.fleet_view import FleetView, ReplicaView
 from core.messages.to_scheduler import Reserve
 
@@ -18,6 +18,9 @@ class Reservation:
     decode_id: str
     generation: str
     expires_at: float
+    request: Reserve
+    decision: Decision
+    booked_at: float
     decoding_since: float | None = None
 
 
@@ -48,6 +51,9 @@ class Reservations:
             decode.info.replica_id,
             decode.info.generation,
             now + self._ttl_s,
+            request,
+            decision,
+            now,
         )
 
     def progress(self, request_id: str, now: float) -> None:
@@ -61,13 +67,14 @@ class Reservations:
             if request_id in replica.decode_requests:
                 replica.decode_requests[request_id] = 0
 
-    def drop(self, request_id: str) -> None:
-        """Its replicas are free of it; idempotent."""
+    def drop(self, request_id: str) -> Reservation | None:
+        """Its replicas are free of it; returns what was dropped. Idempotent."""
         reservation = self._reservations.pop(request_id, None)
         if reservation is not None:
             for replica in self._replicas_of(reservation):
                 replica.prefill_tokens.pop(request_id, None)
                 replica.decode_requests.pop(request_id, None)
+        return reservation
 
     def renew(self, request_ids: Iterable[str], now: float) -> None:
         """Keeps reservations alive; unknown ones are ignored (a restarted scheduler knows none)."""

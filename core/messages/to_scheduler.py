@@ -43,6 +43,7 @@ class Progress:
     """A request's first token is out: its prefill work is done."""
 
     request_id: str
+    num_cached_tokens: int | None = None  # of the prompt, that prefill found cached; None: unknown
 
 
 @dataclass(frozen=True)

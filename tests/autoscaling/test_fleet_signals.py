@@ -12,6 +12,7 @@ from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong
 from core.messages.fleet import Role
+from core.messages.to_scheduler import Progress
 from tests.autoscaling.closed_loop import NOON
 from tests.cluster.test_scheduler import BLOCK, replica, report, reserve
 
@@ -97,7 +98,7 @@ def test_decoding_is_timed_from_the_first_token_and_aborted_requests_are_not(adm
     for name in ("r", "aborted"):
         admission.reserve(reserve(name), 0.0)
     admission.dispatch(0.0)
-    admission.reservations.progress("r", 1.0)
+    admission.progress(Progress("r"), 1.0)
     admission.finish("r", 0, 4.0)
     admission.finish("aborted", 0, 9.0)
     assert signals_of(admission, 9.0).workload.decode_s_per_request == 3.0
