@@ -100,7 +100,7 @@ class SchedulerService:
 
     async def progress(self, message: Progress) -> Acknowledged:
         """Prefill of a request is over."""
-        self._admission.reservations.progress(message.request_id, self._now())
+        self._admission.progress(message, self._now())
         self._dispatch()
         return Acknowledged()
 

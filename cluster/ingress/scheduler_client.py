@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from cluster.ingress.generation import FleetHealth
-from cluster.scheduler.decision import can_pair
+from cluster.scheduler.rules import can_pair
 from cluster.scheduler.traffic import choose_generation
 from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.scheduler.asked_sizes import AskedSizes
-from cluster.scheduler.decision import Decision, DecisionMaker
-from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.candidate import Decision
+from cluster.scheduler.decision import DecisionMaker
+from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.policy import Choices, Policy
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
 from core.errors import BatonError, NoReplica, Overloaded
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_scheduler import Plan, ReplicaState, Report, Reserve
+from core.messages.to_scheduler import Plan, Progress, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
 
 
@@ -33,7 +36,14 @@ class _Waiting:
 class Admission:
     """The queue, dispatched in order of arrival to what reservations leave of the fleet."""
 
-    def __init__(self, config: SchedulerConfig, rate_window_s: float = 30.0, first_generation: str = "") -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        rate_window_s: float = 30.0,
+        first_generation: str = "",
+        policy: Policy | None = None,
+    ) -> None:
+        """`policy` chooses the replicas; None takes the production one."""
         self.fleet = FleetView(config.replica_timeout_s)
         self.index = PrefixIndex()
         self.traffic = TrafficSplit(first_generation)
@@ -41,7 +51,7 @@ class Admission:
         self.reservations = Reservations(self.fleet, config.reservation_ttl_s)
         self._workloads: defaultdict[str, WorkloadMeter] = defaultdict(partial(WorkloadMeter, rate_window_s))
         self._config = config
-        self._decision_maker = DecisionMaker(config)
+        self.policy: Policy = policy or DecisionMaker(config)
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._tombstones = Tombstones()
 
@@ -76,10 +86,13 @@ class Admission:
         if is_new or report.snapshot:
             self.index.remove_replica(replica_id)
         self.index.remove(replica_id, report.removed)
-        self.index.store(replica_id, report.stored, report.info.layout.reaches)
+        self.index.store(replica_id, report.stored, report.info.layout.reaches, report.tiers)
+        if (replica := self.fleet.get(replica_id)) is not None:
+            self.policy.reported(replica, report, now)
 
     def replica_lost(self, replica_id: str) -> None:
         """Its process cannot be reached, or it deregistered; its reservations are moot."""
+        self.policy.lost(replica_id)
         self.fleet.remove(replica_id)
         self.index.remove_replica(replica_id)
 
@@ -90,7 +103,7 @@ class Admission:
         Raises Overloaded, PromptTooLong, and StaleMessage when its Finish came first.
         """
         self._tombstones.refuse(request.request_id, request.attempt)
-        self._drop(request.request_id)
+        self._drop(request.request_id, now)
         generations = self._generations(now)
         if (too_long := generations.too_long(request)) is not None:
             raise too_long
@@ -115,7 +128,7 @@ class Admission:
             generation = generations.answering(waiting.request)
             if generation in full or generation not in decodes:
                 continue
-            decision = self._decide(waiting.request, decodes[generation], now)
+            decision = self._decide(waiting.request, decodes[generation].replicas, now)
             if decision is None:
                 if not waiting.request.avoid:
                     full.add(generation)  # nobody of this generation overtakes
@@ -124,14 +137,24 @@ class Admission:
             plans.append(self._book(waiting, decision, now))
         return plans
 
-    def finish(self, request_id: str, attempt: int, now: float) -> None:
-        """Ends an attempt in any state, also before its Reserve came; idempotent."""
+    def progress(self, message: Progress, now: float) -> None:
+        """A request's first token is out."""
+        if (reservation := self.reservations.progress(message.request_id, now)) is not None:
+            self.policy.first_token(reservation, message.num_cached_tokens, now)
+
+    def finish(self, request_id: str, attempt: int, now: float, num_output_tokens: int | None = None) -> None:
+        """Ends an attempt in any state, also before its Reserve came; idempotent.
+
+        `num_output_tokens` of one that came to its end, over all its attempts.
+        """
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self.reservations.find(request_id)
         if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
             self.workload(reservation.generation).decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
-            self._drop(request_id)
+            if reservation is not None:
+                reservation.num_output_tokens = num_output_tokens
+            self._drop(request_id, now)
 
     def expire(self, now: float) -> dict[str, BatonError]:
         """Ends reservations that nobody renewed; returns the requests that will get no plan, and why.
@@ -139,7 +162,7 @@ class Admission:
         They waited too long, or no replica that has come since can hold them.
         """
         for request_id in self.reservations.expired(now):
-            self._drop(request_id)
+            self._drop(request_id, now)
         generations = self._generations(now)
         has_decode = self.can_grow(now) or bool(generations.decodes)
         late: dict[str, BatonError] = {}
@@ -164,24 +187,25 @@ class Admission:
         """Every replica that is known, also those that take no work."""
         return tuple(ReplicaState(r.info, r.status, now - r.seen_at) for r in self.fleet)
 
-    def _drop(self, request_id: str) -> None:
+    def _drop(self, request_id: str, now: float) -> None:
         self._waiting.pop(request_id, None)
-        self.reservations.drop(request_id)
+        if (reservation := self.reservations.drop(request_id)) is not None:
+            self.policy.finished(reservation, now)
 
     def _generations(self, now: float) -> Generations:
         return Generations.at(now, self.fleet, self.traffic, self.sizes.at(now))
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
-        prefills = self.fleet.usable(Role.PREFILL, now)
+        prefills = self.fleet.in_generation(Role.PREFILL, decodes[0].info.generation, now)
         num_usable = (request.num_tokens - 1) // decodes[0].info.compatibility.block_size  # one token must be computed
         cached = self.index.match(request.block_hashes[:num_usable])
-        return self._decision_maker.decide(request, prefills, decodes, cached)
+        return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id))
 
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
         self.workload(decode.info.generation).planned(request.num_tokens, decision.num_uncached_tokens)
-        self.reservations.book(request, decision, now)
+        self.policy.booked(self.reservations.book(request, decision, now), now)
         return Plan(
             request.request_id,
             request.attempt,

@@ -1,227 +1,162 @@
-"""Where one request runs: the (prefill, decode) pair, or decode alone, with the lowest predicted TTFT. Pure.
+"""Where one request runs: the pair (prefill P, decode D), or decode alone, with the lowest predicted TTFT. Pure.
 
-TTFT(P, D) = queue(P) + prefill(uncached on P) + transfer(bytes D lacks) not hidden by compute + wait(D)
-TTFT(D)    = queue(D) + prefill(uncached on D), at D's own rate; slows D's running batch, so it is allowed only
-             when the suffix is short, D is idle, or prefill is saturated or lost
+TTFT(P, D) = queue(P) + pull + restore + prefill(uncached, context on P)
+             + what of transfer(bytes that D lacks, over the link P -> D, behind the bytes in flight) is not hidden
+             + wait(D)
+TTFT(D)    = queue(D) + pull + restore + prefill(uncached, context on D, beside its batch)
 
-Whoever prefills may first pull the prefix that another replica L has cached, if that is faster than computing it:
-uncached shrinks to that on L, and pull(bytes that L has more, over the link) is added.
+subject to the ITL of D's batch with the request in it, and to the room that D has through the request's expected
+length. Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
+Reasons: pair; of local prefill
+    local_asked, local_no_prefill: nothing else is possible
+    local_short: at most `local_prefill_max_tokens` are uncached
+    local_faster: it is predicted faster than any pair, and the steps of the batch stay within the ITL SLO
+    local_idle, local_saturated: prefill takes no more work; D has no batch, or one that it keeps within the SLO
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from math import log
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.candidate import Decision
+from cluster.scheduler.headroom import Headroom
+from cluster.scheduler.learned import Learned
+from cluster.scheduler.matches import Matches
+from cluster.scheduler.pairing import Pairing
+from cluster.scheduler.policy import Choices
+from cluster.scheduler.ranked import Ranked
+from cluster.scheduler.replica_view import ReplicaView
+from cluster.scheduler.reservations import Reservation
+from cluster.scheduler.rules import fits_prefill, takes_more, without
+from cluster.scheduler.shortlist import May, Shortlist
+from cluster.scheduler.sides import Ask, Sides
 from core.config import SchedulerConfig
-from core.messages.fleet import ReplicaInfo
-from core.messages.to_scheduler import Reserve
+from core.messages.fleet import Role
+from core.messages.to_scheduler import Foresight, Report, Reserve
 
-LINK_BYTES_PER_S = 1.5e9  # until links are measured
-LINK_LATENCY_S = 0.002
-HIDDEN_SHARE = 0.8  # of a transfer, by the compute of later layers and chunks
-STEPS_HELD = 2  # a worker holds about this many steps of work; the rest waits at the scheduler
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The chosen replicas, and the terms that made them win, in seconds."""
-
-    prefill: ReplicaView | None
-    decode: ReplicaView
-    reason: str
-    queue_s: float
-    prefill_s: float
-    transfer_s: float
-    num_uncached_tokens: int
-    num_decode_blocks: int  # that the request will claim on decode for its prompt
-    lender: ReplicaView | None = None  # whose cached prefix is pulled first
-    pull_s: float = 0.0
-    crosses_zones: bool = False  # taken only when no candidate within one zone has room
-
-    @property
-    def predicted_ttft_s(self) -> float:
-        """Sum of the terms."""
-        return self.queue_s + self.pull_s + self.prefill_s + self.transfer_s
-
-
-@dataclass(frozen=True)
-class _Pull:
-    """What whoever prefills takes over from a lender, and what is left to compute."""
-
-    lender: ReplicaView | None
-    seconds: float
-    num_uncached_tokens: int
+NUM_LENDERS = 3  # with the deepest prefixes, that pulls are weighed from
+SPEED_STEP = 0.05  # of the logarithm of a replica's pace: within it the load alone ranks replicas
 
 
 class DecisionMaker:
-    """One method; state is the caller's."""
+    """The production policy."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
+    def __init__(self, config: SchedulerConfig, *, exhaustive: bool = False) -> None:
+        """`exhaustive` weighs all replicas against each other: what short lists lose is measured against it."""
+        self.learned = Learned()
+        self._exhaustive = exhaustive
+        self._sides = Sides(self.learned.costs, self.learned.links, config.pull_min_tokens)
+        self._pairing = Pairing(config, self.learned, self._sides, exhaustive=exhaustive)
+        self._headroom = Headroom(config.max_decode_kv_usage)
+        self._shortlists: dict[tuple[Role, str], Shortlist] = {}
 
-    def decide(
-        self,
-        request: Reserve,
-        prefills: Sequence[ReplicaView],
-        decodes: Sequence[ReplicaView],
-        cached: dict[str, int],
-    ) -> Decision | None:
-        """The cheapest candidate that has room now, or None: wait. `cached` are leading blocks by replica id.
+    def decide(self, request: Reserve, choices: Choices) -> Decision | None:
+        """The cheapest candidate that has room now, or None: wait.
 
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
         """
-        everyone = [replica for replica in (*prefills, *decodes) if replica.info.replica_id not in request.avoid]
-        prefills = _without(prefills, request.avoid)
-        decodes = _without(decodes, request.avoid)
-        with_room = [decode for decode in decodes if self._has_room(request, decode, num_at_once=1)]
-        ready_prefills = [prefill for prefill in prefills if takes_more(prefill) and request.placement != "local"]
-        candidates = []
-        for decode in with_room:
-            partners = [prefill for prefill in prefills if self._may_pair(request, prefill, decode)]
-            ready = [prefill for prefill in partners if prefill in ready_prefills]
-            candidates += [self._pair(request, prefill, decode, everyone, cached) for prefill in ready]
-            reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
-            if reason and self._has_room(request, decode, decode.info.max_num_batched_tokens):
-                candidates.append(self._local(request, decode, everyone, cached, reason))
-        return min(candidates, key=_rank, default=None)
+        generation, matches, now = choices.decodes[0].info.generation, choices.cached, choices.now
+        num_new = self.learned.lengths.of(generation, request.tenant, request.max_new_tokens)
+        ask = Ask(request, matches, self._lenders(request, choices), num_new)
+        prefills, decodes = (without(pool, request.avoid) for pool in (choices.prefills, choices.decodes))
 
-    def _has_room(self, request: Reserve, decode: ReplicaView, num_at_once: int) -> bool:
-        # Cached blocks count, too: nobody may hold them yet, and taking them makes them no longer free.
-        needed = decode.info.layout.num_blocks_held(request.num_tokens + 1, num_at_once)
-        reserve = (1 - self._config.max_decode_kv_usage) * decode.info.num_blocks
-        is_empty = decode.num_decode_requests == 0
-        fits = decode.num_free_blocks - needed >= (0 if is_empty else reserve)
-        return fits and decode.num_decode_requests < decode.info.max_num_seqs
+        def has_room(view: ReplicaView) -> bool:
+            itl_s = self.learned.costs.of(view).step_s
+            return self._headroom.fits(request.num_tokens, num_new, view, 1, itl_s, now)
 
-    def _pair(
-        self,
-        request: Reserve,
-        prefill: ReplicaView,
-        decode: ReplicaView,
-        everyone: Sequence[ReplicaView],
-        cached: dict[str, int],
-    ) -> Decision:
-        pull = self._pull(request, prefill, everyone, cached)
-        blocks = self._decode_blocks(request, decode, cached)
-        layout = decode.info.layout
-        num_bytes = blocks * layout.block_bytes_per_rank * layout.tensor_parallel
-        bytes_per_s = decode.bytes_per_s_from(prefill.info.replica_id) or LINK_BYTES_PER_S
-        return Decision(
-            prefill,
-            decode,
-            "pair",
-            queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
-            prefill_s=pull.num_uncached_tokens / prefill.prefill_tokens_per_s,
-            transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / bytes_per_s,
-            num_uncached_tokens=pull.num_uncached_tokens,
-            num_decode_blocks=blocks,
-            lender=pull.lender,
-            pull_s=pull.seconds,
-            crosses_zones=self._config.zone_affinity != "ignore" and prefill.info.zone != decode.info.zone,
-        )
+        def has_room_at_once(view: ReplicaView) -> bool:
+            itl_s, num_at_once = self.learned.costs.of(view).step_s, view.info.max_num_batched_tokens
+            return self._headroom.fits(request.num_tokens, num_new, view, num_at_once, itl_s, now)
 
-    def _may_pair(self, request: Reserve, prefill: ReplicaView, decode: ReplicaView) -> bool:
-        """The prompt fits on prefill, the two may exchange blocks, and the zones allow it."""
-        near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
-        return near and request.num_tokens <= prefill.info.max_model_len and can_pair(prefill.info, decode.info)
+        def may_prefill(view: ReplicaView) -> bool:
+            return takes_more(view) and fits_prefill(request, view.info)
 
-    def _local(
-        self,
-        request: Reserve,
-        decode: ReplicaView,
-        everyone: Sequence[ReplicaView],
-        cached: dict[str, int],
-        reason: str,
-    ) -> Decision:
-        pull = self._pull(request, decode, everyone, cached)
-        return Decision(
-            None,
-            decode,
-            reason,
-            queue_s=decode.outstanding_prefill_tokens / decode.prefill_tokens_per_s,
-            prefill_s=pull.num_uncached_tokens / decode.prefill_tokens_per_s,
-            transfer_s=0.0,
-            num_uncached_tokens=pull.num_uncached_tokens,
-            num_decode_blocks=self._decode_blocks(request, decode, cached),
-            lender=pull.lender,
-            pull_s=pull.seconds,
-        )
+        sinks = [self._sides.sink(ask, view) for view in self._short(decodes, request, matches, has_room)]
+        if not sinks:
+            return None
+        ready = self._short(prefills, request, matches, may_prefill) if request.placement != "local" else []
+        sources = [self._sides.source(ask, view) for view in ready]
+        weighed = self._pairing.pairs(sources, sinks)
+        weighed += self._pairing.locals(ask, sinks, prefills, has_room_at_once, have_pairs=bool(weighed))
+        return self._pairing.best(ask, weighed)
 
-    def _pull(
-        self, request: Reserve, taker: ReplicaView, everyone: Sequence[ReplicaView], cached: dict[str, int]
-    ) -> _Pull:
-        """The lender with the deepest prefix, when fetching what it has more is faster than computing that."""
-        held = cached.get(taker.info.replica_id, 0)
-        alone = _Pull(None, 0.0, _uncached_tokens(request, held, taker))
-        lenders = [lender for lender in everyone if can_pair(lender.info, taker.info)]
-        lender = max(lenders, key=lambda one: cached.get(one.info.replica_id, 0), default=taker)
-        depth, layout = cached.get(lender.info.replica_id, 0), taker.info.layout
-        num_uncached = _uncached_tokens(request, depth, taker)
-        num_saved = alone.num_uncached_tokens - num_uncached
-        if num_saved < self._config.pull_min_tokens:
-            return alone
-        num_blocks = layout.num_blocks_missing(held, depth * layout.block_size)
-        num_bytes = num_blocks * layout.block_bytes_per_rank * layout.tensor_parallel
-        bytes_per_s = taker.bytes_per_s_from(lender.info.replica_id) or LINK_BYTES_PER_S
-        pull_s = 2 * LINK_LATENCY_S + num_bytes / bytes_per_s
-        return _Pull(lender, pull_s, num_uncached) if pull_s < num_saved / taker.prefill_tokens_per_s else alone
+    # ---- what it is told ----------------------------------------------------------------------------------------
 
-    def _why_local(
-        self, request: Reserve, decode: ReplicaView, cached: dict[str, int], *, have_prefill: bool, saturated: bool
-    ) -> str:
-        if request.placement == "local":
-            return "local_asked"
-        if not have_prefill:
-            return "local_no_prefill"
-        if request.placement == "pair":
-            return ""
-        uncached = _uncached_tokens(request, cached.get(decode.info.replica_id, 0), decode)
-        if uncached <= self._config.local_prefill_max_tokens:
-            return "local_short"
-        if saturated and decode.num_decode_requests == 0:
-            return "local_idle"
-        return ""
+    def reported(self, replica: ReplicaView, report: Report, now: float) -> None:  # noqa: ARG002
+        """Learns from samples; the replica's load has changed."""
+        self.learned.reported(replica, report)
+        self._changed(replica)
 
-    @staticmethod
-    def _decode_blocks(request: Reserve, decode: ReplicaView, cached: dict[str, int]) -> int:
-        return decode.info.layout.num_blocks_missing(cached.get(decode.info.replica_id, 0), request.num_tokens)
+    def lost(self, replica_id: str) -> None:
+        """Forgets the replica."""
+        self.learned.lost(replica_id)
+        for shortlist in self._shortlists.values():
+            shortlist.ranked.remove(replica_id)
 
+    def booked(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
+        """The loads of its replicas have changed."""
+        self.learned.booked(reservation)
+        self._replicas_changed(reservation)
 
-def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
-    """KV blocks of one mean the same to the other, and both are of one generation."""
-    means_the_same = prefill.compatibility == decode.compatibility and prefill.layout.groups == decode.layout.groups
-    return means_the_same and prefill.generation == decode.generation
+    def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
+        """Its prefill is over."""
+        self.learned.first_token(reservation, num_cached_tokens, now)
+        self._replicas_changed(reservation)
 
+    def finished(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
+        """Its replicas are free of it."""
+        self.learned.finished(reservation)
+        self._replicas_changed(reservation)
 
-def takes_more(prefill: ReplicaView) -> bool:
-    """Whether the replica holds less than about two steps of work."""
-    return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
+    def foresight(self) -> Foresight:
+        """How predictions compare with what came."""
+        return self.learned.foresight()
 
+    # ---- inside -------------------------------------------------------------------------------------------------
 
-def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:
-    """Whether a request of hardly any tokens would find room."""
-    is_below_watermark = decode.num_free_blocks > (1 - max_kv_usage) * decode.info.num_blocks
-    return is_below_watermark and decode.num_decode_requests < decode.info.max_num_seqs
+    def _short(
+        self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May
+    ) -> Sequence[ReplicaView]:
+        """The pool is without those that the request avoids, unless only such are left."""
+        if not pool:
+            return ()
+        if not request.avoid:
+            return self._shortlist(pool[0]).of(pool, matches, may)
+        return [view for view in pool if may(view)]  # rare: a short list knows of nobody's failures
 
+    def _lenders(self, request: Reserve, choices: Choices) -> tuple[ReplicaView, ...]:
+        found: list[ReplicaView] = []
+        for segment in choices.cached.segments:
+            for replica_id in choices.cached.names(segment):
+                view = choices.everyone.get(replica_id)
+                if view is not None and view.usable and replica_id not in request.avoid:
+                    found.append(view)
+                    if len(found) == NUM_LENDERS:
+                        return tuple(found)
+        return tuple(found)
 
-def _uncached_tokens(request: Reserve, num_blocks: int, replica: ReplicaView) -> int:
-    return max(1, request.num_tokens - num_blocks * replica.info.layout.block_size)
+    def _replicas_changed(self, reservation: Reservation) -> None:
+        decision = reservation.decision
+        self._changed(decision.decode)
+        if decision.prefill is not None:
+            self._changed(decision.prefill)
 
+    def _changed(self, view: ReplicaView) -> None:
+        self._shortlist(view).ranked.update(view)
 
-def _without(replicas: Sequence[ReplicaView], avoid: Iterable[str]) -> list[ReplicaView]:
-    """Leaves out the replicas that just failed the request, unless none would be left."""
-    others = [replica for replica in replicas if replica.info.replica_id not in avoid]
-    return others or list(replicas)
+    def _shortlist(self, view: ReplicaView) -> Shortlist:
+        key = view.info.role, view.info.generation
+        shortlist = self._shortlists.get(key)
+        if shortlist is None:
+            load_s = self._sides.queue_s if view.info.role is Role.PREFILL else self._decode_load_s
+            ranked = Ranked(self._bucket, load_s)
+            shortlist = self._shortlists[key] = Shortlist(ranked, exhaustive=self._exhaustive)
+        return shortlist
 
+    def _decode_load_s(self, view: ReplicaView) -> float:
+        return self._sides.itl_s(view, 0, 0.0)
 
-def _rank(decision: Decision) -> tuple[bool, float, int, str, str]:
-    prefill, decode = decision.prefill, decision.decode
-    reservations = decode.num_reservations + (prefill.num_reservations if prefill else 0)
-    return (
-        decision.crosses_zones,
-        round(decision.predicted_ttft_s, 4),
-        reservations,
-        prefill.info.replica_id if prefill else "",
-        decode.info.replica_id,
-    )
+    def _bucket(self, view: ReplicaView) -> Hashable:
+        costs, info = self.learned.costs.of(view), view.info
+        pace_s = costs.token_s if info.role is Role.PREFILL else costs.step_s
+        return info.zone, info.compatibility, info.layout.groups, round(log(max(pace_s, 1e-9)) / SPEED_STEP)

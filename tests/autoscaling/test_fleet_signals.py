@@ -12,6 +12,7 @@ from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, PromptTooLong
 from core.messages.fleet import Role
+from core.messages.to_scheduler import Progress
 from tests.autoscaling.closed_loop import NOON
 from tests.cluster.test_scheduler import BLOCK, replica, report, reserve
 
@@ -21,7 +22,8 @@ ASKED = {Role.PREFILL: PoolTarget(3, "load"), Role.DECODE: PoolTarget(2, "load")
 @pytest.fixture
 def admission() -> Admission:
     """Two prefill and two decode replicas of four slots; plans as in tests/cluster/test_scheduler.py."""
-    admission = Admission(SchedulerConfig(queue_timeout_s=30, replica_timeout_s=100), rate_window_s=10)
+    config = SchedulerConfig(queue_timeout_s=30, replica_timeout_s=100, local_prefill_max_tokens=0)
+    admission = Admission(config, rate_window_s=10)
     for name, role in (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)):
         admission.report(report(replica(name, role), snapshot=True), 0.0)
     return admission
@@ -97,7 +99,7 @@ def test_decoding_is_timed_from_the_first_token_and_aborted_requests_are_not(adm
     for name in ("r", "aborted"):
         admission.reserve(reserve(name), 0.0)
     admission.dispatch(0.0)
-    admission.reservations.progress("r", 1.0)
+    admission.progress(Progress("r"), 1.0)
     admission.finish("r", 0, 4.0)
     admission.finish("aborted", 0, 9.0)
     assert signals_of(admission, 9.0).workload.decode_s_per_request == 3.0

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.scheduler.decision import can_pair
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.rules import can_pair
 from core.block_hash import chain_seed, hash_blocks, in_group
 from core.kv_groups import KVGroup
 from core.kv_layout import Compatibility, KVLayout

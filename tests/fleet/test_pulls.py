@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.ingress.generation import Generation
-from cluster.scheduler.decision import Decision
+from cluster.scheduler.candidate import Decision, Terms
+from cluster.scheduler.policy import Choices, Memoryless
 from core.block_hash import hash_blocks
 from core.config import PoolConfig
 from core.errors import PeerLost
@@ -24,11 +25,12 @@ def steer(fleet: FleetHandle, prefill: str | None, decode: str, lender: str | No
     def view(name):
         return admission.fleet.get(fleet.replicas[name].info.replica_id) if name else None
 
-    def decide(request, prefills, decodes, cached) -> Decision:
-        reason = "pair" if prefill else "local_asked"
-        return Decision(view(prefill), view(decode), reason, 0.0, 0.0, 0.0, 1, 1, lender=view(lender))
+    class Steered(Memoryless):
+        def decide(self, request, choices: Choices) -> Decision:
+            reason = "pair" if prefill else "local_asked"
+            return Decision(view(prefill), view(decode), reason, Terms(), 1, 1, lender=view(lender))
 
-    admission._decision_maker.decide = decide
+    admission.policy = Steered()
 
 
 async def cached_tokens(fleet: FleetHandle, name: str, prompt, max_tokens: int) -> tuple[list[int], int]:

@@ -1,0 +1,81 @@
+"""The seam between the queue and the choice of replicas: what a policy sees, decides and is told. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.scheduler.candidate import Decision
+from cluster.scheduler.matches import Matches
+from cluster.scheduler.replica_view import ReplicaView
+from cluster.scheduler.reservations import Reservation
+from core.messages.to_scheduler import Foresight, Report, Reserve
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one request can be given at one moment: replicas that live and take work, of one generation.
+
+    Loads are in the views. Whether a replica has room, may pair, or shall be avoided, is the policy's to ask of
+    `cluster.scheduler.rules`.
+    """
+
+    prefills: Sequence[ReplicaView]
+    decodes: Sequence[ReplicaView]  # at least one
+    cached: Matches  # leading blocks of the prompt, by replica id; those without any are left out
+    now: float
+    everyone: Mapping[str, ReplicaView]  # of the whole fleet, those that take no work included, by id
+
+
+class Policy(Protocol):
+    """Chooses, and may learn from what it is told."""
+
+    def decide(self, request: Reserve, choices: Choices) -> Decision | None:
+        """Where a request goes now; None has it wait, and those of its generation behind it."""
+        ...
+
+    def reported(self, replica: ReplicaView, report: Report, now: float) -> None:
+        """A replica's report has been taken into its view."""
+        ...
+
+    def lost(self, replica_id: str) -> None:
+        """A replica is gone."""
+        ...
+
+    def booked(self, reservation: Reservation, now: float) -> None:
+        """A decision is in force: the views of its replicas count it."""
+        ...
+
+    def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
+        """A request's first token is out; what prefill found cached, when that is known."""
+        ...
+
+    def finished(self, reservation: Reservation, now: float) -> None:
+        """A request that had a decision is over, whatever ended it."""
+        ...
+
+    def foresight(self) -> Foresight | None:
+        """How its predictions compare with what came, if it predicts."""
+        ...
+
+
+class Memoryless:
+    """The part of policies that learn nothing."""
+
+    def reported(self, replica: ReplicaView, report: Report, now: float) -> None:
+        """Loads are in the view."""
+
+    def lost(self, replica_id: str) -> None:
+        """It is no longer among the choices."""
+
+    def booked(self, reservation: Reservation, now: float) -> None:
+        """The view of its replicas says so."""
+
+    def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
+        """The view of its replicas says so."""
+
+    def finished(self, reservation: Reservation, now: float) -> None:
+        """The view of its replicas says so."""
+
+    def foresight(self) -> Foresight | None:
+        """Nothing is predicted that could be compared."""
+        return None

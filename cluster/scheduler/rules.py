@@ -1,0 +1,55 @@
+"""Which replicas may serve a request, whatever they cost: compatibility, room, limits. Pure."""
+
+from collections.abc import Collection, Sequence
+
+from cluster.scheduler.replica_view import ReplicaView
+from core.messages.fleet import ReplicaInfo
+from core.messages.to_scheduler import Reserve
+
+STEPS_HELD = 2  # a worker holds about this many steps of work; the rest waits at the scheduler
+
+
+def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
+    """KV blocks of one mean the same to the other, and both are of one generation."""
+    means_the_same = prefill.compatibility == decode.compatibility and prefill.layout.groups == decode.layout.groups
+    return means_the_same and prefill.generation == decode.generation
+
+
+def fits_prefill(request: Reserve, prefill: ReplicaInfo) -> bool:
+    """Whether the prompt can be computed there."""
+    return request.num_tokens <= prefill.max_model_len
+
+
+def takes_more(prefill: ReplicaView) -> bool:
+    """Whether the replica holds less than about two steps of work."""
+    return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
+
+
+def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:
+    """Whether a request of hardly any tokens would find room."""
+    is_below_watermark = decode.num_free_blocks > (1 - max_kv_usage) * decode.info.num_blocks
+    return is_below_watermark and decode.num_decode_requests < decode.info.max_num_seqs
+
+
+def has_room(num_tokens: int, decode: ReplicaView, num_at_once: int, max_kv_usage: float) -> bool:
+    """Whether a sequence of so many tokens, computed `num_at_once` a step, finds a place in the batch and blocks.
+
+    Cached blocks count, too: nobody may hold them yet, and taking them makes them no longer free. The watermark
+    leaves the running sequences room to grow; there are none on an empty replica.
+    """
+    needed = decode.info.layout.num_blocks_held(num_tokens, num_at_once)
+    is_empty = decode.num_decode_requests == 0
+    spared = 0.0 if is_empty else (1 - max_kv_usage) * decode.info.num_blocks
+    return decode.num_free_blocks - needed >= spared and decode.num_decode_requests < decode.info.max_num_seqs
+
+
+def uncached_tokens(request: Reserve, num_blocks: int, replica: ReplicaView) -> int:
+    """Tokens that are left to compute behind so many leading blocks; the last one always is."""
+    return max(1, request.num_tokens - num_blocks * replica.info.layout.block_size)
+
+
+def without(replicas: Sequence[ReplicaView], avoid: Collection[str]) -> Sequence[ReplicaView]:
+    """Leaves out the replicas that just failed the request, unless none would be left."""
+    if not avoid:
+        return replicas
+    return [replica for replica in replicas if replica.info.replica_id not in avoid] or replicas
