@@ -32,7 +32,13 @@ class Ingress:
         client = RpcClient(config.cluster.security)
         self._scheduler_client = SchedulerClient(client, lambda: address_of(scheduler))
         self._streams = TokenStreams(ingress_id, client, config.transfer, config.ingress.max_buffered_tokens)
-        fleet = Fleet(ingress_id, config.block_size, config.tenant_salt, config.ingress.max_attempts)
+        fleet = Fleet(
+            ingress_id,
+            config.block_size,
+            config.tenant_salt,
+            config.ingress.max_attempts,
+            config.ingress.tenants_share_prefixes,
+        )
         self._orchestrator = Orchestrator(fleet, config.transfer, client, self._scheduler_client, self._streams)
         self._client = client
         self._scheduler_client.start()

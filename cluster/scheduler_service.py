@@ -3,15 +3,18 @@
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from contextlib import aclosing
 from datetime import UTC, datetime
+from typing import Any
 
 from cluster.autoscaling.signals import FleetSignals
-from cluster.scheduler.admission import Admission
+from cluster.scheduler.admission import Admission, Yielding
 from cluster.scheduler.asked_sizes import Asked
 from cluster.scheduler.fleet_signals import fleet_signals
 from core.errors import BatonError, InvalidParameter
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
+from core.messages.to_decode import MakeRoom
 from core.messages.to_scheduler import (
     Book,
     Deregister,
@@ -36,6 +39,7 @@ from rpc.server import RpcServer
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 0.1
+CONTROL_TIMEOUT_S = 2.0
 MISSED_TICKS = 5  # of an autoscaler, after which nobody waits for what it has asked for
 
 
@@ -51,6 +55,7 @@ class SchedulerService:
         self._plans: dict[str, asyncio.Future[Plan]] = {}
         self._watches: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._housekeeping: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, port: int = 0) -> str:
         """Listens; returns host:port."""
@@ -71,7 +76,7 @@ class SchedulerService:
 
     async def close(self) -> None:
         """Ends every watch and the server."""
-        tasks = [task for _, task in self._watches.values()]
+        tasks = [*self._tasks, *(task for _, task in self._watches.values())]
         if self._housekeeping is not None:
             tasks.append(self._housekeeping)
         for task in tasks:
@@ -209,6 +214,20 @@ class SchedulerService:
                 future.set_result(plan)
             else:
                 self._admission.finish(plan.request_id, plan.attempt, self._now())
+        for yielding in self._admission.take_yields():
+            self._spawn(self._have_room_made(yielding))
+
+    async def _have_room_made(self, yielding: Yielding) -> None:
+        message = MakeRoom(yielding.request_id, yielding.attempt)
+        try:
+            await self._client.call(yielding.decode.address, methods.MAKE_ROOM, message, CONTROL_TIMEOUT_S)
+        except BatonError as error:
+            logger.info("%s did not make room: %s", yielding.decode.replica_id, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _housekeep(self) -> None:
         while True:

@@ -7,7 +7,7 @@ A component receives only its own section. Environment variables are read nowher
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -18,6 +18,7 @@ from core.errors import ConfigurationError
 from core.section import Section
 from core.security import Security, TlsConfig, read_private
 from core.serve_file import application_args
+from core.slo_config import SloConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ZoneAffinity = Literal["ignore", "prefer", "require"]
@@ -137,6 +138,9 @@ class SchedulerConfig(Section):
     # While prefill has room, decode prefills uncached suffixes up to this alone; None leaves it to predicted times.
     local_prefill_max_tokens: int | None = Field(default=None, ge=0)
     itl_slo_s: float = Field(default=0.1, gt=0)  # decode batches grow, and prompts prefill beside them, within this
+    slo: SloConfig = SloConfig()
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # 1 for all others
+    max_batch_kv_usage: float = Field(default=0.8, gt=0, le=1)  # of decode, beyond which it gets no batch work
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
     replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time
     no_replica_timeout_s: float = Field(default=5.0, gt=0)  # requests wait this long while no decode replica is ready
@@ -150,6 +154,8 @@ class IngressConfig(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
     api_key: str = Field(default="", repr=False)
+    tenant_keys: dict[str, str] = Field(default_factory=dict, repr=False)  # name of a tenant -> its API key
+    tenants_share_prefixes: bool = False  # else what one tenant has had computed is nothing that another can find
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)  # plans that may fail for one request before its next token
     max_buffered_tokens: int = Field(default=4096, ge=16)  # per stream, for slow clients

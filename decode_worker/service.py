@@ -6,7 +6,17 @@ import time
 
 from core.errors import NoReplica
 from core.messages.fleet import Acknowledged
-from core.messages.to_decode import Abandon, Announce, Cancel, Commit, Open, RenewedLeases, RenewLeases, Ticket
+from core.messages.to_decode import (
+    Abandon,
+    Announce,
+    Cancel,
+    Commit,
+    MakeRoom,
+    Open,
+    RenewedLeases,
+    RenewLeases,
+    Ticket,
+)
 from core.messages.to_rank import SlabHeader
 from core.messages.to_scheduler import ReplicaStatus
 from core.telemetry import request_id_var
@@ -54,6 +64,7 @@ class DecodeService:
         """Registers this role's calls."""
         server.unary(methods.OPEN, self.open)
         server.unary(methods.CANCEL, self.cancel)
+        server.unary(methods.MAKE_ROOM, self.make_room)
         server.unary(methods.ANNOUNCE, self.announce)
         server.unary(methods.COMMIT, self.commit)
         server.unary(methods.ABANDON, self.abandon)
@@ -138,6 +149,15 @@ class DecodeService:
         if handoff is None or handoff.lease.lease_id != message.lease_id:
             return Acknowledged(False)
         self._handoffs.end(message.request_id, message.attempt, self._now())
+        self._tasks.settle()
+        return Acknowledged()
+
+    async def make_room(self, message: MakeRoom) -> Acknowledged:
+        """A batch request that is in the way goes on elsewhere, or later."""
+        handoff = self._handoffs.find(message.request_id, message.attempt)
+        if handoff is None:
+            return Acknowledged(False)
+        self._tasks.resume_elsewhere(handoff)
         self._tasks.settle()
         return Acknowledged()
 

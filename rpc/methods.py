@@ -42,6 +42,7 @@ CANCEL = Unary("Cancel", to_decode.Cancel, fleet.Acknowledged)
 ANNOUNCE = Unary("Announce", to_decode.Announce, fleet.Acknowledged)
 COMMIT = Unary("Commit", to_decode.Commit, fleet.Acknowledged)
 ABANDON = Unary("Abandon", to_decode.Abandon, fleet.Acknowledged)
+MAKE_ROOM = Unary("MakeRoom", to_decode.MakeRoom, fleet.Acknowledged)
 RENEW_LEASES = Unary("RenewLeases", to_decode.RenewLeases, to_decode.RenewedLeases)
 TOKENS = ServerStream("Tokens", to_decode.TokensFrom, to_decode.TokenFrame)
 

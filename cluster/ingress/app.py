@@ -19,7 +19,7 @@ from cluster.ingress.fleet_metrics import fleet_exposition
 from cluster.ingress.generation import Backend
 from cluster.ingress.metrics import Metrics
 from cluster.ingress.protocol import ChatRequest, CompletionRequest, GenerationT, TrafficRequest, parse_request
-from cluster.ingress.request_scope import RequestScope
+from cluster.ingress.request_scope import RequestRecord, RequestScope
 from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
 from core.errors import BatonError, ModelNotFound, Unauthorized
@@ -115,17 +115,22 @@ def _health_routes(edge: Edge) -> APIRouter:
 
 def _authorized(edge: Edge) -> Any:
     async def authorized(http: Request) -> None:
-        _check_key(http, edge.config.api_key)
+        record: RequestRecord = http.state.record
+        record.tenant = _tenant(http, edge.config)
 
     return Depends(authorized)
 
 
-def _check_key(http: Request, api_key: str) -> None:
-    if not api_key:
-        return
+def _tenant(http: Request, config: IngressConfig) -> str:
+    """Whose key it is; the fleet's own key is nobody's in particular. Raises Unauthorized."""
+    keys = config.tenant_keys | ({"": config.api_key} if config.api_key else {})
+    if not keys:
+        return ""
     scheme, _, given = http.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), api_key.encode()):
+    found = [name for name, key in keys.items() if hmac.compare_digest(given.strip().encode("latin-1"), key.encode())]
+    if scheme.lower() != "bearer" or not found:
         raise Unauthorized("Incorrect or missing API key: send it as 'Authorization: Bearer KEY'")
+    return found[0]
 
 
 def _check_model(model: ServedModel, name: str) -> None:

@@ -24,7 +24,7 @@ async def chat(edge: Edge, http: Request, request: ChatRequest) -> Response:
     model = await edge.served_model()
     prompt = await asyncio.to_thread(_prompt_token_ids, model, request)
     default = model.defaults.max_tokens
-    choices = plan_choices(model, request, [prompt], default, record.unique_id, edge.config.request_timeout_s)
+    choices = plan_choices(model, request, [prompt], default, record, edge.config.request_timeout_s)
     return await answer(edge, http, request, choices, ChatShape(model, request, prompt, record.unique_id))
 
 

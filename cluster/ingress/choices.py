@@ -12,6 +12,7 @@ from cluster.ingress.detokenizer import Detokenizer
 from cluster.ingress.generation import Backend, Generation, GenerationEvent, GenerationReport
 from cluster.ingress.metrics import GenerationMeter
 from cluster.ingress.protocol import GenerationRequest
+from cluster.ingress.request_scope import RequestRecord
 from cluster.ingress.served_model import ServedModel
 from cluster.ingress.stop_strings import StopStrings
 from core.errors import InvalidParameter, PeerLost, PromptTooLong
@@ -50,13 +51,14 @@ def plan_choices(
     request: GenerationRequest,
     prompts: Sequence[Sequence[int]],
     default_max_tokens: int | None,
-    request_id: str,
+    record: RequestRecord,
     timeout_s: float,
 ) -> list[Choice]:
     """Checks the prompts and makes every choice of the answer. Raises InvalidParameter and PromptTooLong."""
     _check_token_ids(model, prompts, request.stop_token_ids or ())
     stop_token_ids = frozenset(request.stop_token_ids or ())
     defaults = model.defaults
+    standing = request.standing(record.tenant)
     choices: list[Choice] = []
     for prompt in prompts:
         max_tokens = _max_tokens(model, len(prompt), request.wanted_max_tokens, default_max_tokens)
@@ -72,7 +74,12 @@ def plan_choices(
             )
             index = len(choices)
             generation = Generation(
-                f"{request_id}-{index}", tuple(prompt), sampling, timeout_s, request.baton.placement
+                f"{record.unique_id}-{index}",
+                tuple(prompt),
+                sampling,
+                timeout_s,
+                request.baton.placement,
+                standing,
             )
             choices.append(Choice(index, generation, tuple(request.stop or ())))
     return choices

@@ -24,7 +24,7 @@ async def complete(edge: Edge, http: Request, request: CompletionRequest) -> Res
     record: RequestRecord = http.state.record
     model = await edge.served_model()
     prompts = await _prompt_token_ids(model, request)
-    choices = plan_choices(model, request, prompts, DEFAULT_MAX_TOKENS, record.unique_id, edge.config.request_timeout_s)
+    choices = plan_choices(model, request, prompts, DEFAULT_MAX_TOKENS, record, edge.config.request_timeout_s)
     return await answer(edge, http, request, choices, CompletionShape(model, request, choices, record.unique_id))
 
 

@@ -10,6 +10,17 @@ from core.sampling import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Who asks, and what that one expects."""
+
+    tenant: str = ""
+    slo_class: str = "standard"
+    ttft_slo_s: float = 0.0  # 0: that of the class
+    itl_slo_s: float = 0.0
+    priority: int = 0
+
+
+@dataclass(frozen=True)
 class Generation:
     """One sequence to generate. `request_id` is unique per choice of an HTTP request."""
 
@@ -18,6 +29,7 @@ class Generation:
     sampling: SamplingParams
     timeout_s: float
     placement: str = "auto"  # "pair" or "local" when the client insists
+    standing: Standing = Standing()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Fleet:
     block_size: int
     tenant_salt: str
     max_attempts: int
+    tenants_share_prefixes: bool = False
+
+    def salt(self, tenant: str) -> str:
+        """What seeds the hashes of a tenant's blocks."""
+        return self.tenant_salt if self.tenants_share_prefixes or not tenant else f"{self.tenant_salt}\x1e{tenant}"
 
 
 class Orchestrator:
@@ -131,7 +136,7 @@ class Orchestrator:
     ) -> AsyncIterator[Ticket]:
         """Room on decode; leaving the block in any way ends the attempt there, and on prefill through it."""
         request_id = progress.generation.request_id
-        due_s = progress.due_s(self._config.ttft_slo_s)
+        due_s = progress.due_s(progress.generation.standing.ttft_slo_s or self._config.ttft_slo_s)
         pull_from = plan.pull_from if plan.prefill is None else None
         message = Open(
             request_id,
@@ -169,7 +174,7 @@ class Orchestrator:
                 logger.info("cancel did not reach %s: %s", replica.replica_id, error)
 
     def _reserve(self, progress: Progress, sequence: Sequence, attempt: int) -> Reserve:
-        generation = progress.generation
+        generation, standing = progress.generation, progress.generation.standing
         return Reserve(
             generation.request_id,
             attempt,
@@ -181,11 +186,16 @@ class Orchestrator:
             tuple(sorted(progress.avoid)),
             generation.placement,
             progress.fleet_generation if progress.shown else "",
+            standing.tenant,
+            standing.slo_class,
+            standing.ttft_slo_s,
+            standing.itl_slo_s,
+            standing.priority,
         )
 
     def _sequence(self, progress: Progress) -> Sequence:
         token_ids = (*progress.generation.prompt_token_ids, *progress.shown)
-        salt = self._fleet.tenant_salt
+        salt = self._fleet.salt(progress.generation.standing.tenant)
         hashes = hash_blocks(token_ids, self._fleet.block_size, salt)
         return Sequence(token_ids, hashes, progress.generation.sampling, chain_seed(salt), len(progress.shown))
 

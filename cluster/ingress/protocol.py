@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
+from cluster.ingress.generation import Standing
 from cluster.ingress.unsupported import message_without_unsupported, request_without_unsupported
 from core.errors import InvalidParameter
+from core.slo_config import SloClass
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
@@ -30,11 +32,21 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class SloOptions(Body):
+    """What a request expects, in milliseconds; None: that of its class."""
+
+    ttft_ms: Annotated[float, Field(gt=0, le=3.6e6, strict=False)] | None = None
+    itl_ms: Annotated[float, Field(gt=0, le=3.6e6, strict=False)] | None = None
+
+
 class BatonOptions(Body):
-    """What only this server understands: where a request shall run, and whether to tell where it did."""
+    """What only this server understands: where a request shall run, when, and whether to tell where it did."""
 
     placement: Literal["auto", "pair", "local"] = "auto"
     explain: bool = False  # the answer ends with a `baton` object: placement, replicas, phases
+    slo_class: SloClass | None = None  # None: as `service_tier` says
+    slo: SloOptions = SloOptions()
+    priority: int = Field(default=0, ge=-100, le=100)  # among the requests of one tenant; higher ones go first
 
 
 class GenerationRequest(Body):
@@ -54,6 +66,7 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     baton: BatonOptions = BatonOptions()
 
     @field_validator("stop", mode="before")
@@ -66,6 +79,18 @@ class GenerationRequest(Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed when 'stream' is true")
         return self
+
+    def standing(self, tenant: str) -> Standing:
+        """What a tenant's request expects. OpenAI's tiers are classes: flex is batch work, priority interactive."""
+        tiers = {"flex": "batch", "priority": "interactive"}
+        options = self.baton
+        return Standing(
+            tenant,
+            options.slo_class or tiers.get(self.service_tier or "", "standard"),
+            (options.slo.ttft_ms or 0.0) / 1000,
+            (options.slo.itl_ms or 0.0) / 1000,
+            options.priority,
+        )
 
     @property
     def num_choices(self) -> int:

@@ -28,6 +28,7 @@ class RequestRecord:
     request_id: str
     unique_id: str
     meter: RequestMeter
+    tenant: str = ""  # by its API key
     status: int = 0
     started: float = field(default_factory=time.perf_counter)
 

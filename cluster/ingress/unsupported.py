@@ -42,7 +42,6 @@ _HARMLESS_IN_REQUEST: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "reasoning_effort": (),
     "verbosity": (),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "moderation": (),
     "web_search_options": (),

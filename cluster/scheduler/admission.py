@@ -1,24 +1,30 @@
 """The global scheduler: pending reservations in, plans out; the one place where requests wait. Pure.
 
 reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> gone
-               |  queue full: Overloaded      +------- expiry, replica lost ----^
+               |  queue full, too long a wait |           | yield (batch): asked to come back
+               |  foreseen: Overloaded        +------- expiry, replica lost ----^
                +- deadline: Overloaded with Retry-After
 """
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from cluster.scheduler.asked_sizes import AskedSizes
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.decision import DecisionMaker
+from cluster.scheduler.fair_share import FairShare
 from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.policy import Choices, Policy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
+from cluster.scheduler.rules import has_free_slot
 from cluster.scheduler.traffic import TrafficSplit
+from cluster.scheduler.wait_forecast import WaitForecast
+from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
 from core.errors import BatonError, NoReplica, Overloaded
@@ -28,13 +34,16 @@ from kv_transfer.tombstones import Tombstones
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    request: Reserve
-    since: float
+class Yielding:
+    """A batch request that shall make room on its decode replica; its ingress plans the rest anew."""
+
+    request_id: str
+    attempt: int
+    decode: ReplicaInfo
 
 
 class Admission:
-    """The queue, dispatched in order of arrival to what reservations leave of the fleet."""
+    """The queue, dispatched in the order of WaitingLine to what reservations leave of the fleet."""
 
     def __init__(
         self,
@@ -52,13 +61,17 @@ class Admission:
         self._workloads: defaultdict[str, WorkloadMeter] = defaultdict(partial(WorkloadMeter, rate_window_s))
         self._config = config
         self.policy: Policy = policy or DecisionMaker(config)
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._share = FairShare(config.tenant_weights)
+        self._line = WaitingLine(self._share)
+        self._forecast = WaitForecast()
+        self._refused: dict[str, BatonError] = {}  # pushed out of a full line, not told yet
+        self._yields: list[Yielding] = []
         self._tombstones = Tombstones()
 
     @property
     def num_waiting(self) -> int:
         """Requests without a plan."""
-        return len(self._waiting)
+        return len(self._line)
 
     def can_grow(self, now: float) -> bool:
         """An autoscaler is at work: requests wait in the queue for replicas that it brings, from none too."""
@@ -67,7 +80,7 @@ class Admission:
     def waiting_for(self, generation: str, now: float) -> list[Reserve]:
         """Requests without a plan that a generation shall answer."""
         generations = self._generations(now)
-        requests = (waiting.request for waiting in self._waiting.values())
+        requests = (waiting.request for waiting in self._line)
         return [request for request in requests if generations.answering(request) == generation]
 
     def workload(self, generation: str) -> WorkloadMeter:
@@ -100,29 +113,36 @@ class Admission:
         """Queues a request; a repeated one, or a new attempt, replaces the old.
 
         It waits for a decode replica too: one may be starting, or about to register with a new scheduler.
-        Raises Overloaded, PromptTooLong, and StaleMessage when its Finish came first.
+        Raises Overloaded when the line is full of its own tenant's requests, or when it would wait longer than it may;
+        PromptTooLong, and StaleMessage when its Finish came first.
         """
         self._tombstones.refuse(request.request_id, request.attempt)
         self._drop(request.request_id, now)
         generations = self._generations(now)
         if (too_long := generations.too_long(request)) is not None:
             raise too_long
-        if len(self._waiting) >= self._config.queue_limit:
-            raise Overloaded(f"{self._config.queue_limit} requests wait already", retry_after_s=1.0)
-        self._waiting[request.request_id] = _Waiting(request, now)
+        waiting = self._waiting(request, now)
+        self._forecast.passed(now, len(self._line) > 0)
+        if request.attempt == 0:
+            self._refuse_in_time(waiting)
+        self._line.add(waiting)
+        if len(self._line) > self._config.queue_limit:
+            self._push_out(waiting)
         if request.attempt == 0:
             self.workload(generations.answering(request)).arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
-        """Plans for waiting requests, oldest first, in each generation until one finds no room.
+        """Plans for waiting requests in their order, in each generation until one finds no room.
 
         One that avoids replicas holds nobody up: there may be room where it does not want to go.
         """
+        self._forecast.passed(now, len(self._line) > 0)
         plans = []
         generations = self._generations(now)
         decodes = generations.decodes
         full: set[str] = set()
-        for waiting in list(self._waiting.values()):
+        held_up: Counter[str] = Counter()  # by generation, requests that batch work may be in the way of
+        for waiting in self._line.in_order():
             if full >= decodes.keys():
                 break
             generation = generations.answering(waiting.request)
@@ -132,10 +152,18 @@ class Admission:
             if decision is None:
                 if not waiting.request.avoid:
                     full.add(generation)  # nobody of this generation overtakes
+                    held_up[generation] += not waiting.is_batch
                 continue
-            del self._waiting[waiting.request.request_id]
+            self._line.remove(waiting.request.request_id)
             plans.append(self._book(waiting, decision, now))
+        for generation in +held_up:
+            self._make_room(generation, decodes[generation].replicas)
         return plans
+
+    def take_yields(self) -> list[Yielding]:
+        """Batch requests that others now wait for, since the last call. The caller has their decode replicas let go."""
+        yields, self._yields = self._yields, []
+        return yields
 
     def progress(self, message: Progress, now: float) -> None:
         """A request's first token is out."""
@@ -148,7 +176,7 @@ class Admission:
         `num_output_tokens` of one that came to its end, over all its attempts.
         """
         self._tombstones.bury(request_id, attempt, now)
-        waiting, reservation = self._waiting.get(request_id), self.reservations.find(request_id)
+        waiting, reservation = self._line.find(request_id), self.reservations.find(request_id)
         if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
             self.workload(reservation.generation).decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
@@ -159,24 +187,23 @@ class Admission:
     def expire(self, now: float) -> dict[str, BatonError]:
         """Ends reservations that nobody renewed; returns the requests that will get no plan, and why.
 
-        They waited too long, or no replica that has come since can hold them.
+        They waited too long, were pushed out of a full line, or no replica that has come since can hold them.
         """
         for request_id in self.reservations.expired(now):
             self._drop(request_id, now)
         generations = self._generations(now)
         has_decode = self.can_grow(now) or bool(generations.decodes)
-        late: dict[str, BatonError] = {}
-        for waiting in self._waiting.values():
-            waited_s, limit_s = now - waiting.since, min(waiting.request.timeout_s, self._config.queue_timeout_s)
-            if waited_s >= limit_s:
-                error = Overloaded(f"no capacity within {limit_s:.0f} s", retry_after_s=limit_s / 2)
-                late[waiting.request.request_id] = error
-            elif (too_long := generations.too_long(waiting.request)) is not None:
-                late[waiting.request.request_id] = too_long
+        late, self._refused = self._refused, {}
+        for waiting in self._line:
+            request, waited_s = waiting.request, now - waiting.since
+            if waited_s >= waiting.timeout_s:
+                late[request.request_id] = self._overloaded(waiting, f"no capacity within {waiting.timeout_s:.0f} s")
+            elif (too_long := generations.too_long(request)) is not None:
+                late[request.request_id] = too_long
             elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
-                late[waiting.request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
+                late[request.request_id] = NoReplica("no decode replica is ready", retry_after_s=2.0)
         for request_id in late:
-            del self._waiting[request_id]
+            self._line.remove(request_id)
         return late
 
     def book(self, now: float) -> tuple[ReplicaInfo, ...]:
@@ -188,8 +215,9 @@ class Admission:
         return tuple(ReplicaState(r.info, r.status, now - r.seen_at) for r in self.fleet)
 
     def _drop(self, request_id: str, now: float) -> None:
-        self._waiting.pop(request_id, None)
+        self._line.remove(request_id)
         if (reservation := self.reservations.drop(request_id)) is not None:
+            self._share.ended(request_id, reservation.num_output_tokens)
             self.policy.finished(reservation, now)
 
     def _generations(self, now: float) -> Generations:
@@ -201,10 +229,54 @@ class Admission:
         cached = self.index.match(request.block_hashes[:num_usable])
         return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id))
 
-    def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
+    def _waiting(self, request: Reserve, now: float) -> Waiting:
+        target = self._config.slo.target(request.slo_class)
+        timeout_s = min(request.timeout_s, target.queue_timeout_s or self._config.queue_timeout_s)
+        return Waiting(request, now, now + (request.ttft_slo_s or target.ttft_s), timeout_s)
+
+    def _refuse_in_time(self, waiting: Waiting) -> None:
+        """Raises Overloaded for a request that would wait in vain: it is told now, not when its time is over."""
+        wait_s = self._forecast.wait_s(self._line.tokens_before(waiting)) if self._line else None
+        if wait_s is not None and wait_s > waiting.timeout_s:
+            raise self._overloaded(
+                waiting, f"a wait of {wait_s:.0f} s is foreseen, {waiting.timeout_s:.0f} s are allowed"
+            )
+
+    def _overloaded(self, waiting: Waiting, message: str) -> Overloaded:
+        wait_s = self._forecast.wait_s(self._line.tokens_before(waiting))
+        return Overloaded(message, retry_after_s=self._forecast.retry_after_s(wait_s, waiting.timeout_s))
+
+    def _push_out(self, newest: Waiting) -> None:
+        """The line is full. Who fills it beyond its part loses its last request; Overloaded if that is the newest."""
+        last = self._line.last_of_the_longest()
+        self._line.remove(last.request.request_id)
+        error = self._overloaded(last, f"{self._config.queue_limit} requests wait already")
+        if last is newest:
+            raise error
+        self._refused[last.request.request_id] = error
+
+    def _make_room(self, generation: str, decodes: Sequence[ReplicaView]) -> None:
+        """Has the youngest batch request yield, one at a time, where decode is what is full."""
+        if any(has_free_slot(decode, self._config.max_decode_kv_usage) for decode in decodes):
+            return
+        batch = [r for r in self.reservations if r.request.is_batch and r.generation == generation]
+        if any(reservation.yielding for reservation in batch):
+            return
+        decoding = [reservation for reservation in batch if reservation.decoding_since is not None]
+        if decoding:
+            youngest = max(decoding, key=lambda reservation: reservation.booked_at)
+            youngest.yielding = True
+            info = youngest.decision.decode.info
+            self._yields.append(Yielding(youngest.request_id, youngest.attempt, info))
+
+    def _book(self, waiting: Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
         self.workload(decode.info.generation).planned(request.num_tokens, decision.num_uncached_tokens)
+        if now > waiting.since:
+            self._forecast.dispatched(request.num_tokens)
+        num_new = min(decision.num_expected_tokens, request.max_new_tokens)
+        self._share.taken(request.request_id, request.tenant, decision.num_uncached_tokens, num_new)
         self.policy.booked(self.reservations.book(request, decision, now), now)
         return Plan(
             request.request_id,

@@ -47,6 +47,7 @@ class DecisionMaker:
         self._sides = Sides(self.learned.costs, self.learned.links, config.pull_min_tokens)
         self._pairing = Pairing(config, self.learned, self._sides, exhaustive=exhaustive)
         self._headroom = Headroom(config.max_decode_kv_usage)
+        self._batch_headroom = Headroom(min(config.max_batch_kv_usage, config.max_decode_kv_usage))
         self._shortlists: dict[tuple[Role, str], Shortlist] = {}
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
@@ -60,16 +61,18 @@ class DecisionMaker:
         ask = Ask(request, matches, self._lenders(request, choices), num_new)
         prefills, decodes = (without(pool, request.avoid) for pool in (choices.prefills, choices.decodes))
 
+        headroom = self._batch_headroom if request.is_batch else self._headroom
+
         def has_room(view: ReplicaView) -> bool:
             itl_s = self.learned.costs.of(view).step_s
-            return self._headroom.fits(request.num_tokens, num_new, view, 1, itl_s, now)
+            return headroom.fits(request.num_tokens, num_new, view, 1, itl_s, now)
 
         def has_room_at_once(view: ReplicaView) -> bool:
             itl_s, num_at_once = self.learned.costs.of(view).step_s, view.info.max_num_batched_tokens
-            return self._headroom.fits(request.num_tokens, num_new, view, num_at_once, itl_s, now)
+            return headroom.fits(request.num_tokens, num_new, view, num_at_once, itl_s, now)
 
         def may_prefill(view: ReplicaView) -> bool:
-            return takes_more(view) and fits_prefill(request, view.info)
+            return takes_more(view, is_batch=request.is_batch) and fits_prefill(request, view.info)
 
         sinks = [self._sides.sink(ask, view) for view in self._short(decodes, request, matches, has_room)]
         if not sinks:

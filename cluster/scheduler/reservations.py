@@ -1,6 +1,6 @@
 """Dispatched requests, and what each of them holds of its replicas until it finishes or nobody renews it. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cluster.scheduler.candidate import Decision
@@ -24,6 +24,7 @@ class Reservation:
     booked_at: float
     decoding_since: float | None = None
     num_output_tokens: int | None = None  # over all attempts, once the request has come to its end
+    yielding: bool = False  # it was asked to make room
 
 
 class Reservations:
@@ -36,6 +37,9 @@ class Reservations:
 
     def __len__(self) -> int:
         return len(self._reservations)
+
+    def __iter__(self) -> Iterator[Reservation]:
+        return iter(self._reservations.values())
 
     def find(self, request_id: str) -> Reservation | None:
         """The request's, if it was dispatched and is not over."""

@@ -20,9 +20,10 @@ def fits_prefill(request: Reserve, prefill: ReplicaInfo) -> bool:
     return request.num_tokens <= prefill.max_model_len
 
 
-def takes_more(prefill: ReplicaView) -> bool:
-    """Whether the replica holds less than about two steps of work."""
-    return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
+def takes_more(prefill: ReplicaView, *, is_batch: bool = False) -> bool:
+    """Whether the replica holds less than about two steps of work; batch work waits until it holds none."""
+    held = prefill.outstanding_prefill_tokens
+    return held == 0 if is_batch else held < STEPS_HELD * prefill.info.max_num_batched_tokens
 
 
 def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:

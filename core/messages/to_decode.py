@@ -110,6 +110,14 @@ class Abandon:
 
 
 @dataclass(frozen=True)
+class MakeRoom:
+    """Others are waiting for what this batch request holds: its ingress is to plan the rest anew."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
 class RenewLeases:
     """An ingress heartbeat: these requests are still wanted."""
 

@@ -22,7 +22,16 @@ class Reserve:
     avoid: tuple[str, ...] = ()
     placement: str = "auto"  # "pair" or "local" when the client insists
     generation: str = ""  # of the tokens already shown; empty: the traffic split decides
-    tenant: str = ""  # whose answers tell how long this one may become
+    tenant: str = ""  # with whom the fleet is shared by weight, whose answers tell how long this one may become
+    slo_class: str = "standard"  # or interactive, batch
+    ttft_slo_s: float = 0.0  # 0: that of its class
+    itl_slo_s: float = 0.0
+    priority: int = 0  # among the tenant's own; higher ones first
+
+    @property
+    def is_batch(self) -> bool:
+        """It fills what others leave."""
+        return self.slo_class == "batch"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""How long a request will wait for its plan, by how fast plans were given while others waited. Pure."""
+
+from math import exp
+
+WINDOW_S = 20.0
+LEAST_SECONDS = 1.0  # of waiting seen, before anything is foretold
+LEAST_RETRY_S, MOST_RETRY_S = 1.0, 600.0
+
+
+class WaitForecast:
+    """Prompt tokens dispatched per second of waiting, older ones counting less."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0.0
+        self._seconds = 0.0
+        self._seen_at: float | None = None
+
+    def passed(self, now: float, somebody_waited: bool) -> None:
+        """Time went by since the last call; only while somebody waits is the rate of dispatch what the fleet can do."""
+        if self._seen_at is not None and now > self._seen_at and somebody_waited:
+            elapsed_s = now - self._seen_at
+            fading = exp(-elapsed_s / WINDOW_S)
+            self._num_tokens *= fading
+            self._seconds = self._seconds * fading + elapsed_s
+        self._seen_at = now
+
+    def dispatched(self, num_tokens: int) -> None:
+        """A request that had waited got its plan."""
+        self._num_tokens += num_tokens
+
+    def wait_s(self, num_tokens: float) -> float | None:
+        """Until so many prompt tokens are dispatched; None while nobody can say, infinite while nothing moves."""
+        if self._seconds < LEAST_SECONDS:
+            return None
+        return num_tokens * self._seconds / self._num_tokens if self._num_tokens > 0 else float("inf")
+
+    def retry_after_s(self, wait_s: float | None, limit_s: float) -> float:
+        """When to come back so as to wait `limit_s` at most, if as many leave as come until then."""
+        if wait_s is None:
+            return LEAST_RETRY_S
+        return min(MOST_RETRY_S, max(LEAST_RETRY_S, wait_s - limit_s))

@@ -1,0 +1,114 @@
+"""Requests without a plan, in the order in which they shall get one. Pure.
+
+1. batch after everything else
+2. the tenant that has been served least goes next
+3. of one tenant: higher priority, then the first token that is due first, then the first to come
+"""
+
+from bisect import insort
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+
+from cluster.scheduler.fair_share import FairShare
+from core.messages.to_scheduler import Reserve
+
+Place = tuple[bool, int, float, int]  # within a tenant's requests
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """One request."""
+
+    request: Reserve
+    since: float
+    due_at: float  # when its first token should be out
+    timeout_s: float  # it waits no longer
+    number: int = field(default_factory=count().__next__)
+
+    @property
+    def is_batch(self) -> bool:
+        """Others go first."""
+        return self.request.is_batch
+
+    @property
+    def place(self) -> Place:
+        """Lower ones first."""
+        return self.is_batch, -self.request.priority, self.due_at, self.number
+
+
+class WaitingLine:
+    """Kept in order by tenant; what is served meanwhile moves tenants."""
+
+    def __init__(self, share: FairShare) -> None:
+        self._share = share
+        self._by_id: dict[str, Waiting] = {}
+        self._by_tenant: dict[str, list[Waiting]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(list(self._by_id.values()))
+
+    def find(self, request_id: str) -> Waiting | None:
+        """The request, if it waits."""
+        return self._by_id.get(request_id)
+
+    def add(self, waiting: Waiting) -> None:
+        """It waits from now on."""
+        tenant = waiting.request.tenant
+        if tenant not in self._by_tenant:
+            self._share.arrived(tenant, self._by_tenant.keys())
+            self._by_tenant[tenant] = []
+        insort(self._by_tenant[tenant], waiting, key=lambda one: one.place)
+        self._by_id[waiting.request.request_id] = waiting
+
+    def remove(self, request_id: str) -> Waiting | None:
+        """It waits no more; None when it did not."""
+        waiting = self._by_id.pop(request_id, None)
+        if waiting is not None:
+            tenant = waiting.request.tenant
+            self._by_tenant[tenant].remove(waiting)
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
+        return waiting
+
+    def in_order(self) -> Iterator[Waiting]:
+        """Each request once; whoever takes one away and charges its tenant for it changes who comes next."""
+        lines = {tenant: iter(tuple(line)) for tenant, line in self._by_tenant.items()}
+        heads = {tenant: next(line) for tenant, line in lines.items()}
+        while heads:
+            tenant = min(heads, key=lambda name: (heads[name].is_batch, self._share.turn(name), heads[name].place))
+            yield heads[tenant]
+            following = next(lines[tenant], None)
+            if following is None:
+                del heads[tenant]
+            else:
+                heads[tenant] = following
+
+    def last_of_the_longest(self) -> Waiting:
+        """Who makes room in a full line: the last request of the tenant that holds most of it for its weight."""
+        tenant = max(self._by_tenant, key=lambda name: (len(self._by_tenant[name]) / self._share.weight(name), name))
+        return self._by_tenant[tenant][-1]
+
+    def tokens_before(self, waiting: Waiting) -> float:
+        """Prompt tokens that will be dispatched until this request is, itself included, if nobody else comes.
+
+        As tenants share by weight, no more of the others' than their part while the tenant's own are dispatched.
+        """
+        weight, own, others = self._share.weight(waiting.request.tenant), 0, 0.0
+        limits: Mapping[str, int] = self._tokens_by_tenant(waiting.is_batch)
+        for one in self._by_tenant.get(waiting.request.tenant, ()):
+            own += one.request.num_tokens if one.place < waiting.place else 0
+        own += waiting.request.num_tokens
+        for tenant, num_tokens in limits.items():
+            if tenant != waiting.request.tenant:
+                others += min(num_tokens, own * self._share.weight(tenant) / weight)
+        return own + others
+
+    def _tokens_by_tenant(self, with_batch: bool) -> dict[str, int]:
+        return {
+            tenant: sum(one.request.num_tokens for one in line if with_batch or not one.is_batch)
+            for tenant, line in self._by_tenant.items()
+        }

@@ -1,0 +1,244 @@
+"""In which order waiting requests get plans: classes, due times, tenants by weight; who is refused, who yields."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.scheduler.admission import Admission
+from cluster.scheduler.fair_share import FairShare
+from cluster.scheduler.wait_forecast import WaitForecast
+from core.block_hash import hash_blocks
+from core.config import SchedulerConfig
+from core.errors import Overloaded
+from core.kv_layout import Compatibility, KVLayout
+from core.messages.fleet import ReplicaInfo, Role
+from core.messages.to_scheduler import Progress, ReplicaStatus, Report, Reserve
+
+BLOCK = 16
+SLOTS = 4
+
+
+def decode_replica(name: str = "d0", num_blocks: int = 1000) -> ReplicaInfo:
+    layout = KVLayout(2, 2, 8, BLOCK, "float32", 1)
+    same = Compatibility("m", "r", "float32", BLOCK, "h")
+    return ReplicaInfo(name, Role.DECODE, 1, (f"{name}:1",), layout, same, num_blocks, SLOTS, 512, 4096)
+
+
+def report(info: ReplicaInfo, num_running: int = 0) -> Report:
+    status = ReplicaStatus(0, num_running, 0, info.num_blocks - 10 * num_running, 0, False, 1000.0, 0.01, 0)
+    return Report(info, 0, True, status, (), ())
+
+
+def request(name: str, tenant: str = "", num_tokens: int = 100, **changes) -> Reserve:
+    first = abs(hash((name, tenant))) % 10**6
+    tokens = tuple(range(first, first + num_tokens))
+    fields = {"max_new_tokens": 16, "timeout_s": 60.0} | changes
+    return Reserve(name, 0, "i", num_tokens, block_hashes=hash_blocks(tokens, BLOCK), tenant=tenant, **fields)
+
+
+class Fleet:
+    """One decode replica that prefills by itself; `free` lets so many requests end."""
+
+    def __init__(self, **config) -> None:
+        self.admission = Admission(SchedulerConfig(**({"queue_limit": 100} | config)))
+        self.info = decode_replica()
+        self.running: list[Reserve] = []
+        self.admission.report(report(self.info), 0.0)
+
+    def ask(self, *requests: Reserve, now: float = 0.0) -> None:
+        for one in requests:
+            self.admission.reserve(one, now)
+
+    def plans(self, now: float = 0.0) -> list[str]:
+        started = [plan.request_id for plan in self.admission.dispatch(now)]
+        self.running += started
+        return started
+
+    def end(self, request_id: str, now: float = 0.0, num_output_tokens: int = 16) -> list[str]:
+        """Lets one end, and returns whom that gives a plan."""
+        self.running.remove(request_id)
+        self.admission.finish(request_id, 0, now, num_output_tokens)
+        self.admission.report(report(self.info), now)
+        return self.plans(now)
+
+    def order(self, num: int, now: float = 0.0) -> list[str]:
+        """Who gets the next plans when the oldest running request ends each time."""
+        started: list[str] = []
+        while len(started) < num:
+            started += self.end(self.running[0], now)
+        return started
+
+
+def test_first_tokens_that_are_due_first_go_first_and_batch_goes_last():
+    fleet = Fleet()
+    fleet.ask(*(request(f"running{i}") for i in range(SLOTS)))
+    assert len(fleet.plans()) == SLOTS
+    fleet.ask(
+        request("batch", slo_class="batch"),
+        request("standard"),
+        request("interactive", slo_class="interactive"),
+        request("urgent", ttft_slo_s=0.1),
+        request("preferred", priority=5),
+        request("batch preferred", slo_class="batch", priority=9),
+    )
+    order = fleet.order(6)
+    assert order == ["preferred", "urgent", "interactive", "standard", "batch preferred", "batch"]
+
+
+def test_a_flood_costs_another_tenant_no_more_than_its_part():
+    fleet = Fleet()
+    fleet.ask(*(request(f"flood{i}", "a") for i in range(80)))
+    fleet.plans()
+    fleet.ask(request("one", "b"))
+    assert fleet.order(1) == ["one"]
+    fleet.ask(*(request(f"more{i}", "b") for i in range(10)))
+    turns = Counter(name.rstrip("0123456789") for name in fleet.order(20))
+    assert turns == {"more": 10, "flood": 10}
+
+
+def test_tenants_share_tokens_by_weight():
+    fleet = Fleet(tenant_weights={"gold": 3.0})
+    fleet.ask(*(request(f"gold{i}", "gold") for i in range(40)), *(request(f"tin{i}", "tin") for i in range(40)))
+    fleet.plans()
+    turns = Counter(name.rstrip("0123456789") for name in fleet.order(40))
+    assert turns["gold"] == pytest.approx(30, abs=1)
+
+
+def test_long_prompts_and_long_answers_count_by_their_tokens():
+    fleet = Fleet()
+    fleet.ask(*(request(f"long{i}", "l", num_tokens=400, max_new_tokens=1) for i in range(20)))
+    fleet.ask(*(request(f"short{i}", "s", num_tokens=100, max_new_tokens=1) for i in range(60)))
+    fleet.plans()
+    turns: Counter[str] = Counter()
+    for _ in range(40):
+        turns.update(name.rstrip("0123456789") for name in fleet.end(fleet.running[0], num_output_tokens=1))
+    assert turns["short"] == pytest.approx(4 * turns["long"], rel=0.2)
+
+
+def test_answers_that_became_longer_than_expected_are_charged_at_their_end():
+    share = FairShare({})
+    share.taken("r", "a", 100, 10)
+    assert share.served("a") == 120
+    share.ended("r", 60)
+    assert share.served("a") == 220
+    share.ended("r", 60)
+    assert share.served("a") == 220
+    share.taken("lost", "a", 10, 5)
+    share.ended("lost", None)
+    assert share.served("a") == 240
+
+
+def test_nobody_saves_up_service_by_staying_away():
+    fleet = Fleet()
+    fleet.ask(*(request(f"busy{i}", "busy") for i in range(40)))
+    fleet.plans()
+    fleet.order(20)
+    fleet.ask(*(request(f"back{i}", "back") for i in range(20)))
+    turns = Counter(name.rstrip("0123456789") for name in fleet.order(16))
+    assert turns == {"busy": 8, "back": 8}
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2),
+    st.lists(st.tuples(st.integers(1, 500), st.integers(1, 50)), min_size=60, max_size=120),
+)
+def test_tenants_that_always_wait_are_served_alike_to_within_two_requests(weights, sizes):
+    """The bound of the paper: backlogged tenants differ by twice the largest request, over weight, at most."""
+    share = FairShare(weights)
+    for tenant in weights:
+        share.arrived(tenant, weights.keys())
+    worth: Counter[str] = Counter()
+    for number, (prompt, output) in enumerate(sizes):
+        tenant = min(weights, key=share.served)
+        share.taken(str(number), tenant, prompt, output)
+        share.ended(str(number), output)
+        worth[tenant] += prompt + 2 * output
+    served = [worth[tenant] / weights[tenant] for tenant in weights]
+    assert max(served) - min(served) <= 2 * 600 / min(weights.values())
+
+
+def test_a_full_line_pushes_out_the_last_of_who_fills_it():
+    fleet = Fleet(queue_limit=10)
+    fleet.ask(*(request(f"running{i}") for i in range(SLOTS)))
+    fleet.plans()
+    fleet.ask(*(request(f"flood{i}", "a") for i in range(10)))
+    with pytest.raises(Overloaded, match="10 requests wait already"):
+        fleet.ask(request("flood10", "a"))
+    fleet.ask(request("one", "b"))
+    refused = fleet.admission.expire(0.0)
+    assert list(refused) == ["flood9"]
+    assert isinstance(refused["flood9"], Overloaded) and refused["flood9"].retry_after_s >= 1.0
+    assert fleet.admission.num_waiting == 10
+    assert fleet.order(2) == ["flood0", "one"]
+
+
+def test_a_wait_in_vain_is_refused_at_once_and_retry_after_is_honest():
+    """One request of 100 tokens ends a second: 100 tokens/s. 30 s of waiting are allowed."""
+    fleet = Fleet(queue_timeout_s=30.0)
+    fleet.ask(*(request(f"r{i}") for i in range(SLOTS + 20)))
+    fleet.plans()
+    for second in range(1, 11):
+        assert len(fleet.end(fleet.running[0], float(second))) == 1
+    fleet.ask(*(request(f"more{i}") for i in range(20)), now=10.0)  # 30 wait: the last one for 30 s
+    with pytest.raises(Overloaded, match="a wait of 31 s is foreseen, 30 s are allowed") as refusal:
+        fleet.ask(request("late"), now=10.0)
+    assert refusal.value.retry_after_s == pytest.approx(1.0, abs=0.5)
+    fleet.ask(request("patient", slo_class="batch"), now=10.0)  # may wait for minutes
+    with pytest.raises(Overloaded) as refusal:
+        fleet.ask(request("long", num_tokens=1500), now=10.0)
+    assert refusal.value.retry_after_s == pytest.approx(15.0, abs=2.0)
+    for second in range(11, 27):
+        fleet.end(fleet.running[0], float(second))
+    fleet.ask(request("long", num_tokens=1500), now=26.0)
+    fleet.ask(request("other tenant", "b"), now=26.0)  # waits behind its own requests and its part alone
+
+
+def test_a_forecast_says_nothing_before_it_has_seen_anyone_wait():
+    forecast = WaitForecast()
+    forecast.passed(0.0, False)
+    forecast.passed(10.0, False)
+    assert forecast.wait_s(1000) is None
+    forecast.passed(12.0, True)
+    assert forecast.wait_s(1000) == float("inf")
+    forecast.dispatched(500)
+    assert forecast.wait_s(1000) == pytest.approx(4.0, rel=0.01)
+    assert forecast.retry_after_s(100.0, 30.0) == 70.0
+    assert forecast.retry_after_s(float("inf"), 30.0) == 600.0
+
+
+def decoding(fleet: Fleet, *names: str) -> None:
+    for name in names:
+        fleet.admission.progress(Progress(name), 0.0)
+
+
+def test_batch_work_yields_to_others_youngest_first_and_comes_back_later():
+    fleet = Fleet(max_batch_kv_usage=1.0)
+    batch = [request(f"batch{i}", slo_class="batch") for i in range(SLOTS)]
+    for number, one in enumerate(batch):
+        fleet.ask(one, now=number / 10)
+        assert fleet.plans(number / 10) == [f"batch{number}"]
+    decoding(fleet, *(one.request_id for one in batch))
+    fleet.admission.report(report(fleet.info, SLOTS), 1.0)
+    fleet.ask(request("person"), now=1.0)
+    assert fleet.plans(1.0) == []
+    (yielding,) = fleet.admission.take_yields()
+    assert (yielding.request_id, yielding.attempt, yielding.decode.replica_id) == ("batch3", 0, "d0")
+    assert fleet.plans(1.0) == [] and fleet.admission.take_yields() == []  # one at a time
+    assert fleet.end("batch3", 1.1) == ["person"]
+    fleet.ask(replace(batch[3], attempt=1), now=1.1)
+    assert fleet.plans(1.1) == []
+    assert fleet.admission.take_yields() == []  # batch work makes no batch work yield
+    assert fleet.end("person", 2.0) == ["batch3"]
+
+
+def test_batch_work_leaves_room_for_others():
+    fleet = Fleet(max_batch_kv_usage=0.3)
+    fleet.ask(request("person", num_tokens=1600))
+    assert fleet.plans() == ["person"]
+    fleet.ask(request("batch", num_tokens=3200, slo_class="batch"))
+    assert fleet.plans() == []
+    fleet.ask(request("other person", num_tokens=3200))
+    assert fleet.plans() == ["other person"]
