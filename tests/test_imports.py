@@ -130,6 +130,7 @@ PURE = [
     "rpc.protocol",
     "worker.drain",
     "worker.lender",
+    "worker.samples",
 ]
 IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
 
