@@ -143,6 +143,7 @@ PURE = [
     "rpc.protocol",
     "worker.drain",
     "worker.lender",
+    "worker.samples",
 ]
 IMPURE_IMPORTS = {"torch", "ray", "grpc", "asyncio", "threading", "time"}
 

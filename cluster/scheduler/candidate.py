@@ -1,5 +1,6 @@
 """What a decision chooses among, and the terms of its cost in seconds. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,8 +53,8 @@ class Decision:
     lender: ReplicaView | None = None  # whose cached prefix is pulled first
     crosses_zones: bool = False  # taken only when no candidate within one zone has room
     num_transfer_bytes: int = 0  # from prefill to decode
-    num_cached_tokens: int = 0  # that whoever prefills has by itself, in any tier
-    candidates: tuple[Candidate, ...] = ()  # the best of them, this one first
+    num_cached_tokens: int = 0  # of the prompt, that whoever prefills will find cached or pulled
+    candidates: Sequence[Candidate] = ()  # the best of them, this one first
 
     @property
     def predicted_ttft_s(self) -> float:

@@ -14,27 +14,26 @@ Reasons: pair; of local prefill
     local_idle, local_saturated: prefill takes no more work; D has no batch, or one that it keeps within the SLO
 """
 
-from collections.abc import Hashable, Sequence
-from math import log
+from collections.abc import Sequence
 
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
 from cluster.scheduler.matches import Matches
-from cluster.scheduler.pairing import Pairing
+from cluster.scheduler.pairing import Explained, LocalRules, Pairing, Sink, Weighed, few_for_local, weigh_local
 from cluster.scheduler.policy import Choices
-from cluster.scheduler.ranked import Ranked
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
-from cluster.scheduler.rules import fits_prefill, takes_more, without
+from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, without
 from cluster.scheduler.shortlist import May, Shortlist
-from cluster.scheduler.sides import Ask, Sides
+from cluster.scheduler.site import Site, Sites
+from cluster.scheduler.source import Source, Sources
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report, Reserve
 
-NUM_LENDERS = 3  # with the deepest prefixes, that pulls are weighed from
-SPEED_STEP = 0.05  # of the logarithm of a replica's pace: within it the load alone ranks replicas
+NUM_LENDERS = 2  # with the deepest prefixes, that pulls are weighed from
+NUM_EXPLAINED = 8  # candidates that a decision keeps
 
 
 class DecisionMaker:
@@ -43,11 +42,13 @@ class DecisionMaker:
     def __init__(self, config: SchedulerConfig, *, exhaustive: bool = False) -> None:
         """`exhaustive` weighs all replicas against each other: what short lists lose is measured against it."""
         self.learned = Learned()
+        self._config = config
         self._exhaustive = exhaustive
-        self._sides = Sides(self.learned.costs, self.learned.links, config.pull_min_tokens)
-        self._pairing = Pairing(config, self.learned, self._sides, exhaustive=exhaustive)
-        self._headroom = Headroom(config.max_decode_kv_usage)
-        self._batch_headroom = Headroom(min(config.max_batch_kv_usage, config.max_decode_kv_usage))
+        self._sites = Sites(self.learned.costs, config.max_decode_kv_usage)
+        self._headroom = Headroom()
+        self._batch_headroom = Headroom(max(0.0, config.max_decode_kv_usage - config.max_batch_kv_usage))
+        self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
+        self._local_rules = LocalRules(config.local_prefill_max_tokens, config.itl_slo_s)
         self._shortlists: dict[tuple[Role, str], Shortlist] = {}
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
@@ -56,32 +57,19 @@ class DecisionMaker:
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
         """
-        generation, matches, now = choices.decodes[0].info.generation, choices.cached, choices.now
+        generation, matches = choices.decodes[0].info.generation, choices.cached
         num_new = self.learned.lengths.of(generation, request.tenant, request.max_new_tokens)
-        ask = Ask(request, matches, self._lenders(request, choices), num_new)
-        prefills, decodes = (without(pool, request.avoid) for pool in (choices.prefills, choices.decodes))
-
-        headroom = self._batch_headroom if request.is_batch else self._headroom
-
-        def has_room(view: ReplicaView) -> bool:
-            itl_s = self.learned.costs.of(view).step_s
-            return headroom.fits(request.num_tokens, num_new, view, 1, itl_s, now)
-
-        def has_room_at_once(view: ReplicaView) -> bool:
-            itl_s, num_at_once = self.learned.costs.of(view).step_s, view.info.max_num_batched_tokens
-            return headroom.fits(request.num_tokens, num_new, view, num_at_once, itl_s, now)
-
-        def may_prefill(view: ReplicaView) -> bool:
-            return takes_more(view, is_batch=request.is_batch) and fits_prefill(request, view.info)
-
-        sinks = [self._sides.sink(ask, view) for view in self._short(decodes, request, matches, has_room)]
+        sinks = self._sinks(request, choices, num_new)
         if not sinks:
             return None
-        ready = self._short(prefills, request, matches, may_prefill) if request.placement != "local" else []
-        sources = [self._sides.source(ask, view) for view in ready]
-        weighed = self._pairing.pairs(sources, sinks)
-        weighed += self._pairing.locals(ask, sinks, prefills, has_room_at_once, have_pairs=bool(weighed))
-        return self._pairing.best(ask, weighed)
+        lenders, links = self._lenders(request, choices), self.learned.links
+        sources = Sources(links, request.num_tokens, matches, lenders, self._config.pull_min_tokens)
+        weighed: list[Weighed] = []
+        if request.placement != "local" and choices.prefills:
+            weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
+        if request.placement != "pair" or not weighed:
+            weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))
+        return _best(request, weighed, num_new)
 
     # ---- what it is told ----------------------------------------------------------------------------------------
 
@@ -94,7 +82,8 @@ class DecisionMaker:
         """Forgets the replica."""
         self.learned.lost(replica_id)
         for shortlist in self._shortlists.values():
-            shortlist.ranked.remove(replica_id)
+            shortlist.remove(replica_id)
+        self._sites.remove(replica_id)
 
     def booked(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
         """The loads of its replicas have changed."""
@@ -117,23 +106,82 @@ class DecisionMaker:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _short(
-        self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May
-    ) -> Sequence[ReplicaView]:
-        """The pool is without those that the request avoids, unless only such are left."""
-        if not pool:
-            return ()
+    def _sources(self, request: Reserve, choices: Choices, sources: Sources) -> list[Source]:
+        def may_prefill(site: Site) -> bool:
+            takes = takes_more(site.view, is_batch=True) if request.is_batch else site.takes_more
+            return takes and site.view.usable and request.num_tokens <= site.info.max_model_len
+
+        return [sources.of(site) for site in self._short(choices.prefills, request, choices.cached, may_prefill)]
+
+    def _sinks(self, request: Reserve, choices: Choices, num_new: float) -> list[Sink]:
+        num_tokens, matches, slo_s = request.num_tokens, choices.cached, self._itl_slo_s(request)
+        fits, now = self._headroom_for(request).fits, choices.now
+
+        def has_room(site: Site) -> bool:
+            return site.has_slot and site.view.usable and fits(site, num_tokens, num_new, 1, now)
+
+        sinks = []
+        for site in self._short(choices.decodes, request, matches, has_room):
+            depth = matches.depth(site.replica_id)
+            num_blocks = site.num_missing(depth, num_tokens)
+            itl_s = site.itl_s + site.costs.context_s * (num_tokens + num_new / 2)
+            wait_s = itl_s / 2 if site.busy else 0.0  # of the step under way, on average
+            excess = round(itl_s / slo_s - 1, 1) if itl_s > slo_s else 0.0
+            num_bytes = num_blocks * site.block_bytes
+            sinks.append(Sink(excess, wait_s, site.num_reserved, itl_s, num_bytes, num_blocks, depth, site))
+        return sinks
+
+    def _locals(
+        self,
+        request: Reserve,
+        choices: Choices,
+        sources: Sources,
+        sinks: Sequence[Sink],
+        num_new: float,
+        *,
+        have_pairs: bool,
+    ) -> list[Weighed]:
+        def may_pair(site: Site) -> bool:
+            near = self._config.zone_affinity != "require"
+            return any(
+                (near or view.info.zone == site.zone)
+                and fits_prefill(request, view.info)
+                and can_pair(view.info, site.info)
+                for view in without(choices.prefills, request.avoid)
+            )
+
+        slo_s, headroom, weighed = self._itl_slo_s(request), self._headroom_for(request), []
+        for sink in sinks if self._exhaustive else few_for_local(sinks):
+            site = sink.site
+            source, harm_s = weigh_local(sources, sink, request.num_tokens)
+            reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)
+            if reason and headroom.fits(site, request.num_tokens, num_new, site.max_at_once, choices.now):
+                itl_s = max(sink.itl_s, harm_s)
+                excess = round(itl_s / slo_s - 1, 1) if itl_s > slo_s else 0.0
+                rank = (False, excess, round(source.first_token_s, 4), site.num_reserved, "", site.replica_id)
+                weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s))
+        return weighed
+
+    def _headroom_for(self, request: Reserve) -> Headroom:
+        return self._batch_headroom if request.is_batch else self._headroom
+
+    def _itl_slo_s(self, request: Reserve) -> float:
+        """What a request asks for binds the batch that it joins; it loosens nothing for the others there."""
+        return min(self._config.itl_slo_s, request.itl_slo_s or self._config.slo.target(request.slo_class).itl_s)
+
+    def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
         if not request.avoid:
             return self._shortlist(pool[0]).of(pool, matches, may)
-        return [view for view in pool if may(view)]  # rare: a short list knows of nobody's failures
+        # rare: a short list knows of nobody's failures
+        return [site for site in map(self._sites.of, without(pool, request.avoid)) if may(site)]
 
-    def _lenders(self, request: Reserve, choices: Choices) -> tuple[ReplicaView, ...]:
-        found: list[ReplicaView] = []
+    def _lenders(self, request: Reserve, choices: Choices) -> tuple[Site, ...]:
+        found: list[Site] = []
         for segment in choices.cached.segments:
             for replica_id in choices.cached.names(segment):
                 view = choices.everyone.get(replica_id)
                 if view is not None and view.usable and replica_id not in request.avoid:
-                    found.append(view)
+                    found.append(self._sites.of(view))
                     if len(found) == NUM_LENDERS:
                         return tuple(found)
         return tuple(found)
@@ -145,21 +193,34 @@ class DecisionMaker:
             self._changed(decision.prefill)
 
     def _changed(self, view: ReplicaView) -> None:
-        self._shortlist(view).ranked.update(view)
+        self._shortlist(view).changed(self._sites.refresh(view))
 
     def _shortlist(self, view: ReplicaView) -> Shortlist:
         key = view.info.role, view.info.generation
         shortlist = self._shortlists.get(key)
         if shortlist is None:
-            load_s = self._sides.queue_s if view.info.role is Role.PREFILL else self._decode_load_s
-            ranked = Ranked(self._bucket, load_s)
-            shortlist = self._shortlists[key] = Shortlist(ranked, exhaustive=self._exhaustive)
+            shortlist = self._shortlists[key] = Shortlist(self._sites, exhaustive=self._exhaustive)
         return shortlist
 
-    def _decode_load_s(self, view: ReplicaView) -> float:
-        return self._sides.itl_s(view, 0, 0.0)
 
-    def _bucket(self, view: ReplicaView) -> Hashable:
-        costs, info = self.learned.costs.of(view), view.info
-        pace_s = costs.token_s if info.role is Role.PREFILL else costs.step_s
-        return info.zone, info.compatibility, info.layout.groups, round(log(max(pace_s, 1e-9)) / SPEED_STEP)
+def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decision | None:
+    """The first by rank, with the next ones beside it."""
+    if not weighed:
+        return None
+    ranked = sorted(weighed)[:NUM_EXPLAINED]
+    first = ranked[0]
+    source, sink, is_pair = first.source, first.sink, first.reason == "pair"
+    return Decision(
+        source.site.view if is_pair else None,
+        sink.site.view,
+        first.reason,
+        first.terms,
+        source.num_uncached,
+        sink.num_blocks,
+        num_new,
+        source.lender.view if source.lender is not None else None,
+        first.rank[0],
+        sink.num_bytes if is_pair else 0,
+        request.num_tokens - source.num_uncached,
+        Explained(ranked),
+    )

@@ -11,40 +11,34 @@ With remaining tokens r_1 <= r_2 <= ... and tokens held h_i, what is needed beyo
 from collections.abc import Iterable
 
 from cluster.scheduler.replica_view import ReplicaView
-from cluster.scheduler.rules import has_room
-from core.kv_layout import KVLayout
+from cluster.scheduler.site import Site
 
 OVERDUE_SHARE = 0.25  # of its expected length that a request is taken to go on for when it has outlived that
 
 
 class Headroom:
-    """Of one configuration."""
+    """For one kind of requests, which leave others a share of the cache beyond the fleet's watermark."""
 
-    def __init__(self, max_kv_usage: float) -> None:
-        self._max_kv_usage = max_kv_usage
+    def __init__(self, share_left: float = 0.0) -> None:
+        self._share_left = share_left
 
-    def fits(
-        self, num_tokens: int, num_new: float, decode: ReplicaView, num_at_once: int, itl_s: float, now: float
-    ) -> bool:
-        """A sequence of `num_tokens` tokens that will generate `num_new`; the last ones' pace is `itl_s`."""
-        if not has_room(num_tokens + 1, decode, num_at_once, self._max_kv_usage):
+    def fits(self, site: Site, num_tokens: int, num_new: float, num_at_once: int, now: float) -> bool:
+        """A sequence of `num_tokens` tokens, computed `num_at_once` a step, that will generate `num_new`."""
+        if site.whole_blocks:
+            needed = num_tokens // site.block_size + 1
+        else:
+            needed = site.layout.num_blocks_held(num_tokens + 1, num_at_once)
+        left = site.free_blocks - needed
+        if left < 0 or not site.has_slot:
             return False
-        if decode.num_decode_requests == 0:
+        if not site.busy:
             return True  # nobody grows beside it: it can only have the whole cache
-        info, layout = decode.info, decode.info.layout
-        spared = (1 - self._max_kv_usage) * info.num_blocks
-        left = decode.num_free_blocks - layout.num_blocks_held(num_tokens + 1, num_at_once) - spared
-        num_new = min(num_new, info.max_model_len - num_tokens)
-        block_share = num_growing_groups(layout) / layout.block_size  # blocks per token
-        others = (
-            decode.num_expected_tokens
-            - decode.status.num_kv_tokens
-            - decode.num_reserved_blocks / max(block_share, 1e-9)
-        )
-        if left >= block_share * (max(0.0, others) + num_new):
+        left -= self._share_left * site.info.num_blocks
+        num_new = min(num_new, site.info.max_model_len - num_tokens)
+        if left >= site.grown_blocks + site.block_share * num_new:
             return True  # even if nobody ended before all have grown
-        growing = [*_growing(decode, itl_s, now), (num_new, float(num_tokens))]
-        return left >= block_share * most_growth(growing)
+        growing = [*_growing(site.view, site.costs.step_s, now), (num_new, float(num_tokens))]
+        return left >= site.block_share * most_growth(growing)
 
 
 def most_growth(growing: Iterable[tuple[float, float]]) -> float:
@@ -56,11 +50,6 @@ def most_growth(growing: Iterable[tuple[float, float]]) -> float:
         grown += remaining
         freed += held + remaining
     return most
-
-
-def num_growing_groups(layout: KVLayout) -> int:
-    """KV groups whose blocks a longer sequence needs more of."""
-    return sum(group.window is None for group in layout.kv_groups)
 
 
 def _growing(decode: ReplicaView, itl_s: float, now: float) -> Iterable[tuple[float, float]]:

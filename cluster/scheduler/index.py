@@ -44,6 +44,14 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
+    def held_by(self, replica_id: str) -> set[BlockKey]:
+        """Blocks that a replica holds in some tier."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            return set()
+        bit = 1 << replica.number
+        return {key for key in replica.keys if (found := self._holders.get(key)) is not None and found.everyone & bit}
+
     @property
     def num_sets(self) -> int:
         """Different sets of holders."""
@@ -69,9 +77,7 @@ class PrefixIndex:
         if replica is not None:
             replica.num_held -= self._remove(replica.number, keys)
             if len(replica.keys) > 2 * replica.num_held + SLACK:
-                holders, bit = self._holders, 1 << replica.number
-                held = (key for key in replica.keys if (found := holders.get(key)) is not None and found.everyone & bit)
-                replica.keys = list(dict.fromkeys(held))
+                replica.keys = list(self.held_by(replica_id))
 
     def remove_replica(self, replica_id: str) -> None:
         """Forgets all that a replica held."""

@@ -27,7 +27,7 @@ class Learned:
         """Samples of steps and transfers."""
         self._zones[report.info.replica_id] = report.info.zone
         self.costs.heard(replica, report.steps)
-        if report.transfers:
+        if report.transfers or replica.status.links:
             self.links.heard(replica, report.transfers, self._zones)
 
     def lost(self, replica_id: str) -> None:

@@ -31,31 +31,31 @@ class LinkBook:
         self._usual: dict[tuple[str, str], LinkCost] = {}  # of a class
         self._known: dict[tuple[str, str], LinkCost] = {}  # of a pair of replicas
         self._pairs_of: dict[str, set[tuple[str, str]]] = {}
-
-    @property
-    def least_latency_s(self) -> float:
-        """No link begins sooner, as far as is known."""
-        return min((cost.latency_s for cost in self._usual.values()), default=LINK_LATENCY_S)
+        self.fastest = GUESSED  # what no link is faster than, as far as is known
 
     def heard(
         self, destination: ReplicaView, transfers: Iterable[TransferSample], source_zones: dict[str, str]
     ) -> None:
         """Transfers that came in there; the zones of their sources, by id, empty when unknown."""
         to_id, to_zone = destination.info.replica_id, destination.info.zone
+        if links := destination.status.links:
+            most_bytes_per_s = max(1 / self.fastest.byte_s, *(link.bytes_per_s for link in links))
+            self.fastest = self.fastest._replace(byte_s=1 / most_bytes_per_s)
         for source_id, num_bytes, seconds in transfers:
             if num_bytes <= 0 or seconds <= 0:
                 continue
             zones, pair = (source_zones.get(source_id, ""), to_zone), (source_id, to_id)
-            links = self._classes.get(zones)
-            if links is None:
-                links = self._classes[zones] = ClassFit(GUESSED)
+            alike = self._classes.get(zones)
+            if alike is None:
+                alike = self._classes[zones] = ClassFit(GUESSED)
             member = f"{source_id}>{to_id}"
-            links.add(member, (1, num_bytes), seconds)
-            latency_s, byte_s = links.fit.coefficients
-            if links.fit.num_samples >= LEAST_SAMPLES:
-                factor = links.factor(member)
+            alike.add(member, (1, num_bytes), seconds)
+            latency_s, byte_s = alike.fit.coefficients
+            if alike.fit.num_samples >= LEAST_SAMPLES:
+                factor = alike.factor(member)
+                known = self._known[pair] = LinkCost(factor * latency_s, factor * byte_s)
                 self._usual[zones] = LinkCost(latency_s, byte_s)
-                self._known[pair] = LinkCost(factor * latency_s, factor * byte_s)
+                self.fastest = LinkCost(*map(min, self.fastest, known))
             for replica_id in pair:
                 self._pairs_of.setdefault(replica_id, set()).add(pair)
 

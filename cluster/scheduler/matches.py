@@ -63,10 +63,15 @@ class Matches(Mapping[str, int]):
                 return depth
         return 0
 
-    def has(self, segment: Segment, replica_id: str) -> bool:
-        """Whether a replica is of those of a segment."""
+    @property
+    def has_below(self) -> bool:
+        """Whether some replica has some of these blocks below its device alone."""
+        return bool(self._below)
+
+    def is_of(self, replica_id: str, numbers: int) -> bool:
+        """Whether a replica's number is among these bits."""
         number = self._numbers.get(replica_id)
-        return number is not None and bool(segment.numbers >> number & 1)
+        return number is not None and bool(numbers >> number & 1)
 
     def names(self, segment: Segment) -> Iterator[str]:
         """Ids of a segment's replicas."""
