@@ -176,6 +176,18 @@ def status(url: Url = "http://127.0.0.1:8000", api_key: ApiKey = "") -> None:
 
 
 @app.command()
+def why(
+    request_id: Annotated[str, typer.Argument(help="id of a request, of its answer, or the X-Request-Id of its call")],
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = "",
+) -> None:
+    """Show why a request ran where it did: what was weighed, what was foreseen, what came."""
+    from cluster.why import fetch_why, print_why
+
+    print_why(fetch_why(url, request_id, api_key), console)
+
+
+@app.command()
 def traffic(
     weights: Annotated[list[str] | None, typer.Argument(help="GENERATION=WEIGHT ..., as in v1=90 v2=10")] = None,
     back: Annotated[bool, typer.Option("--back", help="return to the weights before the last change")] = False,

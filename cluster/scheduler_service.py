@@ -17,6 +17,7 @@ from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
 from core.messages.to_decode import MakeRoom
 from core.messages.to_scheduler import (
     Book,
+    Decisions,
     Deregister,
     Finish,
     FleetStatus,
@@ -30,6 +31,7 @@ from core.messages.to_scheduler import (
     SetTraffic,
     Traffic,
     Watch,
+    Why,
 )
 from core.security import Security
 from rpc import methods
@@ -68,6 +70,7 @@ class SchedulerService:
         unary(methods.DEREGISTER, self.deregister)
         unary(methods.BOOK, self.book)
         unary(methods.FLEET, self.fleet)
+        unary(methods.WHY, self.why)
         unary(methods.SET_TRAFFIC, self.set_traffic)
         bound = self._server.listen(port)
         await self._server.start()
@@ -160,6 +163,10 @@ class SchedulerService:
                 field=unknown[0] if unknown else "weights",
             )
         return split.change(message.weights)
+
+    async def why(self, message: Why) -> Decisions:
+        """What was decided about a request, as long as that is remembered."""
+        return Decisions(self._admission.decisions.find(message.request_id))
 
     async def fleet(self, _: Empty) -> FleetStatus:
         """All that is known of the fleet, for people and metrics."""

@@ -3,23 +3,23 @@
 from math import isfinite
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
-from core.errors import InvalidParameter, NoReplica, Unauthorized
+from cluster.http_client import ask
+from core.errors import InvalidParameter
 
 SILENT_S = 3.0
 
 
 def fetch_fleet(url: str, api_key: str = "") -> dict[str, Any]:
     """The answer of `/fleet`. Raises NoReplica, Unauthorized."""
-    return _ask("GET", f"{url}/fleet", api_key, None)
+    return ask("GET", f"{url}/fleet", api_key)
 
 
 def set_traffic(url: str, api_key: str, weights: dict[str, float] | None) -> dict[str, Any]:
     """Shares requests out between generations; None: as before the last change. Raises NoReplica, InvalidParameter."""
-    return _ask("PUT", f"{url}/fleet/traffic", api_key, {"weights": weights})
+    return ask("PUT", f"{url}/fleet/traffic", api_key, {"weights": weights})
 
 
 def parse_weights(words: list[str]) -> dict[str, float]:
@@ -34,22 +34,6 @@ def parse_weights(words: list[str]) -> dict[str, float]:
         except ValueError as error:
             raise InvalidParameter(f"{word!r} is not GENERATION=WEIGHT, as in v2=10", field="weights") from error
     return weights
-
-
-def _ask(method: str, url: str, api_key: str, body: dict[str, Any] | None) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.request(method, url, headers=headers, json=body, trust_env=False, timeout=5)
-    except httpx.HTTPError as error:
-        raise NoReplica(f"no server answers at {url}: {error}") from error
-    if answer.status_code == 401:
-        raise Unauthorized("the server wants an API key: --api-key or BATON_API_KEY")
-    if answer.status_code == 400:
-        raise InvalidParameter(answer.json()["error"]["message"])
-    if answer.status_code != 200:
-        raise NoReplica(f"{url} answers {answer.status_code}: {answer.text[:200]}")
-    tree: dict[str, Any] = answer.json()
-    return tree
 
 
 def print_fleet(fleet: dict[str, Any], console: Console) -> None:

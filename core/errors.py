@@ -3,7 +3,7 @@
 BatonError
 |- RequestError              the caller's fault
 |  |- InvalidParameter 400   |- PromptTooLong 400   |- ModelNotFound 404   |- Unauthorized 401   |- BodyTooLarge 413
-|  |- BodyTooSlow 408
+|  |- BodyTooSlow 408        |- RequestNotFound 404
 |- Unavailable               nobody's fault, may succeed elsewhere or later
 |  |- Overloaded 429         |- NoReplica 503       |- RequestTimeout 504
 |- PeerError                 another process failed us; the request is re-planned
@@ -43,6 +43,13 @@ class PromptTooLong(RequestError):
 
 class ModelNotFound(RequestError):
     """The named model is not served here."""
+
+    status = 404
+    type = "not_found_error"
+
+
+class RequestNotFound(RequestError):
+    """Nothing is remembered of a request of this name."""
 
     status = 404
     type = "not_found_error"

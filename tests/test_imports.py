@@ -69,6 +69,7 @@ PURE = [
     "cluster.scheduler.cost_book",
     "cluster.scheduler.decision",
     "cluster.scheduler.expected_length",
+    "cluster.scheduler.decision_log",
     "cluster.scheduler.fair_share",
     "cluster.scheduler.fleet_signals",
     "cluster.scheduler.fleet_view",

@@ -22,8 +22,8 @@ from cluster.ingress.protocol import ChatRequest, CompletionRequest, GenerationT
 from cluster.ingress.request_scope import RequestRecord, RequestScope
 from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
-from core.errors import BatonError, ModelNotFound, Unauthorized
-from core.messages.to_scheduler import FleetStatus, Traffic
+from core.errors import BatonError, ModelNotFound, RequestNotFound, Unauthorized
+from core.messages.to_scheduler import Decisions, FleetStatus, Traffic
 
 
 def build_app(
@@ -75,6 +75,15 @@ def _api_routes(edge: Edge) -> APIRouter:
     @routes.post("/chat/completions")
     async def chat_completions(http: Request) -> Response:
         return await chat(edge, http, await parsed(http, ChatRequest))
+
+    @routes.get("/requests/{name}/why")
+    async def why(http: Request, name: str) -> Response:
+        record: RequestRecord = http.state.record
+        found = (await edge.backend.why(name)).decisions
+        visible = Decisions(tuple(one for one in found if record.tenant in ("", one.tenant)))
+        if not visible.decisions:
+            raise RequestNotFound(f"no decision about a request {name!r} is remembered")
+        return JSONResponse(TypeAdapter(Decisions).dump_python(visible, mode="json"))
 
     @routes.get("/models")
     async def models() -> Response:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.messages.to_decode import Phases
-from core.messages.to_scheduler import FleetStatus, Traffic
+from core.messages.to_scheduler import Decisions, FleetStatus, Traffic
 from core.sampling import SamplingParams, TokenLogprobs
 
 
@@ -88,4 +88,8 @@ class Backend(Protocol):
 
     async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
         """Shares requests out between generations; None: as before the last change. Raises InvalidParameter."""
+        ...
+
+    async def why(self, request_id: str) -> Decisions:
+        """What was decided about a request, as long as that is remembered. Raises PeerLost while nobody knows."""
         ...

@@ -22,7 +22,7 @@ from core.config import TransferConfig
 from core.errors import BatonError, NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout, Unavailable
 from core.messages.to_decode import Cancel, Open, Sequence, Ticket
 from core.messages.to_prefill import Prefill
-from core.messages.to_scheduler import FleetStatus, Plan, Reserve, Traffic
+from core.messages.to_scheduler import Decisions, FleetStatus, Plan, Reserve, Traffic
 from rpc.client import RpcClient
 from rpc.methods import CANCEL, OPEN
 
@@ -72,6 +72,10 @@ class Orchestrator:
     async def fleet(self) -> FleetStatus:
         """From the scheduler. Raises PeerLost while it is away."""
         return await self._scheduler.fleet()
+
+    async def why(self, request_id: str) -> Decisions:
+        """From the scheduler. Raises PeerLost while it is away."""
+        return await self._scheduler.why(request_id)
 
     async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
         """At the scheduler. Raises PeerLost while it is away, InvalidParameter."""

@@ -13,9 +13,21 @@ from cluster.scheduler.rules import can_pair
 from cluster.scheduler.traffic import choose_generation
 from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
-from core.messages.to_scheduler import Book, Finish, FleetStatus, Plan, Progress, Renew, Reserve, SetTraffic, Traffic
+from core.messages.to_scheduler import (
+    Book,
+    Decisions,
+    Finish,
+    FleetStatus,
+    Plan,
+    Progress,
+    Renew,
+    Reserve,
+    SetTraffic,
+    Traffic,
+    Why,
+)
 from rpc.client import RpcClient
-from rpc.methods import BOOK, FINISH, FLEET, PROGRESS, RENEW, RESERVE, SET_TRAFFIC, Unary
+from rpc.methods import BOOK, FINISH, FLEET, PROGRESS, RENEW, RESERVE, SET_TRAFFIC, WHY, Unary
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +82,11 @@ class SchedulerClient:
         """The scheduler's view. Raises PeerLost while it is away."""
         address = self._address or await self._resolve_address()
         return await self._client.call(address, FLEET, Empty(), CALL_TIMEOUT_S)
+
+    async def why(self, request_id: str) -> Decisions:
+        """What the scheduler decided about a request. Raises PeerLost while it is away."""
+        address = self._address or await self._resolve_address()
+        return await self._client.call(address, WHY, Why(request_id), CALL_TIMEOUT_S)
 
     async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
         """Raises PeerLost while the scheduler is away, InvalidParameter."""

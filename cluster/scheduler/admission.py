@@ -14,6 +14,7 @@ from functools import partial
 from cluster.scheduler.asked_sizes import AskedSizes
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.decision import DecisionMaker
+from cluster.scheduler.decision_log import DecisionLog
 from cluster.scheduler.fair_share import FairShare
 from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
@@ -64,6 +65,7 @@ class Admission:
         self._share = FairShare(config.tenant_weights)
         self._line = WaitingLine(self._share)
         self._forecast = WaitForecast()
+        self.decisions = DecisionLog(config.decisions_kept)
         self._refused: dict[str, BatonError] = {}  # pushed out of a full line, not told yet
         self._yields: list[Yielding] = []
         self._tombstones = Tombstones()
@@ -168,6 +170,7 @@ class Admission:
     def progress(self, message: Progress, now: float) -> None:
         """A request's first token is out."""
         if (reservation := self.reservations.progress(message.request_id, now)) is not None:
+            reservation.num_found_tokens = message.num_cached_tokens
             self.policy.first_token(reservation, message.num_cached_tokens, now)
 
     def finish(self, request_id: str, attempt: int, now: float, num_output_tokens: int | None = None) -> None:
@@ -217,6 +220,7 @@ class Admission:
     def _drop(self, request_id: str, now: float) -> None:
         self._line.remove(request_id)
         if (reservation := self.reservations.drop(request_id)) is not None:
+            reservation.finished_at = now
             self._share.ended(request_id, reservation.num_output_tokens)
             self.policy.finished(reservation, now)
 
@@ -277,7 +281,9 @@ class Admission:
             self._forecast.dispatched(request.num_tokens)
         num_new = min(decision.num_expected_tokens, request.max_new_tokens)
         self._share.taken(request.request_id, request.tenant, decision.num_uncached_tokens, num_new)
-        self.policy.booked(self.reservations.book(request, decision, now), now)
+        reservation = self.reservations.book(request, decision, now)
+        self.decisions.add(reservation, now - waiting.since)
+        self.policy.booked(reservation, now)
         return Plan(
             request.request_id,
             request.attempt,

@@ -24,6 +24,8 @@ class Reservation:
     booked_at: float
     decoding_since: float | None = None
     num_output_tokens: int | None = None  # over all attempts, once the request has come to its end
+    num_found_tokens: int | None = None  # of the prompt, that prefill found cached
+    finished_at: float | None = None
     yielding: bool = False  # it was asked to make room
 
 

@@ -243,3 +243,55 @@ class FleetStatus:
     traffic: Traffic = Traffic()
     sizes: tuple[PoolSize, ...] = ()  # where autoscalers run
     foresight: Foresight | None = None  # what came of predictions
+
+
+@dataclass(frozen=True)
+class Why:
+    """Asks for the decisions about a request, by its id, its answer's, or the X-Request-Id of its call."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class ExplainedCandidate:
+    """One way that was weighed, and the terms of its cost in seconds. See cluster.scheduler.candidate.Terms."""
+
+    prefill_id: str  # empty: decode prefills by itself
+    decode_id: str
+    lender_id: str  # whose cached prefix would be pulled first
+    reason: str
+    queue_s: float
+    pull_s: float
+    restore_s: float
+    prefill_s: float
+    transfer_s: float
+    wait_s: float
+    itl_s: float
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One decision: what was weighed, the chosen one first, and what came of it. None: not known yet, or never."""
+
+    request_id: str
+    attempt: int
+    tenant: str
+    slo_class: str
+    num_tokens: int
+    max_new_tokens: int
+    num_expected_tokens: float
+    num_cached_tokens: int
+    queue_s: float
+    candidates: tuple[ExplainedCandidate, ...]
+    actual_first_token_s: float | None  # from dispatch, as queue, pull, restore and prefill of a candidate
+    actual_itl_s: float | None
+    actual_cached_tokens: int | None
+    actual_output_tokens: int | None
+    is_over: bool
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What is still remembered, the oldest first."""
+
+    decisions: tuple[Explained, ...]

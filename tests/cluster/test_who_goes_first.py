@@ -242,3 +242,20 @@ def test_batch_work_leaves_room_for_others():
     assert fleet.plans() == []
     fleet.ask(request("other person", num_tokens=3200))
     assert fleet.plans() == ["other person"]
+
+
+def test_a_decision_is_remembered_with_what_it_weighed_and_what_came():
+    fleet = Fleet(decisions_kept=1)
+    fleet.ask(request("call-0", num_tokens=200), now=1.0)
+    fleet.plans(3.0)
+    (decision,) = fleet.admission.decisions.find("chatcmpl-call")
+    assert (decision.queue_s, decision.is_over, decision.actual_first_token_s) == (2.0, False, None)
+    assert (decision.candidates[0].decode_id, decision.candidates[0].reason) == ("d0", "local_no_prefill")
+    fleet.admission.progress(Progress("call-0", 32), 3.5)
+    fleet.admission.finish("call-0", 0, 5.5, 11)
+    (decision,) = fleet.admission.decisions.find("call-0")
+    assert (decision.actual_first_token_s, decision.actual_itl_s) == (0.5, 0.2)
+    assert (decision.actual_cached_tokens, decision.actual_output_tokens, decision.is_over) == (32, 11, True)
+    fleet.ask(request("next"), now=6.0)
+    assert fleet.plans(6.0) == ["next"]
+    assert fleet.admission.decisions.find("call-0") == ()

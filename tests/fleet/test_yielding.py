@@ -39,4 +39,8 @@ async def test_batch_work_yields_at_once_and_goes_on_where_it_was(tiny_llama):
         for prompt, (tokens, _) in zip(prompts, answers, strict=False):
             assert tokens == reference(model, prompt, 200)
         assert sum(resumes for _, resumes in answers) >= 1
+        (person_why,) = (await fleet.orchestrator.why("person")).decisions
+        assert person_why.actual_output_tokens == 8 and person_why.actual_itl_s is not None
+        attempts = [one.attempt for i in range(2) for one in (await fleet.orchestrator.why(f"b{i}")).decisions]
+        assert len(attempts) == 2 + sum(resumes for _, resumes in answers)
         await fleet.until_quiet()

@@ -16,7 +16,7 @@ from cluster.ingress.served_model import ServedModel
 from core.config import IngressConfig
 from core.errors import PeerLost
 from core.messages.to_decode import Phases
-from core.messages.to_scheduler import FleetStatus, Traffic
+from core.messages.to_scheduler import Decisions, Explained, FleetStatus, Traffic
 from core.sampling import TokenLogprobs
 
 Script = Callable[[Generation], AsyncGenerator[GenerationEvent, None]]
@@ -38,6 +38,7 @@ class ScriptedBackend:
     script: Script
     health_now: FleetHealth = field(default_factory=lambda: FleetHealth(ready=True))
     fleet_now: FleetStatus | None = None
+    decisions: tuple[Explained, ...] = ()
     seen: list[Generation] = field(default_factory=list)
     closed_early: list[str] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -62,6 +63,9 @@ class ScriptedBackend:
         if self.fleet_now is None:
             raise PeerLost("the scheduler is away")
         return self.fleet_now
+
+    async def why(self, request_id: str) -> Decisions:
+        return Decisions(tuple(one for one in self.decisions if one.request_id == request_id))
 
     async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
         return Traffic(7, weights or {})
