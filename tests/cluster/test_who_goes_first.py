@@ -256,6 +256,7 @@ def test_a_decision_is_remembered_with_what_it_weighed_and_what_came():
     (decision,) = fleet.admission.decisions.find("call-0")
     assert (decision.actual_first_token_s, decision.actual_itl_s) == (0.5, 0.2)
     assert (decision.actual_cached_tokens, decision.actual_output_tokens, decision.is_over) == (32, 11, True)
+    fleet.admission.report(report(fleet.info), 6.0)
     fleet.ask(request("next"), now=6.0)
     assert fleet.plans(6.0) == ["next"]
     assert fleet.admission.decisions.find("call-0") == ()
