@@ -8,7 +8,7 @@ from ray import serve
 
 from cluster.autoscaler_replica import PoolAutoscaler
 from cluster.ingress_replica import Ingress
-from cluster.names import AUTOSCALER_NAME, POOL_NAMES, SCHEDULER_NAME
+from cluster.names import AUTOSCALER_NAME, POOL_NAMES, SCHEDULER_NAME, STANDBY_NAME
 from cluster.scheduler_replica import GlobalScheduler
 from cluster.supervisor import Supervisor, leave_timeout_s
 from core.config import BatonConfig, PoolConfig, TransferConfig
@@ -20,15 +20,16 @@ ON_HEAD = {"node:__internal_head__": 0.001}  # what everybody needs shares the h
 
 
 def front(config: BatonConfig) -> serve.Application:
-    """Ingress and global scheduler."""
-    scheduler = serve.deployment(**_common(ON_HEAD), name=SCHEDULER_NAME)(GlobalScheduler).bind(config)
+    """Ingress and global scheduler, with its standby when one is configured."""
+    names = (SCHEDULER_NAME, STANDBY_NAME) if config.scheduler.standby else (SCHEDULER_NAME,)
+    schedulers = [serve.deployment(**_common(ON_HEAD), name=name)(GlobalScheduler).bind(config) for name in names]
     ingress = serve.deployment(
         **_common(ON_HEAD),
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=config.ingress.drain_timeout_s,
     )(serve.ingress()(Ingress))
-    return ingress.bind(config, scheduler)
+    return ingress.bind(config, *schedulers)
 
 
 def pools(config: BatonConfig) -> serve.Application:

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from core.config import BatonConfig
 class Ingress:
     """Serve's replica around the FastAPI app."""
 
-    async def __init__(self, config: BatonConfig, scheduler: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, config: BatonConfig, *schedulers: Any) -> None:  # type: ignore[misc]
         prepare_replica(config, "ingress")
         from cluster.ingress.orchestrator import Fleet, Orchestrator
         from cluster.ingress.scheduler_client import SchedulerClient
@@ -30,7 +31,7 @@ class Ingress:
         )
         ingress_id = f"ingress-{secrets.token_hex(6)}"
         client = RpcClient(config.cluster.security)
-        self._scheduler_client = SchedulerClient(client, lambda: address_of(scheduler))
+        self._scheduler_client = SchedulerClient(client, *(partial(address_of, one) for one in schedulers))
         self._streams = TokenStreams(ingress_id, client, config.transfer, config.ingress.max_buffered_tokens)
         fleet = Fleet(
             ingress_id,

@@ -7,6 +7,7 @@ from core.messages.fleet import Role
 
 FRONT_NAME = "baton"
 SCHEDULER_NAME = "GlobalScheduler"
+STANDBY_NAME = "StandbyScheduler"
 AUTOSCALER_NAME = "PoolAutoscaler"
 POOL_NAMES = {Role.PREFILL: "PrefillPool", Role.DECODE: "DecodePool"}
 

@@ -13,9 +13,9 @@ from cluster.names import FRONT_NAME, SCHEDULER_NAME
 from core.errors import PeerLost
 
 
-def find_scheduler() -> Any:
+def find_scheduler(name: str = SCHEDULER_NAME) -> Any:
     """Serve's handle. Raises RayServeException while the front is not deployed."""
-    return serve.get_deployment_handle(SCHEDULER_NAME, FRONT_NAME)
+    return serve.get_deployment_handle(name, FRONT_NAME)
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.local import LOOPBACK
+from cluster.names import SCHEDULER_NAME, STANDBY_NAME
 from cluster.node_drain import seconds_until_node_goes
 from cluster.rank_actor import RankActor
 from cluster.replica import prepare_replica
@@ -57,7 +58,8 @@ class Supervisor:
         self._config = config
         self._others = others
         self._traffic = Traffic()
-        self._scheduler: Any = None
+        self._schedulers: dict[str, Any] = {}  # Serve's handles, by name
+        self._scheduler_names = (SCHEDULER_NAME, STANDBY_NAME) if config.scheduler.standby else (SCHEDULER_NAME,)
         self._client = RpcClient(config.cluster.security)
         self._replica_id = f"{role.value}-{serve.get_replica_context().replica_id.unique_id}"
         self._host = prepare_replica(config, self._replica_id)
@@ -124,7 +126,7 @@ class Supervisor:
                 self._heartbeat.cancel()
                 await asyncio.gather(self._heartbeat, return_exceptions=True)
             if self._info is not None and self._ranks:
-                await self._tell_scheduler(deregister=True)
+                await self._tell_schedulers(deregister=True)
                 await self._close_ranks()
             self._kill_ranks()
 
@@ -211,29 +213,36 @@ class Supervisor:
 
     async def _register_forever(self) -> None:
         while True:
-            await self._tell_scheduler(deregister=False)
+            await self._tell_schedulers(deregister=False)
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def _tell_scheduler(self, *, deregister: bool) -> None:
-        assert self._info is not None
-        try:
-            address = await self._scheduler_address()
-            if deregister:
-                leaving = Deregister(self._info.replica_id, self._info.incarnation)
-                await self._client.call(address, DEREGISTER, leaving, CALL_TIMEOUT_S)
+    async def _tell_schedulers(self, *, deregister: bool) -> None:
+        """The first one's traffic split is the one to remember."""
+        for name in self._scheduler_names:
+            try:
+                traffic = await self._tell_scheduler(name, deregister=deregister)
+            except BatonError as error:
+                logger.warning("%s cannot reach %s: %s", self._replica_id, name, error)
             else:
-                heartbeat = Register(self._info, self._traffic)
-                answer = await self._client.call(address, REGISTER, heartbeat, CALL_TIMEOUT_S)
-                self._traffic = answer.traffic
-        except BatonError as error:
-            logger.warning("%s cannot reach the global scheduler: %s", self._replica_id, error)
+                self._traffic = traffic if name == SCHEDULER_NAME else self._traffic
 
-    async def _scheduler_address(self) -> str:
+    async def _tell_scheduler(self, name: str, *, deregister: bool) -> Traffic:
+        """Raises BatonError."""
+        assert self._info is not None
+        address = await self._scheduler_address(name)
+        if deregister:
+            leaving = Deregister(self._info.replica_id, self._info.incarnation)
+            await self._client.call(address, DEREGISTER, leaving, CALL_TIMEOUT_S)
+            return self._traffic
+        answer = await self._client.call(address, REGISTER, Register(self._info, self._traffic), CALL_TIMEOUT_S)
+        return answer.traffic
+
+    async def _scheduler_address(self, name: str = SCHEDULER_NAME) -> str:
         """Raises PeerLost."""
         async with reaching_scheduler(CALL_TIMEOUT_S):
-            if self._scheduler is None:  # the front may have been deployed after us
-                self._scheduler = find_scheduler()
-            address: str = await self._scheduler.address.remote()
+            if name not in self._schedulers:  # the front may have been deployed after us
+                self._schedulers[name] = find_scheduler(name)
+            address: str = await self._schedulers[name].address.remote()
         return address
 
     def _kill_ranks(self) -> None:

@@ -140,6 +140,7 @@ class SchedulerConfig(Section):
     itl_slo_s: float = Field(default=0.1, gt=0)  # decode batches grow, and prompts prefill beside them, within this
     slo: SloConfig = SloConfig()
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # 1 for all others
+    standby: bool = False  # a second scheduler hears all reports, and plans while the first one does not answer
     decisions_kept: int = Field(default=4096, ge=1)  # that `baton why` can explain
     max_batch_kv_usage: float = Field(default=0.8, gt=0, le=1)  # of decode, beyond which it gets no batch work
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)

@@ -4,11 +4,12 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from cluster.ingress.generation import FleetHealth
+from cluster.ingress.schedulers import Resolve, Schedulers
 from cluster.scheduler.rules import can_pair
 from cluster.scheduler.traffic import choose_generation
 from core.errors import BatonError, NoReplica, PeerLost
@@ -35,15 +36,15 @@ BOOK_INTERVAL_S = 0.5
 BOOK_GRACE_S = 3.0
 RENEW_INTERVAL_S = 5.0
 CALL_TIMEOUT_S = 2.0
+LOOK_AROUND_S = 1.0
 
 
 class SchedulerClient:
-    """`resolve` finds the scheduler's present address; it is asked again whenever the last one does not answer."""
+    """Each of `resolves` finds a scheduler's present address; the first one's is preferred, a standby's comes next."""
 
-    def __init__(self, client: RpcClient, resolve: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, client: RpcClient, *resolves: Resolve) -> None:
         self._client = client
-        self._resolve = resolve
-        self._address = ""
+        self._schedulers = Schedulers(resolves, CALL_TIMEOUT_S)
         self._replicas: tuple[ReplicaInfo, ...] = ()
         self._longest: int | None = None  # sequence that the last decode replicas could hold
         self._can_grow = False  # by the last address book: an autoscaler is at work
@@ -58,6 +59,7 @@ class SchedulerClient:
         """Begins to follow the scheduler's address book."""
         self._spawn(self._follow_book())
         self._spawn(self._renew())
+        self._spawn(self._look_around())
 
     async def close(self) -> None:
         """Ends the background tasks."""
@@ -76,21 +78,23 @@ class SchedulerClient:
         missing = [] if Role.PREFILL in roles else ["no prefill replica: decode prefills by itself"]
         if not self._reachable:
             missing.append("the global scheduler is away: requests are placed without it")
+        elif self._schedulers.on_standby:
+            missing.append("the first global scheduler is away: its standby plans")
         return FleetHealth(True, "; ".join(missing), self._longest)
 
     async def fleet(self) -> FleetStatus:
         """The scheduler's view. Raises PeerLost while it is away."""
-        address = self._address or await self._resolve_address()
+        address = await self._schedulers.address()
         return await self._client.call(address, FLEET, Empty(), CALL_TIMEOUT_S)
 
     async def why(self, request_id: str) -> Decisions:
         """What the scheduler decided about a request. Raises PeerLost while it is away."""
-        address = self._address or await self._resolve_address()
+        address = await self._schedulers.address()
         return await self._client.call(address, WHY, Why(request_id), CALL_TIMEOUT_S)
 
     async def set_traffic(self, weights: dict[str, float] | None) -> Traffic:
         """Raises PeerLost while the scheduler is away, InvalidParameter."""
-        address = self._address or await self._resolve_address()
+        address = await self._schedulers.address()
         return await self._client.call(address, SET_TRAFFIC, SetTraffic(weights), CALL_TIMEOUT_S)
 
     @asynccontextmanager
@@ -119,21 +123,14 @@ class SchedulerClient:
 
     async def _reserve(self, request: Reserve) -> Plan:
         for _ in range(2):
+            address = ""
             try:
-                address = self._address or await self._resolve_address()
+                address = await self._schedulers.address()
                 return await self._client.call(address, RESERVE, request, request.timeout_s + CALL_TIMEOUT_S)
             except PeerLost as error:
                 logger.warning("the global scheduler does not answer: %s", error)
-                self._address = ""
+                self._schedulers.failed(address)
         return self._plan_alone(request)
-
-    async def _resolve_address(self) -> str:
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                self._address = await self._resolve()
-        except TimeoutError as error:
-            raise PeerLost("nobody knows the scheduler's address") from error
-        return self._address
 
     def _plan_alone(self, request: Reserve) -> Plan:
         """Power of two choices by this ingress's own count, in the request's generation or one that the last
@@ -157,13 +154,25 @@ class SchedulerClient:
 
     async def _follow_book(self) -> None:
         while True:
+            address = ""
             try:
-                address = self._address or await self._resolve_address()
+                address = await self._schedulers.address()
                 self._take(await self._client.call(address, BOOK, Empty(), CALL_TIMEOUT_S))
             except BatonError as error:
                 logger.info("no address book: %s", error)
-                self._reachable, self._address = False, ""
+                self._reachable = False
+                self._schedulers.failed(address)
             await asyncio.sleep(BOOK_INTERVAL_S)
+
+    async def _look_around(self) -> None:
+        """Goes back to the first scheduler when it knows replicas again."""
+        while True:
+            first = await self._schedulers.look_around()
+            if first:
+                with suppress(BatonError):
+                    if (await self._client.call(first, BOOK, Empty(), CALL_TIMEOUT_S)).replicas:
+                        self._schedulers.return_to_first()
+            await asyncio.sleep(LOOK_AROUND_S)
 
     def _take(self, book: Book) -> None:
         """A scheduler that has just started knows nobody yet: the last good book stays good for a moment."""
@@ -185,13 +194,14 @@ class SchedulerClient:
     async def _tell(self, method: Unary[Any, Acknowledged], message: object) -> None:
         """Twice if need be: a Finish that is lost holds its reservation until that expires."""
         for _ in range(2):
+            address = ""
             try:
-                address = self._address or await self._resolve_address()
+                address = await self._schedulers.address()
                 await self._client.call(address, method, message, CALL_TIMEOUT_S)
                 return
             except BatonError as error:
                 logger.info("%s was not told to the scheduler: %s", method.name, error)
-                self._address = ""
+                self._schedulers.failed(address)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

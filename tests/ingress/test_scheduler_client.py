@@ -13,7 +13,7 @@ from core.messages.fleet import Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import Book, Plan, Reserve
 from core.security import UNGUARDED
 from rpc.client import RpcClient
-from rpc.methods import BOOK
+from rpc.methods import BOOK, RESERVE
 from rpc.server import RpcServer
 
 
@@ -95,3 +95,55 @@ async def test_a_fleet_scaled_to_zero_is_ready_when_an_autoscaler_can_bring_a_re
     health = client.health()
     assert (health.ready, "no decode replica" in health.degraded) == (ready, True)
     assert health.max_model_len is None
+
+
+@asynccontextmanager
+async def scheduler_at(port: int, *replicas: ReplicaInfo) -> AsyncIterator[str]:
+    """A scheduler that answers with its address book, and plans everything on the first decode replica it knows."""
+
+    async def book(_: Empty) -> Book:
+        return Book(replicas)
+
+    async def reserve(request: Reserve) -> Plan:
+        return Plan(request.request_id, request.attempt, None, replicas[0], 0.0, 0.0, f"by {replicas[0].generation}")
+
+    server = RpcServer("127.0.0.1", UNGUARDED)
+    server.unary(BOOK, book)
+    server.unary(RESERVE, reserve)
+    bound = server.listen(port)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{bound}"
+    finally:
+        await server.stop()
+
+
+async def test_a_standby_plans_while_the_first_scheduler_is_away_and_no_longer():
+    decodes = [replica(Role.DECODE, name) for name in ("first", "standby")]
+    rpc = RpcClient(UNGUARDED)
+    async with scheduler_at(0, decodes[1]) as standby:
+        async with scheduler_at(0, decodes[0]) as first:
+            port = int(first.rpartition(":")[2])
+
+            async def resolve_first() -> str:
+                return first
+
+            async def resolve_standby() -> str:
+                return standby
+
+            client = SchedulerClient(rpc, resolve_first, resolve_standby)
+            client.start()
+            assert (await plan_alone(client)).reason == "by first"
+        try:
+            assert (await plan_alone(client)).reason == "by standby"
+            async with asyncio.timeout(10):
+                while "standby plans" not in client.health().degraded:
+                    await asyncio.sleep(0.01)
+            async with scheduler_at(port, decodes[0]), asyncio.timeout(10):
+                while (await plan_alone(client)).reason != "by first":
+                    await asyncio.sleep(0.05)
+                while client.health().degraded != "no prefill replica: decode prefills by itself":
+                    await asyncio.sleep(0.01)
+        finally:
+            await client.close()
+            await rpc.close()
