@@ -2,8 +2,10 @@
 
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 
 from cluster.autoscaling.signals import FleetSignals, PoolTarget
+from cluster.decision_record import DecisionRecorder
 from cluster.replica import prepare_replica
 from cluster.scheduler.admission import Admission
 from cluster.scheduler_service import SchedulerService
@@ -18,7 +20,12 @@ class GlobalScheduler:
         host = prepare_replica(config, "scheduler")
         scheduler_id = f"scheduler-{secrets.token_hex(4)}"
         admission = Admission(config.scheduler, config.autoscaling.rate_window_s, config.generation)
-        self._service = SchedulerService(admission, scheduler_id, host, config.cluster.security)
+        settings, security = config.scheduler, config.cluster.security
+        recorder = None
+        if settings.record_dir:
+            path = Path(settings.record_dir) / f"{scheduler_id}.decisions"
+            recorder = DecisionRecorder(path, settings, int(settings.record_mib * 2**20))
+        self._service = SchedulerService(admission, scheduler_id, host, security, recorder)
         self._address = await self._service.start()
 
     async def address(self) -> str:

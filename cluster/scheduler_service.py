@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster.autoscaling.signals import FleetSignals
+from cluster.decision_record import DecisionRecorder, Event
 from cluster.scheduler.admission import Admission, Yielding
 from cluster.scheduler.asked_sizes import Asked
 from cluster.scheduler.fleet_signals import fleet_signals
@@ -48,10 +49,18 @@ MISSED_TICKS = 5  # of an autoscaler, after which nobody waits for what it has a
 class SchedulerService:
     """Thin shell: plans are handed to the calls that wait for them."""
 
-    def __init__(self, admission: Admission, scheduler_id: str, host: str, security: Security) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        scheduler_id: str,
+        host: str,
+        security: Security,
+        recorder: DecisionRecorder | None = None,
+    ) -> None:
         self._id = scheduler_id
         self._host = host
         self._admission = admission
+        self._recorder = recorder
         self._client = RpcClient(security)
         self._server = RpcServer(host, security)
         self._plans: dict[str, asyncio.Future[Plan]] = {}
@@ -87,11 +96,14 @@ class SchedulerService:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._server.stop()
         await self._client.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
     async def reserve(self, message: Reserve) -> Plan:
         """Pending until there is room; losing the call takes the request out of the queue."""
+        self._note(message)
         self._admission.reserve(message, self._now())
         future: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
         self._plans[message.request_id] = future
@@ -100,7 +112,7 @@ class SchedulerService:
             return await future
         except asyncio.CancelledError:
             if self._plans.get(message.request_id) is future:
-                self._admission.finish(message.request_id, message.attempt, self._now())
+                self._finish(Finish(message.request_id, message.attempt))
             raise
         finally:
             if self._plans.get(message.request_id) is future:
@@ -108,13 +120,14 @@ class SchedulerService:
 
     async def progress(self, message: Progress) -> Acknowledged:
         """Prefill of a request is over."""
+        self._note(message)
         self._admission.progress(message, self._now())
         self._dispatch()
         return Acknowledged()
 
     async def finish(self, message: Finish) -> Acknowledged:
         """A request is over."""
-        self._admission.finish(message.request_id, message.attempt, self._now(), message.num_output_tokens)
+        self._finish(message)
         self._dispatch()
         return Acknowledged()
 
@@ -203,6 +216,7 @@ class SchedulerService:
                         logger.warning("%s: report %d came as %d", info.replica_id, report.sequence, expected)
                         break
                     expected += 1
+                    self._note(report)
                     self._admission.report(report, self._now())
                     self._dispatch()
         except BatonError as error:
@@ -212,16 +226,26 @@ class SchedulerService:
             current = self._watches.get(info.replica_id)
             if current is not None and current[0] == info.incarnation:
                 del self._watches[info.replica_id]
+                self._note(Deregister(info.replica_id, info.incarnation))
                 self._admission.replica_lost(info.replica_id)
+
+    def _finish(self, message: Finish) -> None:
+        self._note(message)
+        self._admission.finish(message.request_id, message.attempt, self._now(), message.num_output_tokens)
+
+    def _note(self, event: Event) -> None:
+        if self._recorder is not None:
+            self._recorder.note(event)
 
     def _dispatch(self) -> None:
         for plan in self._admission.dispatch(self._now()):
             future = self._plans.get(plan.request_id)
+            self._note(plan)
             if future is not None and not future.done():
                 _log(plan)
                 future.set_result(plan)
             else:
-                self._admission.finish(plan.request_id, plan.attempt, self._now())
+                self._finish(Finish(plan.request_id, plan.attempt))
         for yielding in self._admission.take_yields():
             self._spawn(self._have_room_made(yielding))
 

@@ -141,6 +141,8 @@ class SchedulerConfig(Section):
     slo: SloConfig = SloConfig()
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # 1 for all others
     standby: bool = False  # a second scheduler hears all reports, and plans while the first one does not answer
+    record_dir: str = ""  # where a file of all that is heard and decided goes, for `baton replay`; empty: nowhere
+    record_mib: float = Field(default=1024.0, gt=0)  # its size at most
     decisions_kept: int = Field(default=4096, ge=1)  # that `baton why` can explain
     max_batch_kv_usage: float = Field(default=0.8, gt=0, le=1)  # of decode, beyond which it gets no batch work
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)

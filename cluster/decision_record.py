@@ -1,0 +1,102 @@
+"""All that a global scheduler heard and decided, in a file: `baton replay` plays it to another policy.
+
+A file is a line that says what it is, the scheduler's configuration, then one frame per event:
+
+    | kind 1 byte | seconds since the record began 8 bytes | length 4 bytes | message, as on the wire |
+"""
+
+import logging
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from core.config import SchedulerConfig
+from core.errors import ConfigurationError, InvalidParameter
+from core.messages.to_scheduler import Deregister, Finish, Plan, Progress, Report, Reserve
+from rpc.codec import decode, encode
+
+logger = logging.getLogger(__name__)
+
+Event = Report | Deregister | Reserve | Plan | Progress | Finish
+
+MAGIC = b"baton decisions 1\n"
+FLUSH_S = 1.0
+_KINDS: tuple[type[Event], ...] = (Report, Deregister, Reserve, Plan, Progress, Finish)
+_HEAD = struct.Struct("<BdI")
+
+
+class DecisionRecorder:
+    """Writes until the file is full; what comes then is lost, and said once."""
+
+    def __init__(self, path: Path, config: SchedulerConfig, most_bytes: int) -> None:
+        """Raises ConfigurationError when the file cannot be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("wb")
+        except OSError as error:
+            raise ConfigurationError(f"scheduler.record_dir: {path} cannot be written: {error}") from error
+        settings = config.model_dump_json().encode()
+        self._num_left = most_bytes - self._file.write(MAGIC + struct.pack("<I", len(settings)) + settings)
+        self._began = self._flushed = time.monotonic()
+        self._path = path
+
+    def note(self, event: Event) -> None:
+        """It happens now, before the scheduler knows of it; a plan once it is made."""
+        if self._num_left <= 0:
+            return
+        now = time.monotonic()
+        message = encode(event)
+        frame = _HEAD.pack(_KINDS.index(type(event)), now - self._began, len(message)) + message
+        self._num_left -= len(frame)
+        if self._num_left <= 0:
+            logger.warning("the record of decisions %s is full: nothing more is written", self._path)
+            self._file.flush()
+            return
+        self._file.write(frame)
+        if now - self._flushed >= FLUSH_S:
+            self._file.flush()
+            self._flushed = now
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._file.close()
+
+
+def read_config(path: Path) -> SchedulerConfig:
+    """That of the recorded scheduler. Raises ConfigurationError."""
+    with _opened(path) as file:
+        return _config(path, file)
+
+
+def read_events(path: Path) -> Iterator[tuple[float, Event]]:
+    """(seconds, event) in order, up to what a scheduler that died wrote whole. Raises ConfigurationError."""
+    with _opened(path) as file:
+        _config(path, file)
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            kind, seconds, length = _HEAD.unpack(head)
+            message = file.read(length)
+            if len(message) < length:
+                return
+            try:
+                yield seconds, decode(_KINDS[kind], message)
+            except (IndexError, InvalidParameter) as error:
+                raise ConfigurationError(f"{path} holds what is no event: {error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+
+
+def _config(path: Path, file: BinaryIO) -> SchedulerConfig:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise ConfigurationError(f"{path} is no record of decisions")
+    try:
+        (length,) = struct.unpack("<I", file.read(4))
+        return SchedulerConfig.model_validate_json(file.read(length))
+    except (struct.error, ValueError) as error:
+        raise ConfigurationError(f"{path} holds no scheduler configuration: {error}") from error
