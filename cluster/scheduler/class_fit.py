@@ -11,8 +11,8 @@ MEMBER_MEMORY = 50  # samples that a member's own factor goes by
 class ClassFit:
     """seconds = factor of the member * fit of the class. Factors are 1 in the geometric mean."""
 
-    def __init__(self, prior: Sequence[float], forgetting: float = 0.99) -> None:
-        self.fit = RobustFit(prior, forgetting)
+    def __init__(self, prior: Sequence[float]) -> None:
+        self.fit = RobustFit(prior)
         self._logs: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._sum_logs = 0.0

@@ -8,8 +8,8 @@ fitted are factors g_i = c_i / p_i around one common factor, and errors count re
 
 which is recursive least squares with exponential forgetting in its information form (Ljung, System Identification,
 ch. 11), with the influence of outliers bounded as by Huber (1964). The prior keeps directions that the load does not
-excite from drifting. The noise that is allowed for grows while samples stay far off, and what was seen before is
-forgotten faster while they stay off to one side: so a change of speed is followed.
+excite from drifting. The noise that is allowed for grows while samples stay far off; while they stay off to one side,
+what was seen before is taken to have changed by that much, too, and is forgotten faster: so a change is followed.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,9 @@ CLIP = 3.0  # deviations beyond which a sample's pull grows no more
 LEAST_NOISE = 0.02  # of log seconds: timings agree no better than this
 NOISE_WEIGHT = 0.05  # of one sample in the noise
 NUM_FREE = 8  # first samples, which nothing is clipped of
-BIAS_WEIGHT = 0.1  # of one sample in the mean deviation
+BIAS_WEIGHT = 0.1  # of one sample in the mean deviation, in which none counts for more than the noise
 BIASED = 0.6  # mean over mean absolute deviation from which on the past counts as over; noise alone stays below
+BIAS_KEPT = 0.5  # after it was acted upon
 BIASED_FORGETTING = 0.9
 FAR = 1.0  # of log seconds: samples further off are weighed by what was observed, not by what was predicted
 SOLVE_EVERY = 8  # samples, once there are some
@@ -29,7 +30,7 @@ SOLVE_EVERY = 8  # samples, once there are some
 class RobustFit:
     """`coefficients` are always usable: those of the prior before the first sample."""
 
-    def __init__(self, prior: Sequence[float], forgetting: float = 0.99, prior_weight: float = 0.05) -> None:
+    def __init__(self, prior: Sequence[float], forgetting: float = 0.997, prior_weight: float = 0.05) -> None:
         """`prior` coefficients are positive, in seconds per feature."""
         size = len(prior)
         self.coefficients = tuple(prior)
@@ -59,8 +60,11 @@ class RobustFit:
         used = self._clipped(found)
         limit = max(3 * CLIP * self.noise, 0.1)
         self.noise = max(LEAST_NOISE, self.noise + NOISE_WEIGHT * (min(abs(found), limit) - self.noise))
-        self._bias += BIAS_WEIGHT * (max(-limit, min(limit, found)) - self._bias)
-        forgetting = BIASED_FORGETTING if abs(self._bias) > BIASED * self.noise else self._forgetting
+        self._bias += BIAS_WEIGHT * (max(-self.noise, min(self.noise, found)) - self._bias)  # much like a sign
+        forgetting = self._forgetting
+        if abs(self._bias) > BIASED * self.noise:
+            forgetting = BIASED_FORGETTING
+            self._rescale(exp(self._bias))
         self.num_samples += 1
         if self.num_samples == 1:
             self._common = seconds / predicted
@@ -76,6 +80,12 @@ class RobustFit:
         self._num_unsolved += 1
         if self._num_unsolved >= min(SOLVE_EVERY, self.num_samples):
             self._solve()
+
+    def _rescale(self, factor: float) -> None:
+        """All that was seen would take so much longer now."""
+        self._moment = [factor * moment for moment in self._moment]
+        self._common *= factor
+        self._bias *= BIAS_KEPT
 
     def _clipped(self, deviation: float) -> float:
         if self.num_samples < NUM_FREE:
