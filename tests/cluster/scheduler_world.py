@@ -80,6 +80,8 @@ class World:
 
     def report(self, name: str, *, stored=(), removed=(), tiers=b"", steps=(), transfers=(), now=0.0, **changes):
         view = self.admission.fleet.get(name)
+        if (tier_status := changes.pop("tier_status", None)) is not None:
+            changes["tiers"] = tier_status
         told = replace(view.status, **changes)
         parts = (view.info, 0, False, told, tuple(stored), tuple(removed), tiers, tuple(steps), tuple(transfers))
         self.admission.report(Report(*parts), now)

@@ -143,7 +143,7 @@ def test_reports_of_steps_move_a_replicas_costs_and_its_error_is_kept():
     assert error.num_samples == 300 and error.median < 0.03
 
 
-def test_a_link_is_latency_and_bytes_and_each_pair_has_its_factor():
+def test_a_link_is_latency_and_bytes_of_each_pair():
     """20 GB/s and 1 ms; the pair with d1 at half of that."""
     rng, book = random.Random(5), LinkBook()
     views = {
@@ -154,7 +154,7 @@ def test_a_link_is_latency_and_bytes_and_each_pair_has_its_factor():
     for _ in range(300):
         for name, slow in (("d0", 1), ("d1", 2)):
             num_bytes = rng.choice((1e5, 1e6, 1e7, 1e8))
-            taken = slow * (0.001 + num_bytes / 20e9) * rng.gauss(1, 0.1)
+            taken = (0.001 + slow * num_bytes / 20e9) * rng.gauss(1, 0.1)
             book.heard(views[name], [("p0", int(num_bytes), taken)], {"p0": ""})
 
     def taken_s(name: str, num_bytes: float) -> float:
@@ -163,7 +163,7 @@ def test_a_link_is_latency_and_bytes_and_each_pair_has_its_factor():
 
     for num_bytes in (1e5, 1e8):
         assert taken_s("d0", num_bytes) == pytest.approx(0.001 + num_bytes / 20e9, rel=0.1)
-        assert taken_s("d1", num_bytes) == pytest.approx(2 * (0.001 + num_bytes / 20e9), rel=0.1)
+        assert taken_s("d1", num_bytes) == pytest.approx(0.001 + 2 * num_bytes / 20e9, rel=0.1)
     assert taken_s("d0", 1e8) < taken_s("d2", 1e8) < taken_s("d1", 1e8), "one that is not measured: the class"
     book.lost("d1")
     assert taken_s("d1", 1e8) == taken_s("d2", 1e8)
