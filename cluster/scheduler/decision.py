@@ -151,7 +151,7 @@ class DecisionMaker:
             )
 
         slo_s, headroom, weighed = self._itl_slo_s(request), self._headroom_for(request), []
-        for sink in sinks if self._exhaustive else few_for_local(sinks):
+        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens):
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
             reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)
