@@ -153,7 +153,7 @@ class BlockPool:
 
     def drain_events(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """(stored, removed) since the last call; a key that came and went, or went and came, nets out."""
-        stored, removed = set(self._stored), set(self._removed)
+        stored, removed = dict.fromkeys(self._stored), dict.fromkeys(self._removed)
         self._stored, self._removed = [], []
         now_cached = self._cached.keys()
         return tuple(key for key in stored if key in now_cached), tuple(key for key in removed if key not in now_cached)
