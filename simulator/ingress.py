@@ -239,6 +239,8 @@ class Ingress:
     def _end_attempt(self, request: Request, *, finished: bool) -> int:
         """Leaves the reservation, the subscription and the lease; how many tokens the attempt brought."""
         plan, attempt = request.plan, request.attempt
+        if plan is not None:
+            self._peers.decode(plan.decode).advance()  # so that all tokens that have been sent are known of
         num_new = request.end_attempt(self._now)
         if plan is not None and not finished:
             cancel, wire = Cancel(request.request_id, attempt), self._world.wire

@@ -91,7 +91,7 @@ class Batch:
             )
             for job in (*self.scheduler.running, *self.scheduler.waiting)
         ]
-        order = list(pool._free), sorted(pool._evictable), dict(pool._cached), dict(pool._children)
+        order = list(pool._free), list(pool._released_at), dict(pool._cached), dict(pool._children)
         return jobs, pool.num_free, pool.num_promised, order, self.outcomes
 
 
