@@ -114,16 +114,22 @@ class BlockPool:
 
         `parent` is the key of a block without which this one is of no use.
         """
-        known = self._keys[block]
-        assert self._holds[block], "only a held block has defined content"
-        assert known is None or known == key, "a block's content is registered once"
-        if known is not None or key in self._cached:
-            return
-        self._keys[block], self._parents[block] = key, parent
-        self._cached[key] = block
-        if parent is not None:
-            self._children[parent] = self._children.get(parent, 0) + 1
-        self._stored.append(key)
+        self.register_all((block,), (key,), (parent,))
+
+    def register_all(self, blocks: Iterable[int], keys: Iterable[BlockKey], parents: Iterable[BlockKey | None]) -> None:
+        """As `register` of each."""
+        own_keys, cached, children = self._keys, self._cached, self._children
+        for block, key, parent in zip(blocks, keys, parents, strict=True):
+            known = own_keys[block]
+            assert self._holds[block], "only a held block has defined content"
+            assert known is None or known == key, "a block's content is registered once"
+            if known is not None or key in cached:
+                continue
+            own_keys[block], self._parents[block] = key, parent
+            cached[key] = block
+            if parent is not None:
+                children[parent] = children.get(parent, 0) + 1
+            self._stored.append(key)
 
     def take_released(self, limit: int) -> dict[BlockKey, int]:
         """Cached blocks that lost their last owner since the last call, the first first; at most so many."""

@@ -231,9 +231,9 @@ class ActiveSequence:
     def _register_full_blocks(self) -> None:
         self._hash_full_blocks()
         for blocks in self.groups:
-            for logical in blocks.newly_full(self.num_computed):
-                (physical,) = blocks.physical(range(logical, logical + 1))
-                self._pool.register(physical, *blocks.chain_key(self._hashes, logical))
+            if logical := blocks.newly_full(self.num_computed):
+                keys, parents = blocks.chain_keys(self._hashes, logical)
+                self._pool.register_all(blocks.physical(logical), keys, parents)
 
     def _hash_full_blocks(self) -> None:
         """Those of generated tokens are made when first needed."""

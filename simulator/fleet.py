@@ -128,21 +128,19 @@ class Fleet:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _info(self, role: Role, pool: PoolSection, replica_id: str, incarnation: int) -> ReplicaInfo:
-        geometry, size = self._spec.geometry, self._spec.block_size
-        layout = geometry.layout(pool.tensor_parallel, size)
-        longest = layout.longest_within(pool.num_blocks, pool.max_num_batched_tokens, geometry.max_model_len)
-        same = Compatibility(self._spec.model, "", geometry.dtype, size, HASH_SCHEME)
+        spec = self._spec
+        layout, num_blocks = spec.layout(pool), spec.num_blocks(pool)
         return ReplicaInfo(
             replica_id,
             role,
             incarnation,
             (f"{replica_id}.{incarnation}",),
             layout,
-            same,
-            pool.num_blocks,
+            Compatibility(spec.model, "", layout.dtype, spec.block_size, HASH_SCHEME),
+            num_blocks,
             pool.max_num_seqs,
             pool.max_num_batched_tokens,
-            longest,
+            layout.longest_within(num_blocks, pool.max_num_batched_tokens, spec.max_model_len),
             generation=GENERATION,
         )
 

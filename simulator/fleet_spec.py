@@ -11,9 +11,12 @@ from pydantic import Field, ValidationError, model_validator
 from core.autoscaling_config import AutoscalingConfig
 from core.config import SchedulerConfig, TransferConfig, read_yaml
 from core.errors import ConfigurationError
+from core.kv_groups import group_layers
+from core.kv_layout import KVLayout
 from core.messages.fleet import Role
 from core.section import Section
-from simulator.models import KVGeometry, geometry_of
+from simulator.cost.gpus import kv_layout, num_kv_blocks
+from simulator.cost.models import served_model
 
 LINK_KINDS = {  # bytes per second of a port in one direction, and seconds until the first byte
     "tcp25": (25e9 / 8 * 0.9, 200e-6),
@@ -25,7 +28,7 @@ LINK_KINDS = {  # bytes per second of a port in one direction, and seconds until
 
 
 class KVSection(Section):
-    """A model that `model` does not name."""
+    """The KV of a model that the cost tables do not know; `windows` by layer, null where there is none."""
 
     num_layers: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
@@ -62,7 +65,7 @@ class PoolSection(Section):
     min_replicas: int = Field(default=0, ge=0)
     max_replicas: int = Field(default=0, ge=0)  # 0: as many as `replicas`
     tensor_parallel: int = Field(default=1, ge=1)
-    num_blocks: int = Field(ge=2)
+    num_blocks: int | None = Field(default=None, ge=2)  # None: as many as fit beside the weights on this GPU
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=8192, ge=1)
     queue_limit: int = Field(default=64, ge=1)
@@ -180,11 +183,24 @@ class FleetSpec(Section):
     faults: tuple[Fault, ...] = ()
 
     @property
-    def geometry(self) -> KVGeometry:
-        """Of the model's KV. Raises ConfigurationError for an unknown model."""
-        if self.kv is None:
-            return geometry_of(self.model)
-        return KVGeometry(**self.kv.model_dump())
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence. Raises ConfigurationError for an unknown model."""
+        return self.kv.max_model_len if self.kv is not None else served_model(self.model).geometry.max_model_len
+
+    def layout(self, pool: PoolSection) -> KVLayout:
+        """Of a pool's replicas. Raises ConfigurationError for an unknown model, or one that cannot be split so."""
+        kv, size = self.kv, self.block_size
+        if kv is None:
+            return kv_layout(self.model, pool.tensor_parallel, size)
+        groups = group_layers(kv.windows) if kv.windows else ()
+        heads, tp = kv.num_kv_heads, pool.tensor_parallel
+        return KVLayout(kv.num_layers, heads, kv.head_dim, size, kv.dtype, tp, kv.latent, groups)
+
+    def num_blocks(self, pool: PoolSection) -> int:
+        """Of a replica. Raises ConfigurationError when that is neither said nor known."""
+        if pool.num_blocks is not None:
+            return pool.num_blocks
+        return num_kv_blocks(self.gpu, self.model, pool.tensor_parallel, self.block_size)
 
     def pool(self, role: Role) -> PoolSection | None:
         """Of a role, if there is one."""

@@ -1,8 +1,13 @@
 """What holds for all tests."""
 
+import os
 import sys
 
 import pytest
+
+from worker.spec import RANK_ENVIRONMENT
+
+os.environ["RES_OPTIONS"] = RANK_ENVIRONMENT["RES_OPTIONS"]  # read when the first name is resolved
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,9 +1,41 @@
 """A request of a trace. Tokens are known by identity alone: equal prefixes of two prompts are equal runs. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, repeat
+from typing import NamedTuple
 
-Run = tuple[int, int]  # a token id, below 2**31, and how many times it stands there
+OWN_TOKENS = 2**29  # from here on ids belong to one request alone
+
+
+class Run(NamedTuple):
+    """`length` times token id `first`, then as often the id after it, `number` ids in all; ids are below 2**31."""
+
+    first: int
+    length: int
+    number: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole run."""
+        return self.length * self.number
+
+    def split(self, num_tokens: int) -> tuple["Run", ...]:
+        """The first `num_tokens` tokens, fewer than all: whole ids, and a part of one."""
+        whole, part = divmod(num_tokens, self.length)
+        head = (Run(self.first, self.length, whole), Run(self.first + whole, part))
+        return tuple(run for run in head if run.num_tokens)
+
+    def rest(self, num_tokens: int) -> tuple["Run", ...]:
+        """What `split` leaves."""
+        whole, part = divmod(num_tokens, self.length)
+        if not part:
+            return (Run(self.first + whole, self.length, self.number - whole),)
+        tail = (
+            Run(self.first + whole, self.length - part),
+            Run(self.first + whole + 1, self.length, self.number - whole - 1),
+        )
+        return tuple(run for run in tail if run.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -20,14 +52,60 @@ class TracedRequest:
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
-        return sum(count for _, count in self.prompt)
+        return sum(run.num_tokens for run in self.prompt)
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens until the request ends, at least one."""
-        return sum(count for _, count in self.output)
+        return sum(run.num_tokens for run in self.output)
 
 
-def expand(runs: tuple[Run, ...]) -> tuple[int, ...]:
+def plain_request(
+    request_id: str, arrival_s: float, num_prompt: int, num_output: int, number: int, tenant: str = ""
+) -> TracedRequest:
+    """One that has no prefix in common with any other; `number` is its own in the trace."""
+    own = own_token(number)
+    prompt, output = Run(own, max(1, num_prompt)), Run(own, max(1, num_output))
+    return TracedRequest(request_id, arrival_s, (prompt,), (output,), tenant)
+
+
+def own_token(number: int) -> int:
+    """A token that only the request of this number has. Raises ValueError beyond 2**30 requests."""
+    if not 0 <= number < 2**30:
+        raise ValueError(f"request number {number} is not below 2**30")
+    return OWN_TOKENS + number
+
+
+def expand(runs: Iterable[Run]) -> tuple[int, ...]:
     """The token ids that runs stand for."""
-    return tuple(chain.from_iterable(repeat(token, count) for token, count in runs))
+    return tuple(chain.from_iterable(repeat(run.first + i, run.length) for run in runs for i in range(run.number)))
+
+
+def runs_of_blocks(ids: Iterable[Run], num_tokens: int, own: int) -> tuple[Run, ...]:
+    """The first `num_tokens` tokens of blocks; what they do not cover is the request's own."""
+    head, _ = split_at(ids, num_tokens)
+    covered = sum(run.num_tokens for run in head)
+    return (*head, Run(own, num_tokens - covered)) if covered < num_tokens else head
+
+
+def blocks(ids: Iterable[int], block_size: int) -> tuple[Run, ...]:
+    """One block to each id, ids that follow one another in one run."""
+    runs: list[Run] = []
+    for block in ids:
+        if runs and block == runs[-1].first + runs[-1].number:
+            runs[-1] = runs[-1]._replace(number=runs[-1].number + 1)
+        else:
+            runs.append(Run(block, block_size))
+    return tuple(runs)
+
+
+def split_at(runs: Iterable[Run], num_tokens: int) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """The first `num_tokens` tokens, and the rest."""
+    head: list[Run] = []
+    tail: list[Run] = []
+    for run in runs:
+        taken = min(run.num_tokens, num_tokens)
+        num_tokens -= taken
+        head += run.split(taken) if taken < run.num_tokens else (run,)
+        tail += run.rest(taken) if taken < run.num_tokens else ()
+    return tuple(head), tuple(tail)

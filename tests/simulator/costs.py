@@ -5,7 +5,7 @@ import numpy as np
 from core.messages.fleet import Role
 from simulator.cost.cost_model import StepWork
 from simulator.fleet_spec import FleetSpec
-from simulator.traces.trace import TracedRequest
+from simulator.traces.trace import Run, TracedRequest
 
 
 class AffineCost:
@@ -50,6 +50,6 @@ def small_fleet(num_prefill: int = 1, num_decode: int = 1, **changes) -> FleetSp
 
 
 def traced(number: int, arrival_s: float, prompt: tuple[int, ...], num_output: int, **more) -> TracedRequest:
-    runs = tuple((token, 1) for token in prompt)
-    output = tuple((1000 + (number + index) % 7, 1) for index in range(num_output))
+    runs = tuple(Run(token, 1) for token in prompt)
+    output = tuple(Run(1000 + (number + index) % 7, 1) for index in range(num_output))
     return TracedRequest(f"r{number}", arrival_s, runs, output, **more)

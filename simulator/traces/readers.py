@@ -1,0 +1,100 @@
+"""Reads recorded traces, whatever their kind, into requests in order of arrival.
+
+    blocks      JSON lines with `timestamp` (ms), `input_length`, `output_length`, `hash_ids`: Mooncake's, ShareGPT's
+    azure       CSV with TIMESTAMP, ContextTokens, GeneratedTokens
+    servegen    CSV with t_s, client, input_tokens, output_tokens
+    sessions    JSON lines of agent sessions with runs of block ids
+    lengths     CSV with num_prefill_tokens, num_decode_tokens and no times: arrivals are drawn
+
+Files may be gzipped. All draws are by `seed`.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from io import TextIOWrapper
+from pathlib import Path
+from random import Random
+
+from core.errors import ConfigurationError
+from simulator.traces.agent_sessions import read_sessions
+from simulator.traces.block_ids import read_block_ids
+from simulator.traces.trace import TracedRequest, plain_request
+
+KINDS = ("auto", "blocks", "azure", "servegen", "sessions", "lengths")
+LENGTHS_RATE = 1.0  # requests per second of a trace without times; `scale` changes it
+
+
+def read_trace(path: Path, kind: str = "auto", seed: int = 0) -> list[TracedRequest]:
+    """Requests by arrival, the first one at 0 s. Raises ConfigurationError naming the file and what it lacks."""
+    if kind not in KINDS:
+        raise ConfigurationError(f"trace kind {kind!r} is not known; known are {', '.join(KINDS)}", field="kind")
+    try:
+        with _open(path) as file:
+            chosen = _kind_of(path, file.readline()) if kind == "auto" else kind
+        with _open(path) as file:
+            requests = list(_READERS[chosen](file, Random(seed)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read trace {path}: {error}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"trace {path} is not of kind {chosen!r}: {type(error).__name__} {error}") from error
+    if not requests:
+        raise ConfigurationError(f"trace {path} holds no request")
+    return sorted(requests, key=lambda request: (request.arrival_s, request.request_id))
+
+
+def _open(path: Path) -> TextIOWrapper:
+    return TextIOWrapper(gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
+
+
+def _kind_of(path: Path, head: str) -> str:
+    if head.startswith("TIMESTAMP,ContextTokens"):
+        return "azure"
+    if head.startswith("t_s,client,input_tokens"):
+        return "servegen"
+    if head.startswith("num_prefill_tokens"):
+        return "lengths"
+    if head.startswith("{") and '"hash_ids"' in head:
+        return "blocks"
+    if head.startswith("{") and '"hash_id_scope"' in head:
+        return "sessions"
+    raise ConfigurationError(f"trace {path} begins like none of {', '.join(KINDS[1:])}")
+
+
+def _azure(file: TextIOWrapper, _: Random) -> Iterator[TracedRequest]:
+    first: datetime | None = None
+    for number, row in enumerate(csv.DictReader(file)):
+        at = datetime.fromisoformat(row["TIMESTAMP"][:26])
+        first = first or at
+        arrival_s = (at - first).total_seconds()
+        yield plain_request(
+            f"azure-{number}", arrival_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]), number
+        )
+
+
+def _servegen(file: TextIOWrapper, _: Random) -> Iterator[TracedRequest]:
+    for number, row in enumerate(csv.DictReader(file)):
+        lengths = int(row["input_tokens"]), int(row["output_tokens"])
+        yield plain_request(f"servegen-{number}", float(row["t_s"]), *lengths, number, tenant=row["client"])
+
+
+def _lengths(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
+    """Poisson arrivals."""
+    arrival_s = 0.0
+    for number, row in enumerate(csv.DictReader(file)):
+        lengths = int(row["num_prefill_tokens"]), int(row["num_decode_tokens"])
+        yield plain_request(f"lengths-{number}", arrival_s, *lengths, number)
+        arrival_s += random.expovariate(LENGTHS_RATE)
+
+
+def _blocks(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
+    return read_block_ids([json.loads(line) for line in file if line.strip()], random)
+
+
+def _sessions(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
+    return read_sessions((json.loads(line) for line in file if line.strip()), random)
+
+
+_READERS = {"azure": _azure, "servegen": _servegen, "lengths": _lengths, "blocks": _blocks, "sessions": _sessions}
