@@ -85,9 +85,15 @@ class DecodeEngine:
         elif plan is not None and plan.num_done + 1 < len(plan.ends):
             joins = scheduler.waiting and len(scheduler.running) < scheduler.max_num_seqs
             if joins or not scheduler.has_blocks_for(len(plan.ends) - plan.num_done):
-                end = plan.num_done + 1
-                del plan.ends[end:], plan.seconds[end:]
-                self._await_end(plan)
+                self.replan()
+
+    def replan(self) -> None:
+        """Only the step under way stays as it was planned: the others may take another time, or not come."""
+        plan = self._plan
+        if plan is not None and plan.num_done + 1 < len(plan.ends):
+            end = plan.num_done + 1
+            del plan.ends[end:], plan.seconds[end:]
+            self._await_end(plan)
 
     def before_cancel(self, job: DecodeJob) -> None:
         """A running job will leave while a step is under way: that becomes a step of its own, which ends as planned."""

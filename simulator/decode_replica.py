@@ -140,6 +140,12 @@ class DecodeReplica:
         """Brings it to this moment, for those who look."""
         self.engine.advance()
 
+    def set_speed(self, speed: float) -> None:
+        """Of the steps that begin from now on."""
+        self.engine.advance()
+        self.host.speed = speed
+        self.engine.replan()
+
     def die(self) -> None:
         """What its steps have drawn until now is on its way to clients."""
         self.engine.advance()

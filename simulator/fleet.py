@@ -83,6 +83,25 @@ class Fleet:
             for ingress in self.ingresses:
                 wire.tell(host.number, ingress, ingress.decode_lost, replica_id, host.info.incarnation)
 
+    def drain(self, replica_id: str) -> None:
+        """It takes nothing new, hands over what does not end in time, and goes when it holds nothing."""
+        replica = self.replicas[replica_id]
+        replica.host.draining = True
+        pool = self._spec.pool(replica.host.info.role)
+        assert pool is not None
+        self._drain(replica, self._world.queue.now + pool.drain_timeout_s)
+
+    def _drain(self, replica: Replica, deadline: float) -> None:
+        if not replica.host.alive:
+            return
+        if replica.is_idle:
+            self.remove(replica.host.info.replica_id)
+            return
+        queue = self._world.queue
+        if queue.now >= deadline:
+            replica.hand_over()
+        queue.at(queue.now + HOUSEKEEPING_S, TIMER, replica.host.number, self._drain, replica, deadline)
+
     def watch_all(self, delays_s: Callable[[], float]) -> None:
         """A new scheduler hears of each replica at that one's next heartbeat."""
         for replica in self.replicas.values():

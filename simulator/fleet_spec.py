@@ -62,13 +62,14 @@ class PoolSection(Section):
     """Equal replicas, but for those with a speed of their own. With autoscaling `replicas` is the pool's first size."""
 
     replicas: int = Field(default=1, ge=0)
-    min_replicas: int = Field(default=0, ge=0)
+    min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=0, ge=0)  # 0: as many as `replicas`
     tensor_parallel: int = Field(default=1, ge=1)
     num_blocks: int | None = Field(default=None, ge=2)  # None: as many as fit beside the weights on this GPU
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=8192, ge=1)
     queue_limit: int = Field(default=64, ge=1)
+    drain_timeout_s: float = Field(default=20.0, ge=0)  # a replica that goes hands over what has not ended by then
     speeds: dict[int, float] = Field(default_factory=dict)  # of single replicas, by number; 0.5 takes twice the time
 
 

@@ -52,7 +52,7 @@ class Ingress:
     def arrive(self, request: Request) -> None:
         """A client asks."""
         self._requests[request.request_id] = request
-        self._world.queue.at(request.deadline, TIMER, self.number, self._too_late, request)
+        self._world.queue.at(request.deadline, TIMER, self.number, self._too_late, request.request_id)
         self._plan(request)
 
     # ---- what it hears ------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class Ingress:
             self._end_attempt(request, finished=True)
             self._end(request, first.finish_reason)
             return
-        self._later(self._spec.transfer.rest_timeout_s, self._handover_late, request, attempt)
+        self._later(self._spec.transfer.rest_timeout_s, self._handover_late, request.request_id, attempt)
 
     # ---- what goes wrong ----------------------------------------------------------------------------------------
 
@@ -200,14 +200,15 @@ class Ingress:
             request.avoid.add(failed.replica_id)
         self._fail(request, error)
 
-    def _handover_late(self, request: Request, attempt: int) -> None:
-        if request.attempt == attempt and request.state is RequestState.HANDOVER:
+    def _handover_late(self, request_id: str, attempt: int) -> None:
+        request = self._current(request_id, attempt)
+        if request is not None and request.state is RequestState.HANDOVER:
             assert request.plan is not None
             request.avoid.add(request.plan.decode.replica_id)
             self._fail(request, PeerLost("the handoff did not complete in time"))
 
-    def _too_late(self, request: Request) -> None:
-        if request.state is not RequestState.OVER:
+    def _too_late(self, request_id: str) -> None:
+        if (request := self._requests.get(request_id)) is not None:
             self._fail(request, RequestTimeout("not finished in time"))
 
     def _fail(self, request: Request, error: BatonError | NoRoom) -> None:

@@ -48,9 +48,10 @@ class Network:
         """Gives a process a port."""
         self._ports[process] = _Port(link.bytes_per_s, link.latency_s)
 
-    def limit(self, source: int, target: int, bytes_per_s: float) -> None:
-        """From now on nothing goes faster this way."""
-        self._limits[source, target] = bytes_per_s
+    def limit(self, source: int, target: int, share: float) -> None:
+        """From now on nothing goes faster this way than at this share of the slower port's speed."""
+        speed = min(self._ports[source].bytes_per_s, self._ports[target].bytes_per_s)
+        self._limits[source, target] = share * speed
         self._share(list(self._ports[source].leaving))
 
     def slow_down(self, process: int, share: float) -> None:

@@ -103,6 +103,10 @@ class PrefillReplica:
     def advance(self) -> None:
         """Steps of prefill are never skipped."""
 
+    def set_speed(self, speed: float) -> None:
+        """Of the steps that begin from now on."""
+        self.host.speed = speed
+
     def die(self) -> None:
         """Whoever waits for an answer hears that nobody is there."""
         for key in list(self._answers):

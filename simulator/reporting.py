@@ -29,7 +29,7 @@ class Reporting:
 
     def watch(self) -> None:
         """The scheduler begins to watch."""
-        if not self._replica.host.alive:
+        if not self._replica.host.alive or self._watcher == self._scheduler.incarnation:
             return
         self._watcher, self._sequence = self._scheduler.incarnation, 0
         self._replica.advance()

@@ -13,6 +13,7 @@ from cluster.scheduler.policy import Policy
 from core.messages.fleet import Role
 from simulator.cost.cost_model import CostModel
 from simulator.events import TIMER, EventQueue
+from simulator.faults import Faults
 from simulator.fleet import GENERATION, Fleet
 from simulator.fleet_spec import FleetSpec
 from simulator.host import World
@@ -20,10 +21,11 @@ from simulator.ingress import Ingress
 from simulator.network import Network
 from simulator.records import GapHistogram, Record, make_record
 from simulator.request import Request, make_request
+from simulator.scaling_loop import ScalingLoop
 from simulator.scheduler_line import SchedulerLine
 from simulator.scheduler_process import SchedulerProcess
 from simulator.series import Sampler
-from simulator.traces.trace import TracedRequest, expand
+from simulator.traces.trace import Run, TracedRequest, expand
 from simulator.wire import Wire
 
 MakePolicy = Callable[[FleetSpec, int], Policy]
@@ -63,10 +65,11 @@ class Twin:
         wire = Wire(self.queue, spec.control_latency_s)
         self.world = World(self.queue, wire, Network(self.queue, NETWORK))
         self.chance = random.Random(seed)
-        self._outputs: dict[str, tuple[int, ...]] = {}
+        self._outputs: dict[str, tuple[Run, ...]] = {}
+        self._spoken: dict[str, tuple[int, ...]] = {}  # of open requests, token by token
         self.records: list[Record] = []
         self.gaps = GapHistogram()
-        self.fleet = Fleet(self.world, spec, costs, self._outputs.__getitem__, skips=skips)
+        self.fleet = Fleet(self.world, spec, costs, self._output, skips=skips)
 
         def admission() -> Admission:
             policy = make_policy(spec, seed) if make_policy is not None else None
@@ -78,6 +81,8 @@ class Twin:
             for _ in range(spec.num_ingresses)
         ]
         self.sampler = Sampler(self.world, self.fleet, spec)
+        self.faults = Faults(self.world, self.fleet, spec, random.Random(self.chance.random()))
+        self.scaling = ScalingLoop(self.world, self.fleet, spec) if spec.autoscaling.is_active else None
         self._num_open = 0
         self._has_more = True
         self._over_at = 0.0
@@ -92,7 +97,10 @@ class Twin:
         for ingress in self.fleet.ingresses:
             ingress.start(SchedulerLine(self.world, ingress, self.scheduler, random.Random(self.chance.random())))
         self.sampler.start()
-        self._await_arrival(iter(trace))
+        self.faults.start()
+        if self.scaling is not None:
+            self.scaling.start()
+        self._await_arrival(self.faults.crowd(trace))
         self.queue.run(self._goes_on)
         self.sampler.sample()
         return Result(
@@ -116,7 +124,7 @@ class Twin:
     def _arrive(self, traced: TracedRequest, trace: Iterator[TracedRequest]) -> None:
         spec, output = self.spec, expand(traced.output)
         assert traced.request_id not in self._outputs, f"request id {traced.request_id} is used twice"
-        self._outputs[traced.request_id] = output
+        self._outputs[traced.request_id], self._spoken[traced.request_id] = traced.output, output
         request = make_request(
             traced.request_id,
             self.queue.now,
@@ -136,8 +144,13 @@ class Twin:
         self.records.append(record)
         self.gaps.add(gaps)
         self.sampler.over(record)
+        del self._spoken[request.request_id]
         self._num_open -= 1
         self._over_at = self.queue.now
+
+    def _output(self, request_id: str) -> tuple[int, ...]:
+        """Replicas may still compute a request that its client has given up."""
+        return self._spoken.get(request_id) or expand(self._outputs[request_id])
 
     def _goes_on(self) -> bool:
         return self._has_more or self._num_open > 0 or self.queue.now < self._over_at + SETTLE_S
