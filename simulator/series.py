@@ -136,4 +136,4 @@ class Sampler:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else float("nan")
