@@ -106,7 +106,7 @@ class SchedulerService:
 
     async def finish(self, message: Finish) -> Acknowledged:
         """A request is over."""
-        self._admission.finish(message.request_id, message.attempt, self._now())
+        self._admission.finish(message.request_id, message.attempt, self._now(), message.num_output_tokens)
         self._dispatch()
         return Acknowledged()
 
@@ -170,6 +170,7 @@ class SchedulerService:
                 for generation, asked in sorted(admission.sizes.at(self._now()).items())
                 for role, target in asked.items()
             ),
+            admission.policy.foresight(),
         )
 
     def signals(self, generation: str, asked: Asked, interval_s: float) -> FleetSignals:

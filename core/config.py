@@ -134,7 +134,9 @@ class SchedulerConfig(Section):
     queue_timeout_s: float = Field(default=30.0, gt=0)
     reservation_ttl_s: float = Field(default=30.0, gt=0)
     pull_min_tokens: int = Field(default=128, ge=1)  # prefixes cached elsewhere are fetched when they save this much
-    local_prefill_max_tokens: int = Field(default=64, ge=0)  # uncached suffixes up to this may prefill on decode
+    # While prefill has room, decode prefills uncached suffixes up to this alone; None leaves it to predicted times.
+    local_prefill_max_tokens: int | None = Field(default=None, ge=0)
+    itl_slo_s: float = Field(default=0.1, gt=0)  # decode batches grow, and prompts prefill beside them, within this
     max_decode_kv_usage: float = Field(default=0.95, gt=0, le=1)
     replica_timeout_s: float = Field(default=3.0, gt=0)  # a silent replica is left out of plans after this time
     no_replica_timeout_s: float = Field(default=5.0, gt=0)  # requests wait this long while no decode replica is ready

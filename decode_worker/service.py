@@ -23,6 +23,7 @@ from worker.drain import Held
 from worker.drainer import Drainer
 from worker.fetcher import Fetcher
 from worker.rank_context import RankContext
+from worker.samples import Samples
 from worker.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,13 @@ class DecodeService:
         limit = pool.max_num_seqs + pool.queue_limit
         self._handoffs = Handoffs(context.block_pool, context.info.layout, book, self._scheduler, limit)
         self._fetcher = Fetcher(context)
-        self._sources = Sources(context, self._fetcher)
+        self.samples = Samples()
+        self._sources = Sources(context, self._fetcher, self.samples)
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
         self._outbox = Outbox(self._config.lease_ttl_s, self.drainer.changed)
-        self._steps = DecodeSteps(self._scheduler, self._handoffs, self._outbox, self.drainer, self._hand_over)
+        self._steps = DecodeSteps(
+            self._scheduler, self._handoffs, self._outbox, self.drainer, self._hand_over, self.samples
+        )
         timeline, most_in_flight = context.agent.timeline, pool.steps_in_flight
         self._loop = StepLoop(context.engine, self._steps, timeline, most_in_flight)
         self._tasks = HandoffTasks(self._handoffs, self._sources, self._outbox, timeline, self.drainer, self._loop.wake)

@@ -13,6 +13,7 @@ from rpc import methods
 from worker.borrower import Borrower
 from worker.fetcher import BlockOrder, Fetcher
 from worker.rank_context import RankContext
+from worker.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +21,13 @@ logger = logging.getLogger(__name__)
 class Sources:
     """Calls to other replicas alone: what they change in decode's books is the caller's."""
 
-    def __init__(self, context: RankContext, fetcher: Fetcher) -> None:
+    def __init__(self, context: RankContext, fetcher: Fetcher, samples: Samples) -> None:
         self._client = context.client
         self._timeout_s = context.spec.transfer.control_timeout_s
         self._fetcher = fetcher
         self._borrower = Borrower(context, fetcher)
         self.links = Links()
+        self._samples = samples
 
     @property
     def num_loans(self) -> int:
@@ -48,7 +50,7 @@ class Sources:
             if error.field == "digest":
                 self.links.corrupt(source_id)
             raise
-        self.links.add(source_id, fetched)
+        self._measured(source_id, fetched)
         return fetched
 
     async def borrow(self, name: str, sequence: Sequence, source: ReplicaInfo, due_s: float) -> None:
@@ -75,7 +77,11 @@ class Sources:
 
     def _add(self, source: ReplicaInfo, fetched: Fetched | None) -> None:
         if fetched is not None:
-            self.links.add(source.replica_id, fetched)
+            self._measured(source.replica_id, fetched)
+
+    def _measured(self, source_id: str, fetched: Fetched) -> None:
+        self.links.add(source_id, fetched)
+        self._samples.add_transfer(source_id, fetched.num_bytes, fetched.seconds)
 
 
 def _order(fetch: Fetch) -> BlockOrder:

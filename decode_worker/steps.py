@@ -11,6 +11,7 @@ from decode_worker.scheduler import DecodeScheduler, DecodeStep, Outcome
 from engine.batch import StepResult
 from worker.drainer import Drainer
 from worker.rates import MovingAverage
+from worker.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ class DecodeSteps:
         outbox: Outbox,
         drainer: Drainer,
         hand_over: Callable[[], None],
+        samples: Samples,
     ) -> None:
         """`hand_over` has every open request go on elsewhere."""
         self._scheduler = scheduler
@@ -32,6 +34,7 @@ class DecodeSteps:
         self._outbox = outbox
         self._drainer = drainer
         self._hand_over = hand_over
+        self._samples = samples
         self.step_s = MovingAverage()  # of steps that only decode
         self.tokens_per_s = MovingAverage()  # of steps that also prefill
 
@@ -46,6 +49,7 @@ class DecodeSteps:
 
     def step_done(self, step: DecodeStep, result: StepResult, seconds: float) -> None:
         """Sends the step's tokens, one frame per ingress."""
+        self._samples.add_step(step.batch, seconds)
         if all(advance.num_tokens == 1 for advance in step.advances):
             self.step_s.add(seconds)
         else:

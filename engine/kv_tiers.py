@@ -132,6 +132,10 @@ class KVTiers:
         """Whether some tier has it."""
         return any(tier.find(key) is not None for tier in self.tiers)
 
+    def place(self, key: BlockKey) -> int | None:
+        """The fastest tier below the device that has it."""
+        return next((tier.number for tier in self.tiers if tier.find(key) is not None), None)
+
     def snapshot(self) -> tuple[BlockKey, ...]:
         """All blocks that some tier has."""
         return tuple({name for tier in self.tiers for name, entry in tier.held.items() if entry.is_written})

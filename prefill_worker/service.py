@@ -25,6 +25,7 @@ from worker.drainer import Drainer
 from worker.fetcher import Fetcher
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
+from worker.samples import Samples
 from worker.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class PrefillService:
         self._answers: dict[tuple[str, int], asyncio.Future[FirstToken]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._tokens_per_s = MovingAverage()
+        self.samples = Samples()
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
 
     def bind(self, server: RpcServer) -> None:
@@ -113,7 +115,7 @@ class PrefillService:
             async with asyncio.timeout(message.timeout_s):
                 await self._context.tiers.restore(message.sequence.block_hashes)
                 if message.pull_from is not None:
-                    await self._borrower.borrow(f"{key[0]}.{key[1]}", message.sequence, message.pull_from, 0.0)
+                    await self._borrow(message)
                 self._deliveries.accept(message, self._now())
                 self._loop.wake()
                 return await answer
@@ -150,6 +152,7 @@ class PrefillService:
     def step_done(self, step: PrefillStep, result: StepResult, seconds: float) -> None:
         """Answers the prompts that are complete."""
         self._tokens_per_s.add(step.batch.num_tokens / seconds)
+        self.samples.add_step(step.batch, seconds)
         for prefilled, closing in self._deliveries.step_done(step, result, self._now()):
             self._answer(prefilled)
             self._tell([closing])
@@ -184,6 +187,13 @@ class PrefillService:
         extra = {"request_id": job.key[0]}
         logger.info("prefilled %d tokens, %d of them cached", job.sequence.num_prompt, cached, extra=extra)
         answer.set_result(FirstToken(prefilled.token_id, prefilled.logprobs, prefilled.finish_reason, cached, *times))
+
+    async def _borrow(self, message: Prefill) -> None:
+        source, name = message.pull_from, f"{message.request_id}.{message.attempt}"
+        assert source is not None
+        fetched = await self._borrower.borrow(name, message.sequence, source, 0.0)
+        if fetched is not None:
+            self.samples.add_transfer(source.replica_id, fetched.num_bytes, fetched.seconds)
 
     def _fail(self, key: tuple[str, int], error: BatonError) -> None:
         answer = self._answers.get(key)

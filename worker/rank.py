@@ -14,7 +14,7 @@ import torch
 
 from core.block_hash import HASH_SCHEME
 from core.errors import PeerLost, TransferFailed
-from core.kv_layout import Compatibility
+from core.kv_layout import DTYPE_BYTES, Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
 from core.messages.to_lender import Borrow, GiveBack, Lent
 from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TierMove, TimelineEvents
@@ -26,6 +26,7 @@ from kv_transfer.channels.select import Connect, make_connectors
 from rpc import methods
 from rpc.client import RpcClient
 from rpc.server import RpcServer
+from worker.device_speed import device_speed, num_active_parameters
 from worker.engine_thread import EngineThread
 from worker.lender import Lender
 from worker.load import LoadedEngine, load_engine
@@ -164,7 +165,7 @@ class Rank:
         tiers = Tiers(pool, books, tuple(sizes), info.layout, self._move_on_all_ranks)
         role = self._make_role(RankContext(self._spec, info, engine, pool, agent, lender, tiers, self._client))
         role.bind(self._server)
-        self._server.stream(methods.WATCH, Reporter(info, pool, books, role.status).watch)
+        self._server.stream(methods.WATCH, Reporter(info, pool, books, role.status, role.samples).watch)
 
         async def drain(message: Drain) -> Empty:
             await role.drainer.drain(message.timeout_s)
@@ -231,6 +232,7 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
     model, layout, num_blocks = loaded.spec, loaded.runner.layout, loaded.runner.num_blocks
     longest = layout.longest_within(num_blocks, spec.pool.max_num_batched_tokens, model.max_model_len)
     limits = [longest]
+    speed = device_speed(torch.device(spec.pool.device), spec.pool.resources_per_rank.num_threads)
     if spec.model.max_model_len is not None:
         limits.append(spec.model.max_model_len)
     return ReplicaInfo(
@@ -255,4 +257,8 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         software=f"baton {VERSION}, torch {torch.__version__}, Python {python_version()}",
         protocol=PROTOCOL,
         warm_up_s=round(loaded.warm_up_s, 3),
+        flop_per_s=speed.flop_per_s * spec.pool.tensor_parallel,
+        read_bytes_per_s=speed.read_bytes_per_s * spec.pool.tensor_parallel,
+        num_active_parameters=num_active_parameters(model),
+        parameter_bytes=model.num_parameters * DTYPE_BYTES[model.dtype],
     )

@@ -13,6 +13,7 @@ from rpc.server import RpcServer
 from worker.drainer import Drainer
 from worker.engine_thread import EngineThread
 from worker.lender import Lender
+from worker.samples import Samples
 from worker.spec import RankSpec
 from worker.tiers import Tiers
 
@@ -45,6 +46,11 @@ class RoleService(Protocol):
     @property
     def drainer(self) -> Drainer:
         """The role's way out."""
+        ...
+
+    @property
+    def samples(self) -> Samples:
+        """What it measured lately."""
         ...
 
     def status(self) -> ReplicaStatus:

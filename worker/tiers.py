@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.block_hash import BlockHash, BlockKey
 from core.errors import BatonError, PeerLost, TransferFailed
@@ -16,6 +16,7 @@ from engine.block_pool import BlockPool, OutOfBlocks
 from engine.kv_tiers import DEVICE, KVTiers
 from worker.arriving import ChainKey, arriving
 from worker.once import Once
+from worker.rates import MovingAverage
 from worker.tier_stores import MOST_BLOCKS
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class _Counts:
     num_found: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    restore_bytes_per_s: MovingAverage = field(default_factory=MovingAverage)
 
 
 class Tiers:
@@ -85,7 +87,15 @@ class Tiers:
         sizes = [(self._pool.num_blocks, self._pool.num_cached)]
         sizes += [(tier.num_slots, len(tier.held)) for tier in self.books.tiers]
         return tuple(
-            TierStatus(name, *size, counts.num_wanted, counts.num_found, counts.bytes_in, counts.bytes_out)
+            TierStatus(
+                name,
+                *size,
+                counts.num_wanted,
+                counts.num_found,
+                counts.bytes_in,
+                counts.bytes_out,
+                counts.restore_bytes_per_s.value,
+            )
             for name, size, counts in zip(self._names, sizes, self._counts, strict=True)
         )
 
@@ -141,8 +151,12 @@ class Tiers:
             for first in range(0, len(move.source_slots), MOST_BLOCKS):
                 part = slice(first, first + MOST_BLOCKS)
                 slots = move.source_slots[part], move.destination_slots[part]
+                begun_at = time.monotonic()
                 await self._make(TierMove(move.source, move.destination, *slots))
                 num_bytes = len(slots[0]) * self._block_bytes
+                if move.destination == DEVICE:
+                    rate = num_bytes / max(time.monotonic() - begun_at, 1e-6)
+                    self._counts[move.source].restore_bytes_per_s.add(rate)
                 self._counts[move.source].bytes_out += num_bytes
                 self._counts[move.destination].bytes_in += num_bytes
 

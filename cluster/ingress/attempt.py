@@ -38,6 +38,10 @@ class Progress:
         arrived_at = self.deadline - self.generation.timeout_s
         return max(0.0, arrived_at + slo_s - asyncio.get_running_loop().time())
 
+    def num_output_tokens(self) -> int | None:
+        """All of them, once the request has come to its end."""
+        return len(self.shown) if self.finished else None
+
     @property
     def remaining_s(self) -> float:
         """Until the deadline. Raises RequestTimeout when it has passed."""
@@ -57,9 +61,9 @@ class Attempt:
         subscription: Subscription,
         client: RpcClient,
         config: TransferConfig,
-        on_first_token: Callable[[], None],
+        on_first_token: Callable[[int | None], None],
     ) -> None:
-        """`on_first_token` is called when the attempt's prefill is over, wherever it ran."""
+        """`on_first_token` is called when the attempt's prefill is over, wherever it ran, with what it found cached."""
         self._progress = progress
         self._plan = plan
         self._subscription = subscription
@@ -75,7 +79,7 @@ class Attempt:
         """
         if prompt is not None:
             self._first = await self._first_token(prompt)
-            self._on_first_token()
+            self._on_first_token(self._first.num_cached_tokens)
             self._progress.finished = self._first.finish_reason is not None
             yield self._first_event(self._first)
             if self._progress.finished:
@@ -153,7 +157,7 @@ class Attempt:
     def _decode_event(self, event: TokenEvent) -> GenerationEvent:
         progress, first = self._progress, self._first
         if first is None and event.phases is not None:  # the attempt's first event
-            self._on_first_token()
+            self._on_first_token(event.num_cached_tokens)
         known = len(progress.shown) - event.first_index
         phases = None
         if event.phases is not None and progress.phases is None:

@@ -45,4 +45,16 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
             link_bytes.labels(link.source_id, info.replica_id).set(link.num_bytes)
             link_digests.labels(link.source_id, info.replica_id).set(link.num_digests)
             link_corrupt.labels(link.source_id, info.replica_id).set(link.num_corrupt)
+    if fleet.foresight is not None:
+        errors = gauge("prediction_relative_error", "Of the scheduler's latest predictions.", "quantity", "quantile")
+        num_predictions = gauge("predictions", "Compared with what came since it started.", "quantity")
+        for error in fleet.foresight.errors:
+            errors.labels(error.quantity, "0.5").set(error.median)
+            errors.labels(error.quantity, "0.95").set(error.p95)
+            num_predictions.labels(error.quantity).set(error.num_samples)
+        hits = gauge("routed_hits", "Plans that counted on cached tokens, by what prefill found.", "outcome")
+        hits.labels("found").set(fleet.foresight.num_hits_checked - fleet.foresight.num_hits_missed)
+        hits.labels("missed").set(fleet.foresight.num_hits_missed)
+        missed_tokens = gauge("routed_hit_missed_tokens", "Tokens computed that plans took for cached.")
+        missed_tokens.set(fleet.foresight.num_tokens_missed)
     return generate_latest(registry)

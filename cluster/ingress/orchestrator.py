@@ -111,7 +111,7 @@ class Orchestrator:
         sequence = self._sequence(progress)
         request_id = progress.generation.request_id
         async with (
-            self._scheduler.reservation(self._reserve(progress, sequence, attempt)) as plan,
+            self._scheduler.reservation(self._reserve(progress, sequence, attempt), progress.num_output_tokens) as plan,
             self._streams.subscribe(plan.decode, request_id, attempt) as subscription,
             self._lease(progress, plan, sequence, attempt, subscription) as ticket,
         ):

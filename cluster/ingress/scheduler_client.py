@@ -77,8 +77,11 @@ class SchedulerClient:
         return await self._client.call(address, SET_TRAFFIC, SetTraffic(weights), CALL_TIMEOUT_S)
 
     @asynccontextmanager
-    async def reservation(self, request: Reserve) -> AsyncIterator[Plan]:
-        """A plan, held until the block ends. Waits in the scheduler's queue. Raises Overloaded, NoReplica."""
+    async def reservation(self, request: Reserve, num_output_tokens: Callable[[], int | None]) -> AsyncIterator[Plan]:
+        """A plan, held until the block ends. Waits in the scheduler's queue. Raises Overloaded, NoReplica.
+
+        `num_output_tokens` says in the end how many there are, None if the request did not come to its end.
+        """
         plan: Plan | None = None
         try:
             plan = await self._reserve(request)
@@ -91,11 +94,11 @@ class SchedulerClient:
                 if not self._in_use[plan.decode.replica_id]:
                     del self._in_use[plan.decode.replica_id]
             self._reserved.discard(request.request_id)
-            self._spawn(self._tell(FINISH, Finish(request.request_id, request.attempt)))
+            self._spawn(self._tell(FINISH, Finish(request.request_id, request.attempt, num_output_tokens())))
 
-    def progress(self, request_id: str) -> None:
-        """The request's first token is out."""
-        self._spawn(self._tell(PROGRESS, Progress(request_id)))
+    def progress(self, request_id: str, num_cached_tokens: int | None) -> None:
+        """The request's first token is out; prefill found so many tokens of the prompt cached."""
+        self._spawn(self._tell(PROGRESS, Progress(request_id, num_cached_tokens)))
 
     async def _reserve(self, request: Reserve) -> Plan:
         for _ in range(2):

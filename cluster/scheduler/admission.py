@@ -12,10 +12,11 @@ from functools import partial
 from cluster.scheduler.asked_sizes import AskedSizes
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.decision import DecisionMaker
-from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.policy import Choices, Policy
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.workload_meter import WorkloadMeter
@@ -85,7 +86,7 @@ class Admission:
         if is_new or report.snapshot:
             self.index.remove_replica(replica_id)
         self.index.remove(replica_id, report.removed)
-        self.index.store(replica_id, report.stored, report.info.layout.reaches)
+        self.index.store(replica_id, report.stored, report.info.layout.reaches, report.tiers)
         if (replica := self.fleet.get(replica_id)) is not None:
             self.policy.reported(replica, report, now)
 
@@ -127,7 +128,7 @@ class Admission:
             generation = generations.answering(waiting.request)
             if generation in full or generation not in decodes:
                 continue
-            decision = self._decide(waiting.request, decodes[generation], now)
+            decision = self._decide(waiting.request, decodes[generation].replicas, now)
             if decision is None:
                 if not waiting.request.avoid:
                     full.add(generation)  # nobody of this generation overtakes
@@ -138,17 +139,21 @@ class Admission:
 
     def progress(self, message: Progress, now: float) -> None:
         """A request's first token is out."""
-        if (reservation := self.reservations.find(message.request_id)) is not None:
+        if (reservation := self.reservations.progress(message.request_id, now)) is not None:
             self.policy.first_token(reservation, message.num_cached_tokens, now)
-        self.reservations.progress(message.request_id, now)
 
-    def finish(self, request_id: str, attempt: int, now: float) -> None:
-        """Ends an attempt in any state, also before its Reserve came; idempotent."""
+    def finish(self, request_id: str, attempt: int, now: float, num_output_tokens: int | None = None) -> None:
+        """Ends an attempt in any state, also before its Reserve came; idempotent.
+
+        `num_output_tokens` of one that came to its end, over all its attempts.
+        """
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._waiting.get(request_id), self.reservations.find(request_id)
         if reservation and reservation.attempt <= attempt and reservation.decoding_since is not None:
             self.workload(reservation.generation).decoded(now - reservation.decoding_since)
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
+            if reservation is not None:
+                reservation.num_output_tokens = num_output_tokens
             self._drop(request_id, now)
 
     def expire(self, now: float) -> dict[str, BatonError]:
@@ -191,17 +196,16 @@ class Admission:
         return Generations.at(now, self.fleet, self.traffic, self.sizes.at(now))
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
-        generation = decodes[0].info.generation
-        prefills = [p for p in self.fleet.usable(Role.PREFILL, now) if p.info.generation == generation]
+        prefills = self.fleet.in_generation(Role.PREFILL, decodes[0].info.generation, now)
         num_usable = (request.num_tokens - 1) // decodes[0].info.compatibility.block_size  # one token must be computed
         cached = self.index.match(request.block_hashes[:num_usable])
-        return self.policy.decide(request, Choices(prefills, decodes, cached, now))
+        return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id))
 
     def _book(self, waiting: _Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
         self.workload(decode.info.generation).planned(request.num_tokens, decision.num_uncached_tokens)
-        self.reservations.book(request, decision, now)
+        self.policy.booked(self.reservations.book(request, decision, now), now)
         return Plan(
             request.request_id,
             request.attempt,

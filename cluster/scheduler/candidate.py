@@ -1,9 +1,10 @@
 """What a decision chooses among, and the terms of its cost in seconds. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 
 
 class Terms(NamedTuple):
@@ -21,6 +22,11 @@ class Terms(NamedTuple):
     def ttft_s(self) -> float:
         """Sum of all that stands before the first token."""
         return self.queue_s + self.pull_s + self.restore_s + self.prefill_s + self.transfer_s + self.wait_s
+
+    @property
+    def first_token_s(self) -> float:
+        """Until the client sees its first token, which prefill draws before the transfer has ended."""
+        return self.queue_s + self.pull_s + self.restore_s + self.prefill_s
 
 
 class Candidate(NamedTuple):
@@ -43,11 +49,12 @@ class Decision:
     terms: Terms
     num_uncached_tokens: int  # that whoever prefills must compute
     num_decode_blocks: int  # that the request will claim on decode for its prompt
+    num_expected_tokens: float = 0.0  # that it will generate
     lender: ReplicaView | None = None  # whose cached prefix is pulled first
     crosses_zones: bool = False  # taken only when no candidate within one zone has room
     num_transfer_bytes: int = 0  # from prefill to decode
-    num_cached_tokens: int = 0  # that whoever prefills has by itself, in any tier
-    candidates: tuple[Candidate, ...] = ()  # the best of them, this one first
+    num_cached_tokens: int = 0  # of the prompt, that whoever prefills will find cached or pulled
+    candidates: Sequence[Candidate] = ()  # the best of them, this one first
 
     @property
     def predicted_ttft_s(self) -> float:

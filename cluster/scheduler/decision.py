@@ -1,43 +1,54 @@
-"""Where one request runs: the (prefill, decode) pair, or decode alone, with the lowest predicted TTFT. Pure.
+"""Where one request runs: the pair (prefill P, decode D), or decode alone, with the lowest predicted TTFT. Pure.
 
-TTFT(P, D) = queue(P) + prefill(uncached on P) + transfer(bytes D lacks) not hidden by compute + wait(D)
-TTFT(D)    = queue(D) + prefill(uncached on D), at D's own rate; slows D's running batch, so it is allowed only
-             when the suffix is short, D is idle, or prefill is saturated or lost
+TTFT(P, D) = queue(P) + pull + restore + prefill(uncached, context on P)
+             + what of transfer(bytes that D lacks, over the link P -> D, behind the bytes in flight) is not hidden
+             + wait(D)
+TTFT(D)    = queue(D) + pull + restore + prefill(uncached, context on D, beside its batch)
 
-Whoever prefills may first pull the prefix that another replica L has cached, if that is faster than computing it:
-uncached shrinks to that on L, and pull(bytes that L has more, over the link) is added.
+subject to the ITL of D's batch with the request in it, and to the room that D has through the request's expected
+length. Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
+Reasons: pair; of local prefill
+    local_asked, local_no_prefill: nothing else is possible
+    local_short: at most `local_prefill_max_tokens` are uncached
+    local_faster: it is predicted faster than any pair, and the steps of the batch stay within the ITL SLO
+    local_idle, local_saturated: prefill takes no more work; D has no batch, or one that it keeps within the SLO
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
-from cluster.scheduler.candidate import Candidate, Decision, Terms
-from cluster.scheduler.fleet_view import ReplicaView
-from cluster.scheduler.policy import Choices, Memoryless
-from cluster.scheduler.rules import can_pair, fits_prefill, has_room, takes_more, uncached_tokens, without
+from cluster.scheduler.candidate import Decision
+from cluster.scheduler.headroom import Headroom
+from cluster.scheduler.learned import Learned
+from cluster.scheduler.matches import Matches
+from cluster.scheduler.pairing import Explained, LocalRules, Pairing, Sink, Weighed, few_for_local, weigh_local
+from cluster.scheduler.policy import Choices
+from cluster.scheduler.replica_view import ReplicaView
+from cluster.scheduler.reservations import Reservation
+from cluster.scheduler.rules import can_pair, fits_prefill, without
+from cluster.scheduler.shortlist import May, Shortlist
+from cluster.scheduler.site import Site, Sites
+from cluster.scheduler.source import Source, Sources
 from core.config import SchedulerConfig
-from core.messages.to_scheduler import Reserve
+from core.messages.fleet import Role
+from core.messages.to_scheduler import Foresight, Report, Reserve
 
-LINK_BYTES_PER_S = 1.5e9  # until links are measured
-LINK_LATENCY_S = 0.002
+NUM_LENDERS = 2  # with the deepest prefixes, that pulls are weighed from
 NUM_EXPLAINED = 8  # candidates that a decision keeps
-HIDDEN_SHARE = 0.8  # of a transfer, by the compute of later layers and chunks
 
 
-@dataclass(frozen=True)
-class _Pull:
-    """What whoever prefills takes over from a lender, and what is left to compute."""
-
-    lender: ReplicaView | None
-    seconds: float
-    num_uncached_tokens: int
-
-
-class DecisionMaker(Memoryless):
+class DecisionMaker:
     """The production policy."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, *, exhaustive: bool = False) -> None:
+        """`exhaustive` weighs all replicas against each other: what short lists lose is measured against it."""
+        self.learned = Learned()
         self._config = config
+        self._exhaustive = exhaustive
+        self._sites = Sites(self.learned.costs, config.max_decode_kv_usage)
+        self._headroom = Headroom(config.max_decode_kv_usage)
+        self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
+        self._local_rules = LocalRules(config.local_prefill_max_tokens, config.itl_slo_s)
+        self._shortlists: dict[tuple[Role, str], Shortlist] = {}
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
         """The cheapest candidate that has room now, or None: wait.
@@ -45,141 +56,162 @@ class DecisionMaker(Memoryless):
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
         """
-        everyone = [r for r in (*choices.prefills, *choices.decodes) if r.info.replica_id not in request.avoid]
-        prefills, decodes = (without(pool, request.avoid) for pool in (choices.prefills, choices.decodes))
-        cached = choices.cached
-        with_room = [decode for decode in decodes if self._has_room(request, decode, num_at_once=1)]
-        ready_prefills = [prefill for prefill in prefills if takes_more(prefill) and request.placement != "local"]
-        candidates = []
-        for decode in with_room:
-            partners = [prefill for prefill in prefills if self._may_pair(request, prefill, decode)]
-            ready = [prefill for prefill in partners if prefill in ready_prefills]
-            candidates += [self._pair(request, prefill, decode, everyone, cached) for prefill in ready]
-            reason = self._why_local(request, decode, cached, have_prefill=bool(partners), saturated=not ready)
-            if reason and self._has_room(request, decode, decode.info.max_num_batched_tokens):
-                candidates.append(self._local(request, decode, everyone, cached, reason))
-        ranked = sorted(candidates, key=_rank)
-        return replace(ranked[0], candidates=tuple(map(_explained, ranked[:NUM_EXPLAINED]))) if ranked else None
+        generation, matches = choices.decodes[0].info.generation, choices.cached
+        num_new = self.learned.lengths.of(generation, request.tenant, request.max_new_tokens)
+        sinks = self._sinks(request, choices, num_new)
+        if not sinks:
+            return None
+        lenders, links = self._lenders(request, choices), self.learned.links
+        sources = Sources(links, request.num_tokens, matches, lenders, self._config.pull_min_tokens)
+        weighed: list[Weighed] = []
+        if request.placement != "local" and choices.prefills:
+            weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
+        if request.placement != "pair" or not weighed:
+            weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))
+        return _best(request, weighed, num_new)
 
-    def _has_room(self, request: Reserve, decode: ReplicaView, num_at_once: int) -> bool:
-        return has_room(request.num_tokens + 1, decode, num_at_once, self._config.max_decode_kv_usage)
+    # ---- what it is told ----------------------------------------------------------------------------------------
 
-    def _pair(
+    def reported(self, replica: ReplicaView, report: Report, now: float) -> None:  # noqa: ARG002
+        """Learns from samples; the replica's load has changed."""
+        self.learned.reported(replica, report)
+        self._changed(replica)
+
+    def lost(self, replica_id: str) -> None:
+        """Forgets the replica."""
+        self.learned.lost(replica_id)
+        for shortlist in self._shortlists.values():
+            shortlist.remove(replica_id)
+        self._sites.remove(replica_id)
+
+    def booked(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
+        """The loads of its replicas have changed."""
+        self.learned.booked(reservation)
+        self._replicas_changed(reservation)
+
+    def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
+        """Its prefill is over."""
+        self.learned.first_token(reservation, num_cached_tokens, now)
+        self._replicas_changed(reservation)
+
+    def finished(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
+        """Its replicas are free of it."""
+        self.learned.finished(reservation)
+        self._replicas_changed(reservation)
+
+    def foresight(self) -> Foresight:
+        """How predictions compare with what came."""
+        return self.learned.foresight()
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _sources(self, request: Reserve, choices: Choices, sources: Sources) -> list[Source]:
+        def may_prefill(site: Site) -> bool:
+            return site.takes_more and site.view.usable and request.num_tokens <= site.info.max_model_len
+
+        return [sources.of(site) for site in self._short(choices.prefills, request, choices.cached, may_prefill)]
+
+    def _sinks(self, request: Reserve, choices: Choices, num_new: float) -> list[Sink]:
+        num_tokens, matches, slo_s = request.num_tokens, choices.cached, self._config.itl_slo_s
+        fits, now = self._headroom.fits, choices.now
+
+        def has_room(site: Site) -> bool:
+            return site.has_slot and site.view.usable and fits(site, num_tokens, num_new, 1, now)
+
+        sinks = []
+        for site in self._short(choices.decodes, request, matches, has_room):
+            depth = matches.depth(site.replica_id)
+            num_blocks = site.num_missing(depth, num_tokens)
+            itl_s = site.itl_s + site.costs.context_s * (num_tokens + num_new / 2)
+            wait_s = itl_s / 2 if site.busy else 0.0  # of the step under way, on average
+            excess = round(itl_s / slo_s - 1, 1) if itl_s > slo_s else 0.0
+            num_bytes = num_blocks * site.block_bytes
+            sinks.append(Sink(excess, wait_s, site.num_reserved, itl_s, num_bytes, num_blocks, depth, site))
+        return sinks
+
+    def _locals(
         self,
         request: Reserve,
-        prefill: ReplicaView,
-        decode: ReplicaView,
-        everyone: Sequence[ReplicaView],
-        cached: Mapping[str, int],
-    ) -> Decision:
-        pull = self._pull(request, prefill, everyone, cached)
-        blocks = self._decode_blocks(request, decode, cached)
-        layout = decode.info.layout
-        num_bytes = blocks * layout.block_bytes_per_rank * layout.tensor_parallel
-        bytes_per_s = decode.bytes_per_s_from(prefill.info.replica_id) or LINK_BYTES_PER_S
-        return Decision(
-            prefill,
-            decode,
-            "pair",
-            Terms(
-                queue_s=prefill.outstanding_prefill_tokens / prefill.prefill_tokens_per_s,
-                pull_s=pull.seconds,
-                prefill_s=pull.num_uncached_tokens / prefill.prefill_tokens_per_s,
-                transfer_s=LINK_LATENCY_S + (1 - HIDDEN_SHARE) * num_bytes / bytes_per_s,
-            ),
-            num_uncached_tokens=pull.num_uncached_tokens,
-            num_decode_blocks=blocks,
-            lender=pull.lender,
-            num_transfer_bytes=num_bytes,
-            crosses_zones=self._config.zone_affinity != "ignore" and prefill.info.zone != decode.info.zone,
-        )
+        choices: Choices,
+        sources: Sources,
+        sinks: Sequence[Sink],
+        num_new: float,
+        *,
+        have_pairs: bool,
+    ) -> list[Weighed]:
+        def may_pair(site: Site) -> bool:
+            near = self._config.zone_affinity != "require"
+            return any(
+                (near or view.info.zone == site.zone)
+                and fits_prefill(request, view.info)
+                and can_pair(view.info, site.info)
+                for view in without(choices.prefills, request.avoid)
+            )
 
-    def _may_pair(self, request: Reserve, prefill: ReplicaView, decode: ReplicaView) -> bool:
-        """The prompt fits on prefill, the two may exchange blocks, and the zones allow it."""
-        near = self._config.zone_affinity != "require" or prefill.info.zone == decode.info.zone
-        return near and fits_prefill(request, prefill.info) and can_pair(prefill.info, decode.info)
+        slo_s, weighed = self._config.itl_slo_s, []
+        for sink in sinks if self._exhaustive else few_for_local(sinks):
+            site = sink.site
+            source, harm_s = weigh_local(sources, sink, request.num_tokens)
+            reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)
+            if reason and self._headroom.fits(site, request.num_tokens, num_new, site.max_at_once, choices.now):
+                itl_s = max(sink.itl_s, harm_s)
+                excess = round(itl_s / slo_s - 1, 1) if itl_s > slo_s else 0.0
+                rank = (False, excess, round(source.first_token_s, 4), site.num_reserved, "", site.replica_id)
+                weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s))
+        return weighed
 
-    def _local(
-        self,
-        request: Reserve,
-        decode: ReplicaView,
-        everyone: Sequence[ReplicaView],
-        cached: Mapping[str, int],
-        reason: str,
-    ) -> Decision:
-        pull = self._pull(request, decode, everyone, cached)
-        return Decision(
-            None,
-            decode,
-            reason,
-            Terms(
-                queue_s=decode.outstanding_prefill_tokens / decode.prefill_tokens_per_s,
-                pull_s=pull.seconds,
-                prefill_s=pull.num_uncached_tokens / decode.prefill_tokens_per_s,
-            ),
-            num_uncached_tokens=pull.num_uncached_tokens,
-            num_decode_blocks=self._decode_blocks(request, decode, cached),
-            lender=pull.lender,
-        )
+    def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
+        if not request.avoid:
+            return self._shortlist(pool[0]).of(pool, matches, may)
+        # rare: a short list knows of nobody's failures
+        return [site for site in map(self._sites.of, without(pool, request.avoid)) if may(site)]
 
-    def _pull(
-        self, request: Reserve, taker: ReplicaView, everyone: Sequence[ReplicaView], cached: Mapping[str, int]
-    ) -> _Pull:
-        """The lender with the deepest prefix, when fetching what it has more is faster than computing that."""
-        held = cached.get(taker.info.replica_id, 0)
-        alone = _Pull(None, 0.0, uncached_tokens(request, held, taker))
-        lenders = [lender for lender in everyone if can_pair(lender.info, taker.info)]
-        lender = max(lenders, key=lambda one: cached.get(one.info.replica_id, 0), default=taker)
-        depth, layout = cached.get(lender.info.replica_id, 0), taker.info.layout
-        num_uncached = uncached_tokens(request, depth, taker)
-        num_saved = alone.num_uncached_tokens - num_uncached
-        if num_saved < self._config.pull_min_tokens:
-            return alone
-        num_blocks = layout.num_blocks_missing(held, depth * layout.block_size)
-        num_bytes = num_blocks * layout.block_bytes_per_rank * layout.tensor_parallel
-        bytes_per_s = taker.bytes_per_s_from(lender.info.replica_id) or LINK_BYTES_PER_S
-        pull_s = 2 * LINK_LATENCY_S + num_bytes / bytes_per_s
-        return _Pull(lender, pull_s, num_uncached) if pull_s < num_saved / taker.prefill_tokens_per_s else alone
+    def _lenders(self, request: Reserve, choices: Choices) -> tuple[Site, ...]:
+        found: list[Site] = []
+        for segment in choices.cached.segments:
+            for replica_id in choices.cached.names(segment):
+                view = choices.everyone.get(replica_id)
+                if view is not None and view.usable and replica_id not in request.avoid:
+                    found.append(self._sites.of(view))
+                    if len(found) == NUM_LENDERS:
+                        return tuple(found)
+        return tuple(found)
 
-    def _why_local(
-        self, request: Reserve, decode: ReplicaView, cached: Mapping[str, int], *, have_prefill: bool, saturated: bool
-    ) -> str:
-        if request.placement == "local":
-            return "local_asked"
-        if not have_prefill:
-            return "local_no_prefill"
-        if request.placement == "pair":
-            return ""
-        uncached = uncached_tokens(request, cached.get(decode.info.replica_id, 0), decode)
-        if uncached <= self._config.local_prefill_max_tokens:
-            return "local_short"
-        if saturated and decode.num_decode_requests == 0:
-            return "local_idle"
-        return ""
+    def _replicas_changed(self, reservation: Reservation) -> None:
+        decision = reservation.decision
+        self._changed(decision.decode)
+        if decision.prefill is not None:
+            self._changed(decision.prefill)
 
-    @staticmethod
-    def _decode_blocks(request: Reserve, decode: ReplicaView, cached: Mapping[str, int]) -> int:
-        return decode.info.layout.num_blocks_missing(cached.get(decode.info.replica_id, 0), request.num_tokens)
+    def _changed(self, view: ReplicaView) -> None:
+        self._shortlist(view).changed(self._sites.refresh(view))
+
+    def _shortlist(self, view: ReplicaView) -> Shortlist:
+        key = view.info.role, view.info.generation
+        shortlist = self._shortlists.get(key)
+        if shortlist is None:
+            shortlist = self._shortlists[key] = Shortlist(self._sites, exhaustive=self._exhaustive)
+        return shortlist
 
 
-def _rank(decision: Decision) -> tuple[bool, float, int, str, str]:
-    prefill, decode = decision.prefill, decision.decode
-    reservations = decode.num_reservations + (prefill.num_reservations if prefill else 0)
-    return (
-        decision.crosses_zones,
-        round(decision.predicted_ttft_s, 4),
-        reservations,
-        prefill.info.replica_id if prefill else "",
-        decode.info.replica_id,
-    )
-
-
-def _explained(decision: Decision) -> Candidate:
-    prefill, lender = decision.prefill, decision.lender
-    return Candidate(
-        prefill.info.replica_id if prefill else "",
-        decision.decode.info.replica_id,
-        lender.info.replica_id if lender else "",
-        decision.reason,
-        decision.terms,
+def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decision | None:
+    """The first by rank, with the next ones beside it."""
+    if not weighed:
+        return None
+    ranked = sorted(weighed)[:NUM_EXPLAINED]
+    first = ranked[0]
+    source, sink, is_pair = first.source, first.sink, first.reason == "pair"
+    return Decision(
+        source.site.view if is_pair else None,
+        sink.site.view,
+        first.reason,
+        first.terms,
+        source.num_uncached,
+        sink.num_blocks,
+        num_new,
+        source.lender.view if source.lender is not None else None,
+        first.rank[0],
+        sink.num_bytes if is_pair else 0,
+        request.num_tokens - source.num_uncached,
+        Explained(ranked),
     )

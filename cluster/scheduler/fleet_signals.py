@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cluster.autoscaling.signals import FleetSignals, PoolSignals
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.asked_sizes import Asked
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import has_free_slot, takes_more
 from core.messages.fleet import Role
 
@@ -18,10 +18,7 @@ def fleet_signals(admission: Admission, generation: str, asked: Asked, now: floa
 
     Counting them at both always would have a full decode pool grow the idle prefill pool too.
     """
-    prefills, decodes = (
-        [replica for replica in admission.fleet.usable(role, now) if replica.info.generation == generation]
-        for role in (Role.PREFILL, Role.DECODE)
-    )
+    prefills, decodes = (admission.fleet.in_generation(role, generation, now) for role in (Role.PREFILL, Role.DECODE))
     prefill_is_full = not any(takes_more(prefill) for prefill in prefills)
     decode_is_full = not any(has_free_slot(decode, admission.max_decode_kv_usage) for decode in decodes)
     waiting, workload = admission.waiting_for(generation, now), admission.workload(generation)

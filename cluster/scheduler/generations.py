@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.scheduler.asked_sizes import Asked
-from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.fleet_view import FleetView, Pool
 from cluster.scheduler.traffic import TrafficSplit
 from core.errors import PromptTooLong
 from core.messages.fleet import Role
@@ -16,20 +16,15 @@ class Generations:
     """Where requests can go at one moment."""
 
     traffic: TrafficSplit
-    decodes: Mapping[str, list[ReplicaView]]  # by generation, those without any left out
-    longest: Mapping[str, int]  # tokens that one of them can hold, by generation
+    decodes: Mapping[str, Pool]  # by generation, those without any left out
     asleep: tuple[str, ...]  # generations with traffic that were scaled to zero
 
     @classmethod
     def at(cls, now: float, fleet: FleetView, traffic: TrafficSplit, sizes: Mapping[str, Asked]) -> "Generations":
         """`sizes`, by generation, are what autoscalers ask for: none for one that sleeps."""
-        decodes: dict[str, list[ReplicaView]] = {}
-        for decode in fleet.usable(Role.DECODE, now):
-            decodes.setdefault(decode.info.generation, []).append(decode)
-        longest = {g: max(decode.info.max_model_len for decode in of_one) for g, of_one in decodes.items()}
         weights = traffic.weights
         asleep = [g for g, asked in sizes.items() if weights.get(g, 0.0) > 0 and asked[Role.DECODE].num_replicas == 0]
-        return cls(traffic, decodes, longest, tuple(asleep))
+        return cls(traffic, fleet.pools(Role.DECODE, now), tuple(asleep))
 
     def answering(self, request: Reserve) -> str:
         """Tokens that were shown bind a request to the weights that made them, as long as those are served.
@@ -42,12 +37,12 @@ class Generations:
         if request.generation and request.generation in self.decodes:
             return request.generation
         num_tokens = request.num_tokens + request.max_new_tokens
-        fitting = [g for g, longest in self.longest.items() if num_tokens <= longest]
+        fitting = [g for g, pool in self.decodes.items() if num_tokens <= pool.longest]
         return self.traffic.choose(request.request_id, {*(fitting or self.decodes), *self.asleep})
 
     def too_long(self, request: Reserve) -> PromptTooLong | None:
         """The error when no decode replica can ever hold a request."""
-        limit = max(self.longest.values(), default=None)
+        limit = max((pool.longest for pool in self.decodes.values()), default=None)
         if limit is None or request.num_tokens + request.max_new_tokens <= limit:
             return None
         return PromptTooLong(

@@ -1,78 +1,227 @@
-"""Who caches which prefix: key of a block (hash and KV group) -> replicas. Pure."""
+"""Who caches which prefix: key of a block (hash and KV group) -> set of holders, by tier. Pure.
+
+Per block there are its key, one entry of a dictionary and a pointer per holder; sets of holders are shared, see
+holders.py.
+"""
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
+from cluster.scheduler.holders import Holders, HolderSets
+from cluster.scheduler.matches import Matches, Run, Segment
 from core.block_hash import BlockHash, BlockKey, in_group
-from core.kv_groups import needed_run
 
 Reaches = tuple[int | None, ...]  # by KV group, see core.kv_groups.KVGroup.reach
+
+PIECE = 64  # blocks looked up at a time, so that what follows the end of a match costs little
+SLACK = 1024  # keys in a replica's list beyond twice those that it holds
+
+
+class _Replica:
+    """`keys` are all that it holds; those that it held once may be among them, and some twice."""
+
+    __slots__ = ("keys", "num_held", "number", "reaches")
+
+    def __init__(self, number: int, reaches: Reaches) -> None:
+        self.number = number
+        self.reaches = reaches
+        self.keys: list[BlockKey] = []
+        self.num_held = 0
 
 
 class PrefixIndex:
     """Exact as of the last report; removing a replica costs time proportional to what it held."""
 
     def __init__(self) -> None:
-        self._holders: dict[BlockKey, set[str]] = {}
-        self._held: dict[str, set[BlockKey]] = {}
-        self._reaches: dict[str, Reaches] = {}  # of replicas that hold something
+        self._holders: dict[BlockKey, Holders] = {}
+        self._sets = HolderSets()
+        self._replicas: dict[str, _Replica] = {}
+        self._numbers: dict[str, int] = {}
+        self._names: list[str] = []  # by number
+        self._free_numbers: list[int] = []
+        self._alike: dict[Reaches, int] = {}  # numbers of the replicas with these reaches, as bits
 
     def __len__(self) -> int:
         return len(self._holders)
 
-    def store(self, replica_id: str, keys: Iterable[BlockKey], reaches: Reaches = (None,)) -> None:
-        """The replica now caches these blocks, too; `reaches`, always the same, say which of a prefix it needs."""
-        held = self._held.setdefault(replica_id, set())
-        self._reaches[replica_id] = reaches
-        for key in keys:
-            held.add(key)
-            self._holders.setdefault(key, set()).add(replica_id)
+    def held_by(self, replica_id: str) -> set[BlockKey]:
+        """Blocks that a replica holds in some tier."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            return set()
+        bit = 1 << replica.number
+        return {key for key in replica.keys if (found := self._holders.get(key)) is not None and found.everyone & bit}
+
+    @property
+    def num_sets(self) -> int:
+        """Different sets of holders."""
+        return len(self._sets)
+
+    def store(self, replica_id: str, keys: Sequence[BlockKey], reaches: Reaches = (None,), tiers: bytes = b"") -> None:
+        """The replica now caches these blocks, too; `reaches`, always the same, say which of a prefix it needs.
+
+        `tiers`: of each, the fastest one that holds it, 0 being the device; empty: the device holds all.
+        """
+        if not keys:
+            return
+        replica = self._replicas.get(replica_id) or self._enter(replica_id, reaches)
+        if not tiers.strip(b"\0"):
+            self._store_in(replica, keys, 0)
+            return
+        for tier in set(tiers):
+            self._store_in(replica, [key for key, found in zip(keys, tiers, strict=True) if found == tier], tier)
 
     def remove(self, replica_id: str, keys: Iterable[BlockKey]) -> None:
         """The replica caches these blocks no more; unknown ones are ignored."""
-        held = self._held.get(replica_id, set())
-        for key in keys:
-            if key in held:
-                held.discard(key)
-                self._discard(replica_id, key)
+        replica = self._replicas.get(replica_id)
+        if replica is not None:
+            replica.num_held -= self._remove(replica.number, keys)
+            if len(replica.keys) > 2 * replica.num_held + SLACK:
+                replica.keys = list(self.held_by(replica_id))
 
     def remove_replica(self, replica_id: str) -> None:
         """Forgets all that a replica held."""
-        self._reaches.pop(replica_id, None)
-        for key in self._held.pop(replica_id, set()):
-            self._discard(replica_id, key)
+        replica = self._replicas.pop(replica_id, None)
+        if replica is None:
+            return
+        self._remove(replica.number, replica.keys)
+        self._alike[replica.reaches] &= ~(1 << replica.number)
+        if not self._alike[replica.reaches]:
+            del self._alike[replica.reaches]
+        del self._numbers[replica_id]
+        self._free_numbers.append(replica.number)
 
-    def match(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        """Replica -> number of leading blocks that it need not compute; replicas without any are left out.
+    def match(self, hashes: Sequence[BlockHash]) -> Matches:
+        """How many leading blocks each replica need not compute.
 
         What core.kv_groups.deepest_prefix says of each one's cache, for all replicas in one pass.
         """
-        depths: dict[str, int] = {}
-        for reaches in set(self._reaches.values()):
-            depths |= self._match_alike(hashes, reaches)
-        return depths
+        segments: list[Segment] = []
+        runs: dict[tuple[int, int], Run] = {}
+        for reaches, alike in self._alike.items():
+            groups = [self._runs(hashes, n, alike if reach is None else 0) for n, reach in enumerate(reaches)]
+            if reaches == (None,):
+                segments += _nested(groups[0], alike)
+            elif all(groups):
+                segments += _by_windows(groups, reaches, alike, len(hashes))
+            for run in (run for group in groups for run in group):
+                known = runs.get((run.group, run.start))
+                if known is None or known.length < run.length:  # some stop where nobody of theirs goes on
+                    runs[run.group, run.start] = run
+        return Matches(segments, runs.values(), self._numbers, self._names)
 
-    def _match_alike(self, hashes: Sequence[BlockHash], reaches: Reaches) -> dict[str, int]:
-        """Of the replicas with these reaches. Runs of blocks held, up to this one, are kept for their holders alone."""
-        alike = {replica_id for replica_id, found in self._reaches.items() if found == reaches}
-        depths: dict[str, int] = {}
-        runs: list[dict[str, int]] = [{} for _ in reaches]
-        for depth, block_hash in enumerate(hashes, start=1):
-            for number, reach in enumerate(reaches):
-                holders, before = self._holders.get(in_group(block_hash, number), set()) & alike, runs[number]
-                runs[number] = {replica_id: before.get(replica_id, 0) + 1 for replica_id in holders}
-                if reach is None:
-                    alike &= holders
-            if not alike:
-                break
-            able = (
-                {replica_id for replica_id, run in found.items() if run >= needed_run(reach, depth)}
-                for found, reach in zip(runs, reaches, strict=True)
-            )
-            depths |= dict.fromkeys(set.intersection(*able), depth)
-        return depths
+    def _runs(self, hashes: Sequence[BlockHash], group: int, alike: int) -> list[Run]:
+        """Of blocks that somebody holds. With `alike`, only as far as one of those holds all up to there."""
+        runs: list[Run] = []
+        get, alive = self._holders.get, alike
+        for start in range(0, len(hashes), PIECE):
+            piece = hashes[start : start + PIECE]
+            position = start
+            for holders, same in groupby(map(get, piece if not group else [in_group(one, group) for one in piece])):
+                length = sum(1 for _ in same)
+                if holders is not None:
+                    runs.append(Run(group, position, length, holders))
+                if alike:
+                    alive &= holders.everyone if holders is not None else 0
+                    if not alive:
+                        return runs
+                position += length
+        return runs
 
-    def _discard(self, replica_id: str, key: BlockKey) -> None:
-        holders = self._holders[key]
-        holders.discard(replica_id)
-        if not holders:
-            del self._holders[key]
+    def _store_in(self, replica: _Replica, keys: Sequence[BlockKey], tier: int) -> None:
+        """The hot loop of events: neighbours mostly come from one set and go to one."""
+        blocks, number, bit, with_one = self._holders, replica.number, 1 << replica.number, self._sets.with_one
+        get, num_held = blocks.get, replica.num_held
+        before: Holders | None = None
+        after = with_one(None, number, tier)
+        is_new = True
+        fresh: list[BlockKey] = []
+        for key in keys:
+            holders = get(key)
+            if holders is not before:
+                before = holders
+                after = with_one(holders, number, tier)
+                is_new = holders is None or not holders.everyone & bit
+            if is_new:
+                fresh.append(key)
+            blocks[key] = after
+        # a key that comes twice among `keys` was new once
+        replica.num_held = num_held + len(fresh)
+        replica.keys += fresh
+
+    def _remove(self, number: int, keys: Iterable[BlockKey]) -> int:
+        """How many of them it held."""
+        blocks, bit, without = self._holders, 1 << number, self._sets.without
+        get = blocks.get
+        before: Holders | None = None
+        after: Holders | None = None
+        num_removed = 0
+        for key in keys:
+            holders = get(key)
+            if holders is None or not holders.everyone & bit:
+                continue
+            if holders is not before:
+                before, after = holders, without(holders, number)
+            num_removed += 1
+            if after is None:
+                del blocks[key]
+            else:
+                blocks[key] = after
+        return num_removed
+
+    def _enter(self, replica_id: str, reaches: Reaches) -> _Replica:
+        if self._free_numbers:
+            number = self._free_numbers.pop()
+            self._names[number] = replica_id
+        else:
+            number = len(self._names)
+            self._names.append(replica_id)
+        replica = self._replicas[replica_id] = _Replica(number, reaches)
+        self._numbers[replica_id] = number
+        self._alike[reaches] = self._alike.get(reaches, 0) | 1 << number
+        return replica
+
+
+def _nested(runs: Sequence[Run], alike: int) -> list[Segment]:
+    """Of one group without a window: whoever holds a block counts as long as it holds all before it."""
+    segments: list[Segment] = []
+    alive, depth = alike, 0
+    for run in runs:
+        if run.start != depth:
+            break
+        still = alive & run.holders.everyone
+        if gone := alive & ~still:
+            segments.append(Segment(depth, gone))
+        alive, depth = still, depth + run.length
+        if not alive:
+            break
+    if alive:
+        segments.append(Segment(depth, alive))
+    return [segment for segment in segments if segment.depth]
+
+
+def _by_windows(groups: Sequence[Sequence[Run]], reaches: Reaches, alike: int, num_blocks: int) -> list[Segment]:
+    """Of any groups: the deepest block behind which a replica has what every group's reach asks for."""
+    able = [alike] * num_blocks  # bits by depth - 1
+    for runs, reach in zip(groups, reaches, strict=True):
+        held = [0] * num_blocks
+        for run in runs:
+            held[run.start : run.start + run.length] = [run.holders.everyone] * run.length
+        able = [a & b for a, b in zip(able, _all_of_last(held, num_blocks if reach is None else reach), strict=True)]
+    segments: list[Segment] = []
+    found = 0
+    for depth in range(num_blocks, 0, -1):
+        if deepest_here := able[depth - 1] & ~found:
+            segments.append(Segment(depth, deepest_here))
+            found |= deepest_here
+    return segments
+
+
+def _all_of_last(held: list[int], count: int) -> list[int]:
+    """Who holds each block and those before it, `count` in all or as many as there are: by doubling the span."""
+    span = 1
+    while span < min(count, len(held)):
+        step = min(span, count - span)
+        held = [mask & held[i - step] if i >= step else mask for i, mask in enumerate(held)]
+        span += step
+    return held

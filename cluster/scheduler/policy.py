@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.scheduler.candidate import Decision
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.matches import Matches
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
-from core.messages.to_scheduler import Report, Reserve
+from core.messages.to_scheduler import Foresight, Report, Reserve
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Choices:
 
     prefills: Sequence[ReplicaView]
     decodes: Sequence[ReplicaView]  # at least one
-    cached: Mapping[str, int]  # leading blocks of the prompt, by replica id; those without any are left out
+    cached: Matches  # leading blocks of the prompt, by replica id; those without any are left out
     now: float
+    everyone: Mapping[str, ReplicaView]  # of the whole fleet, those that take no work included, by id
 
 
 class Policy(Protocol):
@@ -39,12 +41,20 @@ class Policy(Protocol):
         """A replica is gone."""
         ...
 
+    def booked(self, reservation: Reservation, now: float) -> None:
+        """A decision is in force: the views of its replicas count it."""
+        ...
+
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """A request's first token is out; what prefill found cached, when that is known."""
         ...
 
     def finished(self, reservation: Reservation, now: float) -> None:
         """A request that had a decision is over, whatever ended it."""
+        ...
+
+    def foresight(self) -> Foresight | None:
+        """How its predictions compare with what came, if it predicts."""
         ...
 
 
@@ -57,8 +67,15 @@ class Memoryless:
     def lost(self, replica_id: str) -> None:
         """It is no longer among the choices."""
 
+    def booked(self, reservation: Reservation, now: float) -> None:
+        """The view of its replicas says so."""
+
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """The view of its replicas says so."""
 
     def finished(self, reservation: Reservation, now: float) -> None:
         """The view of its replicas says so."""
+
+    def foresight(self) -> Foresight | None:
+        """Nothing is predicted that could be compared."""
+        return None

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.scheduler.candidate import Decision
-from cluster.scheduler.fleet_view import FleetView, ReplicaView
+from cluster.scheduler.fleet_view import FleetView
+from cluster.scheduler.replica_view import Growth, ReplicaView
 from core.messages.to_scheduler import Reserve
 
 
@@ -22,6 +23,7 @@ class Reservation:
     decision: Decision
     booked_at: float
     decoding_since: float | None = None
+    num_output_tokens: int | None = None  # over all attempts, once the request has come to its end
 
 
 class Reservations:
@@ -39,12 +41,14 @@ class Reservations:
         """The request's, if it was dispatched and is not over."""
         return self._reservations.get(request_id)
 
-    def book(self, request: Reserve, decision: Decision, now: float) -> None:
+    def book(self, request: Reserve, decision: Decision, now: float) -> Reservation:
         """Reserves what a decision takes of its replicas."""
         prefill, decode = decision.prefill, decision.decode
-        (prefill or decode).prefill_tokens[request.request_id] = decision.num_uncached_tokens
-        decode.decode_requests[request.request_id] = decision.num_decode_blocks
-        self._reservations[request.request_id] = Reservation(
+        request_id, num_uncached = request.request_id, decision.num_uncached_tokens
+        (prefill or decode).reserve_prefill(request_id, num_uncached, decision.terms.prefill_s)
+        growth = Growth(request.num_tokens, decision.num_expected_tokens)
+        decode.reserve_decode(request_id, decision.num_decode_blocks, growth)
+        reservation = self._reservations[request_id] = Reservation(
             request.request_id,
             request.attempt,
             prefill.info.replica_id if prefill else None,
@@ -55,25 +59,29 @@ class Reservations:
             decision,
             now,
         )
+        return reservation
 
-    def progress(self, request_id: str, now: float) -> None:
-        """Its first token is out: prefill is free again, and decode's own report counts its blocks."""
+    def progress(self, request_id: str, now: float) -> Reservation | None:
+        """Its first token is out: prefill is free again, and decode's own report counts its blocks.
+
+        None when the request is unknown, or its first token was out before.
+        """
         reservation = self._reservations.get(request_id)
-        if reservation is None:
-            return
+        if reservation is None or reservation.decoding_since is not None:
+            return None
         reservation.decoding_since = now
         for replica in self._replicas_of(reservation):
-            replica.prefill_tokens.pop(request_id, None)
-            if request_id in replica.decode_requests:
-                replica.decode_requests[request_id] = 0
+            replica.free_prefill(request_id)
+            replica.has_joined(request_id, now)
+        return reservation
 
     def drop(self, request_id: str) -> Reservation | None:
         """Its replicas are free of it; returns what was dropped. Idempotent."""
         reservation = self._reservations.pop(request_id, None)
         if reservation is not None:
             for replica in self._replicas_of(reservation):
-                replica.prefill_tokens.pop(request_id, None)
-                replica.decode_requests.pop(request_id, None)
+                replica.free_prefill(request_id)
+                replica.free_decode(request_id)
         return reservation
 
     def renew(self, request_ids: Iterable[str], now: float) -> None:

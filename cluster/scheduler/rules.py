@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import Reserve
 

@@ -32,6 +32,10 @@ class ReplicaInfo:
     generation: str = ""  # of configuration and weights; pairs form within one
     protocol: int = 1  # of the control plane, the newest that it speaks; 1 did not say
     warm_up_s: float = 0.0  # before it was ready: compilation, graphs, first steps; 0 did not say
+    flop_per_s: float = 0.0  # peak of its devices, over all ranks; 0 did not say
+    read_bytes_per_s: float = 0.0  # of their memory, likewise
+    num_active_parameters: int = 0  # weights that one token is multiplied with; 0 did not say
+    parameter_bytes: int = 0  # of all weights
 
     @property
     def address(self) -> str:

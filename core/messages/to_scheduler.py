@@ -22,6 +22,7 @@ class Reserve:
     avoid: tuple[str, ...] = ()
     placement: str = "auto"  # "pair" or "local" when the client insists
     generation: str = ""  # of the tokens already shown; empty: the traffic split decides
+    tenant: str = ""  # whose answers tell how long this one may become
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Plan:
     decode: ReplicaInfo
     queue_s: float
     predicted_ttft_s: float
-    reason: str  # one word for metrics: pair, local_short, local_idle, local_no_prefill, local_asked, fallback
+    reason: str  # one word for metrics, see cluster.scheduler.decision; or fallback
     pull_from: ReplicaInfo | None = None  # whose cached prefix whoever prefills shall fetch first
 
 
@@ -52,6 +53,7 @@ class Finish:
 
     request_id: str
     attempt: int
+    num_output_tokens: int | None = None  # over all attempts, of a request that came to its end; None: it did not
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class TierStatus:
     num_found: int = 0
     bytes_in: int = 0  # over all ranks, from other tiers
     bytes_out: int = 0
+    restore_bytes_per_s: float = 0.0  # recent, over all ranks, to the device; 0 while unknown
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,12 @@ class ReplicaStatus:
     tiers: tuple[TierStatus, ...] = ()  # the fastest first
 
 
+# Tokens of prompts that a step computed, pairs of those with the tokens that each of them sees, sequences that it
+# decoded, context tokens of these, and the seconds that it took.
+StepSample = tuple[int, int, int, int, float]
+TransferSample = tuple[str, int, float]  # replica that KV came from, bytes over all ranks, seconds
+
+
 @dataclass(frozen=True)
 class Report:
     """Status, and what changed in the prefix cache since the report before. A gap in `sequence` asks to watch anew."""
@@ -170,6 +179,9 @@ class Report:
     status: ReplicaStatus
     stored: tuple[BlockKey, ...]
     removed: tuple[BlockKey, ...]
+    tiers: bytes = b""  # of each stored block, the fastest that holds it: 0 the device; empty: all on the device
+    steps: tuple[StepSample, ...] = ()  # since the report before, the latest ones
+    transfers: tuple[TransferSample, ...] = ()  # likewise, that came in
 
 
 @dataclass(frozen=True)
@@ -192,6 +204,26 @@ class PoolSize:
 
 
 @dataclass(frozen=True)
+class RelativeError:
+    """Of the latest predictions: |predicted - actual| / actual."""
+
+    quantity: str  # ttft, itl
+    num_samples: int  # since the scheduler started
+    median: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """How the scheduler's predictions compare with what came."""
+
+    errors: tuple[RelativeError, ...] = ()
+    num_hits_checked: int = 0  # plans that counted on cached tokens, compared with what prefill found
+    num_hits_missed: int = 0  # those where it found fewer
+    num_tokens_missed: int = 0  # that it had to compute against the plan
+
+
+@dataclass(frozen=True)
 class FleetStatus:
     """The whole fleet at one moment."""
 
@@ -201,3 +233,4 @@ class FleetStatus:
     num_reserved: int  # requests with one
     traffic: Traffic = Traffic()
     sizes: tuple[PoolSize, ...] = ()  # where autoscalers run
+    foresight: Foresight | None = None  # what came of predictions

@@ -22,7 +22,8 @@ ASKED = {Role.PREFILL: PoolTarget(3, "load"), Role.DECODE: PoolTarget(2, "load")
 @pytest.fixture
 def admission() -> Admission:
     """Two prefill and two decode replicas of four slots; plans as in tests/cluster/test_scheduler.py."""
-    admission = Admission(SchedulerConfig(queue_timeout_s=30, replica_timeout_s=100), rate_window_s=10)
+    config = SchedulerConfig(queue_timeout_s=30, replica_timeout_s=100, local_prefill_max_tokens=0)
+    admission = Admission(config, rate_window_s=10)
     for name, role in (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)):
         admission.report(report(replica(name, role), snapshot=True), 0.0)
     return admission

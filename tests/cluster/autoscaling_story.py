@@ -29,6 +29,7 @@ def grow_shrink_and_come_back(log_dir: str) -> None:
                 "policy": "slo", "interval_s": 0.5, "upscale_delay_s": 1, "downscale_delay_s": 4,
                 "downscale_pause_s": 1, "replica_start_s": 10, "rate_window_s": 5, "itl_target_s": 5,
             },
+            "scheduler": {"local_prefill_max_tokens": 64},
             "ingress": {"port": free_port(), "request_timeout_s": 120},
             "cluster": {"log_dir": log_dir},
         }

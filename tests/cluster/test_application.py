@@ -46,6 +46,7 @@ def fleet(tmp_path_factory):
             "decode": {
                 "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "tensor_parallel": 2, "drain_timeout_s": 0,
             },
+            "scheduler": {"local_prefill_max_tokens": 64},
             "ingress": {"port": free_port(), "request_timeout_s": 120},
             "cluster": {"log_dir": str(tmp_path_factory.mktemp("logs")), "secret": SECRET},
         }

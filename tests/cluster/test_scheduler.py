@@ -38,7 +38,9 @@ def reserve(name: str, tokens=tuple(range(200)), **changes) -> Reserve:
 
 @pytest.fixture
 def admission() -> Admission:
-    config = SchedulerConfig(queue_limit=3, queue_timeout_s=5, reservation_ttl_s=10, replica_timeout_s=2)
+    config = SchedulerConfig(
+        queue_limit=3, queue_timeout_s=5, reservation_ttl_s=10, replica_timeout_s=2, local_prefill_max_tokens=64
+    )
     admission = Admission(config)
     for name, role in (
         ("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE),
@@ -204,7 +206,9 @@ def fill_both_zones(config: SchedulerConfig, *, with_near_prefill: bool) -> Admi
     ],
 )
 def test_pairs_keep_to_their_zone_as_far_as_configured(affinity, near, prefill, reason):
-    admission = fill_both_zones(SchedulerConfig(zone_affinity=affinity), with_near_prefill=near)
+    admission = fill_both_zones(
+        SchedulerConfig(zone_affinity=affinity, local_prefill_max_tokens=0), with_near_prefill=near
+    )
     plan = plan_one(admission, reserve("r"))
     assert (plan.prefill and plan.prefill.replica_id, plan.reason) == (prefill, reason)
 

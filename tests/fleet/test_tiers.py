@@ -80,7 +80,7 @@ async def test_the_scheduler_knows_what_lies_below_the_device(tiny_llama):
         held = {*replica.pool.snapshot(), *replica.service._context.tiers.books.snapshot()}
         index = fleet.scheduler._admission.index
         async with asyncio.timeout(10):
-            while index._held.get("d0", set()) != held:
+            while index.held_by("d0") != held:
                 await asyncio.sleep(0.02)
         assert [index.match(hash_blocks(prompt, BLOCK_SIZE)) for prompt in PROMPTS] == [{"d0": 6}] * 4
         assert replica.pool.num_cached < 4 * 6 <= len(held)

@@ -1,0 +1,50 @@
+"""Replicas in the order of their load, so that the least loaded are found without looking at all. Pure.
+
+They stand in buckets of alike ones (zone, what they can pair with, speed): within a bucket the load alone decides.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterable, Iterator
+
+from cluster.scheduler.site import Site
+
+Entry = tuple[float, int, str, Site]  # load in seconds, reservations, id: equal ones fill evenly, and always alike
+
+
+class Ranked:
+    """Of one role and generation."""
+
+    def __init__(self) -> None:
+        self.buckets: dict[Hashable, list[Entry]] = {}
+        self._places: dict[str, tuple[Hashable, Entry]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def place(self, site: Site, bucket: Hashable, load_s: float) -> None:
+        """Enters, or moves to where it belongs now; one that takes no work leaves."""
+        self.remove(site.replica_id)
+        if site.view.usable:
+            entry = (round(load_s, 4), site.num_reserved, site.replica_id, site)
+            self._places[site.replica_id] = bucket, entry
+            insort(self.buckets.setdefault(bucket, []), entry)
+
+    def remove(self, replica_id: str) -> None:
+        """It is gone; idempotent."""
+        known = self._places.pop(replica_id, None)
+        if known is not None:
+            bucket, entry = known
+            entries = self.buckets[bucket]
+            del entries[bisect_left(entries, entry)]
+            if not entries:
+                del self.buckets[bucket]
+
+    def clear(self) -> None:
+        """Nobody is here."""
+        self._places.clear()
+        self.buckets.clear()
+
+    def among(self, replica_ids: Iterable[str]) -> Iterator[Site]:
+        """Those of the given ones that are here."""
+        places = self._places
+        return (known[1][3] for replica_id in replica_ids if (known := places.get(replica_id)) is not None)

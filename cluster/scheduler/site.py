@@ -1,0 +1,147 @@
+"""All that a decision asks of one replica, worked out when its view or its costs change. Pure."""
+
+from cluster.scheduler.cost_book import CostBook
+from cluster.scheduler.matches import Matches
+from cluster.scheduler.replica_view import ReplicaView
+from cluster.scheduler.rules import takes_more
+from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
+from core.messages.fleet import ReplicaInfo
+
+# Of blocks that come from below the device, until a replica has measured its tiers: PCIe copies, an NVMe disk.
+GUESSED_RESTORE_BYTES_PER_S = {"host": 5e9, "disk": 1e9}
+
+
+class Site:
+    """One replica: the first group changes with its info, the second with each report and reservation."""
+
+    __slots__ = (
+        "beside_tokens_s",
+        "block_bytes",
+        "block_share",
+        "block_size",
+        "busy",
+        "costs",
+        "free_blocks",
+        "grown_blocks",
+        "has_slot",
+        "info",
+        "itl_s",
+        "kind",
+        "kv_layer_bytes",
+        "layout",
+        "max_at_once",
+        "num_layers",
+        "num_reserved",
+        "queue_s",
+        "reaches",
+        "replica_id",
+        "takes_more",
+        "view",
+        "whole_blocks",
+        "zone",
+    )  # fmt: skip
+
+    def __init__(self, view: ReplicaView, kind: int) -> None:
+        """`kind` is equal for those that can pair."""
+        info = view.info
+        layout = info.layout
+        self.view = view
+        self.info: ReplicaInfo = info
+        self.replica_id = info.replica_id
+        self.zone = info.zone
+        self.kind = kind
+        self.layout = layout
+        self.block_size = layout.block_size
+        self.block_bytes = layout.block_bytes_per_rank * layout.tensor_parallel
+        self.kv_layer_bytes = kv_bytes_per_token(layout) / layout.num_layers  # of one token
+        self.num_layers = layout.num_layers
+        self.reaches = layout.reaches
+        self.whole_blocks = layout.reaches == (None,)  # one group of all tokens
+        num_growing = sum(group.window is None for group in layout.kv_groups)
+        self.block_share = num_growing / layout.block_size  # blocks per token of growth
+        self.max_at_once = info.max_num_batched_tokens
+
+    def refresh(self, costs: StepCosts, max_kv_usage: float) -> None:
+        """From the view as it is now."""
+        view = self.view
+        status = view.status
+        self.costs = costs
+        self.num_reserved = view.num_reservations
+        self.takes_more = takes_more(view)
+        self.queue_s = _queue_s(view, costs)
+        num_decoding = view.num_decode_requests
+        self.busy = num_decoding > 0
+        self.has_slot = num_decoding < self.info.max_num_seqs
+        self.free_blocks = view.num_free_blocks - (
+            (1 - max_kv_usage) * self.info.num_blocks if self.busy else 0.0
+        )  # above the watermark
+        coming = view.num_reserved_blocks * self.block_size
+        grown = view.num_expected_tokens - status.num_kv_tokens - coming
+        self.grown_blocks = self.block_share * max(0.0, grown)  # that its requests will come to need, in all
+        self.itl_s = costs.decode_step_s(num_decoding + 1, status.num_kv_tokens + coming)
+        if view.prefill_tokens:
+            self.itl_s += costs.token_s * min(view.outstanding_prefill_tokens, self.max_at_once)
+        self.beside_tokens_s = costs.token_s * num_decoding + costs.beside_s * status.num_kv_tokens
+
+    def prefill_s(self, num_uncached: int, num_tokens: int, beside_s: float) -> float:
+        """Computing the last tokens of a prompt; `beside_s`: what others add to each step."""
+        costs = self.costs
+        num_chunks = -(-num_uncached // self.max_at_once)
+        num_seen = num_tokens - (num_uncached - 1) / 2  # by a token, on average
+        return (costs.chunk_s + beside_s) * num_chunks + num_uncached * (costs.token_s + costs.pair_s * num_seen)
+
+    def num_missing(self, depth: int, num_tokens: int) -> int:
+        """Blocks that a prompt's first output token needs, and that are not among its first `depth`."""
+        if self.whole_blocks:
+            return -(-num_tokens // self.block_size) - depth
+        return self.layout.num_blocks_missing(depth, num_tokens)
+
+    def restore_s(self, matches: Matches, depth: int) -> float:
+        """Until its own blocks from below the device are on it."""
+        seconds, tiers = 0.0, self.view.status.tiers
+        for tier, num_blocks in matches.num_below(self.replica_id, depth, self.reaches).items():
+            known = tiers[tier] if tier < len(tiers) else None
+            guess = GUESSED_RESTORE_BYTES_PER_S.get(known.name if known else "", 1e9)
+            bytes_per_s = (known.restore_bytes_per_s if known else 0.0) or guess
+            seconds += num_blocks * self.block_bytes / bytes_per_s
+        return seconds
+
+
+class Sites:
+    """By replica."""
+
+    def __init__(self, costs: CostBook, max_kv_usage: float) -> None:
+        self._costs = costs
+        self._max_kv_usage = max_kv_usage
+        self._sites: dict[str, Site] = {}
+        self._kinds: dict[tuple[object, ...], int] = {}
+
+    def of(self, view: ReplicaView) -> Site:
+        """As of the last `refresh`."""
+        site = self._sites.get(view.info.replica_id)
+        return site if site is not None and site.view is view else self.refresh(view)
+
+    def refresh(self, view: ReplicaView) -> Site:
+        """The view has changed."""
+        info = view.info
+        site = self._sites.get(info.replica_id)
+        if site is None or site.view is not view or site.info is not info:
+            what = info.compatibility, info.layout.groups, info.generation
+            kind = self._kinds.setdefault(what, len(self._kinds))
+            site = self._sites[info.replica_id] = Site(view, kind)
+        site.refresh(self._costs.of(view), self._max_kv_usage)
+        return site
+
+    def remove(self, replica_id: str) -> None:
+        """Idempotent."""
+        self._sites.pop(replica_id, None)
+
+
+def _queue_s(view: ReplicaView, costs: StepCosts) -> float:
+    """Until a new prompt's first chunk runs: what is there before it, at the replica's pace."""
+    num_tokens = view.outstanding_prefill_tokens
+    if not num_tokens:
+        return 0.0
+    if view.num_reserved_tokens:
+        return view.reserved_prefill_s * num_tokens / view.num_reserved_tokens
+    return costs.prefill_s(num_tokens, 0, view.info.max_num_batched_tokens)

@@ -1,0 +1,72 @@
+"""Whoever prefills a prompt: what stands before its first token there, computed or pulled from a lender. Pure."""
+
+from typing import NamedTuple
+
+from cluster.scheduler.link_book import LinkBook
+from cluster.scheduler.matches import Matches
+from cluster.scheduler.site import Site
+
+
+class Source(NamedTuple):
+    """A prefill replica, or decode itself. `first_token_s` is the sum of the four seconds after it."""
+
+    first_token_s: float
+    queue_s: float
+    pull_s: float
+    restore_s: float
+    prefill_s: float
+    num_uncached: int
+    last_bytes: float  # of KV that is ready only with the first token: the last layer's of the last chunk
+    first_piece_s: float  # until the first piece of KV is ready: one layer's of the first chunk
+    lender: Site | None
+    site: Site
+
+
+class Sources:
+    """Sources of one request."""
+
+    def __init__(
+        self, links: LinkBook, num_tokens: int, matches: Matches, lenders: tuple[Site, ...], pull_min_tokens: int
+    ) -> None:
+        """`lenders` have the deepest prefixes."""
+        self._links = links
+        self._num_tokens = num_tokens
+        self._matches = matches
+        self._lenders = [(matches.depth(site.replica_id), site) for site in lenders]
+        self._pull_min_tokens = pull_min_tokens
+
+    def of(self, site: Site, beside_s: float = 0.0) -> Source:
+        """The faster of computing what is not cached and pulling; `beside_s`: what others add to each of its steps."""
+        num_tokens, block_size, matches = self._num_tokens, site.block_size, self._matches
+        depth = matches.depth(site.replica_id)
+        restore_s = site.restore_s(matches, depth) if depth and matches.has_below else 0.0
+        num_uncached = max(1, num_tokens - depth * block_size)
+        prefill_s = site.prefill_s(num_uncached, num_tokens, beside_s)
+        pull_s, best_lender = 0.0, None
+        for lent, lender in self._lenders:
+            num_left = max(1, num_tokens - lent * block_size)
+            if num_uncached - num_left < self._pull_min_tokens or lender is site or lender.kind != site.kind:
+                continue
+            latency_s, byte_s = self._links.cost(lender.view, site.view)
+            num_bytes = site.num_missing(depth, lent * block_size) * site.block_bytes
+            other_pull_s = 2 * latency_s + num_bytes * byte_s  # asked for, then fetched
+            if matches.has_below:
+                other_pull_s += lender.restore_s(matches, lent)
+            other_prefill_s = site.prefill_s(num_left, num_tokens, beside_s)
+            if other_pull_s + other_prefill_s < pull_s + prefill_s:
+                pull_s, prefill_s, num_uncached, best_lender = other_pull_s, other_prefill_s, num_left, lender
+        before_s = site.queue_s + pull_s + restore_s
+        last_bytes = min(num_uncached, site.max_at_once) * site.kv_layer_bytes
+        num_pieces = -(-num_uncached // site.max_at_once) * site.num_layers
+        return Source(
+            before_s + prefill_s,
+            site.queue_s,
+            pull_s,
+            restore_s,
+            prefill_s,
+            num_uncached,
+            last_bytes,
+            before_s + prefill_s / num_pieces,
+            best_lender,
+            site,
+        )

@@ -1,0 +1,307 @@
+"""Which candidate wins, and by how much: decisions on fleets whose times are known. See scheduler_world for those."""
+
+import pytest
+
+from cluster.scheduler.handoff_time import left_s
+from core.config import SchedulerConfig
+from core.messages.fleet import Role
+from core.messages.to_scheduler import Progress, TierStatus
+from tests.cluster.scheduler_world import (
+    BLOCK,
+    CHUNK_S,
+    CONTEXT_S,
+    PAIR_S,
+    SEQUENCE_S,
+    STEP_S,
+    TOKEN_BYTES,
+    TOKEN_S,
+    World,
+    blocks_of,
+)
+
+PAIRS_ONLY = SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0)
+MiB = 2**20
+
+
+def link(source: str, bytes_per_s: float, latency_s: float = 0.0005):
+    """Transfers of two sizes, as often as a fit wants them."""
+    sizes = (MiB, 64 * MiB)
+    return [(source, num_bytes, latency_s + num_bytes / bytes_per_s) for num_bytes in sizes] * 20
+
+
+def prefill_s(num_tokens: int, num_cached: int = 0) -> float:
+    pairs = num_tokens * (num_cached + (num_tokens + 1) / 2)
+    return CHUNK_S * -(-num_tokens // 2048) + TOKEN_S * num_tokens + PAIR_S * pairs
+
+
+# ---- transfers --------------------------------------------------------------------------------------------------
+
+
+def test_compute_hides_all_of_a_transfer_but_its_last_piece():
+    """100 MB over 10 GB/s is 10 ms: done beside 100 ms of compute, but for the last piece's 0.1 ms."""
+    whole = {"last_bytes": 1e6, "backlog_bytes": 0, "before_s": 0, "compute_s": 0.1, "first_s": 0.001}
+    assert left_s(num_bytes=1e8, byte_s=1e-10, **whole) == pytest.approx(1e-4)
+    slow = left_s(num_bytes=1e8, byte_s=2e-9, **whole)
+    assert slow == pytest.approx(0.001 + 0.2 - 0.1), "a wire of 0.5 GB/s is behind from the first piece on"
+
+
+def test_a_backlog_delays_a_transfer_unless_it_is_gone_before():
+    parts = {"num_bytes": 1e8, "last_bytes": 1e6, "byte_s": 1e-9, "compute_s": 0.05, "first_s": 0.001}
+    alone = left_s(backlog_bytes=0, before_s=0, **parts)
+    assert alone == pytest.approx(0.051)
+    assert left_s(backlog_bytes=2e8, before_s=0, **parts) == pytest.approx(0.2 + 0.1 - 0.05)
+    assert left_s(backlog_bytes=2e8, before_s=0.3, **parts) == alone
+
+
+@pytest.mark.parametrize(("fast", "slow"), [("d0", "d1"), ("d1", "d0")])
+def test_the_faster_link_wins(fast, slow):
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 2)
+    world.report(fast, transfers=link("p0", 20e9))
+    world.report(slow, transfers=link("p0", 0.2e9))
+    decision = world.decide(world.request(1000))
+    assert decision.decode.info.replica_id == fast
+    other = next(c for c in world.decide(world.request(1000, avoid=(fast,))).candidates)
+    assert other.decode_id == slow
+    # 131 MB take 656 ms at 0.2 GB/s, of which 54 ms of compute hide little
+    left = 1000 * TOKEN_BYTES / 0.2e9 - prefill_s(1000)
+    assert other.terms.transfer_s == pytest.approx(left, rel=0.1)
+    assert decision.terms.transfer_s < 0.005
+
+
+def test_bytes_in_flight_turn_a_request_to_another_link():
+    world = World(PAIRS_ONLY)
+    world.fleet(2, 2)
+    for name in ("d0", "d1"):
+        for source in ("p0", "p1"):
+            world.report(name, transfers=link(source, 1e9))
+    first = world.plan(world.request(8000))
+    # equal but for what is on its way: the other replicas at both ends
+    second = world.plan(world.request(500))
+    assert second.decode.replica_id != first.decode.replica_id
+    assert second.prefill.replica_id != first.prefill.replica_id
+    flights = world.admission.policy.learned.flights
+    assert flights.before(first.prefill.replica_id, "d9") == 8000 * TOKEN_BYTES
+    world.admission.progress(Progress(first.request_id), 0.5)
+    assert flights.before(first.prefill.replica_id, first.decode.replica_id) == 0
+
+
+def test_what_decode_has_cached_is_not_sent_and_draws_the_request():
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 2)
+    for name in ("d0", "d1"):
+        world.report(name, transfers=link("p0", 1e9))
+    tokens = range(4000)
+    world.report("d1", stored=blocks_of(tokens, 3200))
+    decision = world.decide(world.request(4000, tokens=tokens))
+    assert decision.decode.info.replica_id == "d1"
+    assert decision.num_transfer_bytes == (4000 - 3200) * TOKEN_BYTES
+    assert decision.num_decode_blocks == (4000 - 3200) // BLOCK
+    by_decode = {candidate.decode_id: candidate.terms for candidate in world.decide(
+        world.request(4000, tokens=tokens, avoid=("d1",))).candidates}  # fmt: skip
+    assert by_decode["d0"].transfer_s > 10 * decision.terms.transfer_s
+
+
+# ---- prefill side -----------------------------------------------------------------------------------------------
+
+
+def test_the_queue_is_measured_in_seconds_of_the_work_before():
+    """Behind a prompt of 8,000 tokens stand its own 404 ms of products and what attention takes; p1 is idle."""
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    world.plan(world.request(2000))
+    behind = world.decide(world.request(1000))
+    assert behind.terms.queue_s == pytest.approx(prefill_s(2000), rel=0.05)
+    assert behind.terms.prefill_s == pytest.approx(prefill_s(1000), rel=0.05)
+    # half of it is computed, says the next report, with the one request there
+    world.report("p0", num_running=1, num_waiting_tokens=1000)
+    assert world.decide(world.request(1000)).terms.queue_s == pytest.approx(prefill_s(2000) / 2, rel=0.05)
+
+
+def test_attention_to_a_long_context_is_counted():
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    tokens = range(60_000)
+    world.report("p0", stored=blocks_of(tokens, 59_200))
+    terms = world.decide(world.request(60_000, tokens=tokens)).terms
+    assert terms.prefill_s == pytest.approx(prefill_s(800, 59_200), rel=0.05)
+    assert terms.prefill_s > 1.9 * prefill_s(800), "more than half of it is attention"
+
+
+def test_a_replica_at_half_speed_gets_less():
+    """Both idle, the slow one takes none; the fast one takes the next as long as its queue is the shorter wait."""
+    world = World(PAIRS_ONLY)
+    world.add("p0", Role.PREFILL, slow=2.0)
+    world.add("p1", Role.PREFILL)
+    world.add("d0", Role.DECODE)
+    world.report("d0", transfers=link("p0", 50e9) + link("p1", 50e9))
+    first, second, third = (world.plan(world.request(1000)) for _ in range(3))
+    assert [p.prefill.replica_id for p in (first, second, third)] == ["p1", "p0", "p1"] or [
+        p.prefill.replica_id for p in (first, second, third)
+    ] == ["p1", "p1", "p0"]
+    costs = world.admission.policy.learned.costs
+    slow, fast = (costs.of(world.admission.fleet.get(name)) for name in ("p0", "p1"))
+    assert slow.token_s / fast.token_s == pytest.approx(2, rel=0.1)
+
+
+# ---- pulls and tiers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bytes_per_s", "pulled"), [(20e9, True), (1e9, False)])
+def test_a_prefix_is_pulled_when_the_link_beats_computing(bytes_per_s, pulled):
+    """p1 holds 16,000 tokens and is busy: computing them again takes 0.96 s, 2.1 GB take 0.1 s or 2.1 s."""
+    world = World(PAIRS_ONLY)
+    world.fleet(2, 1)
+    world.report("p0", transfers=link("p1", bytes_per_s))
+    tokens = range(16_100)
+    world.report("p1", stored=blocks_of(tokens, 16_000), num_waiting=1, num_waiting_tokens=50_000)
+    decision = world.decide(world.request(16_100, tokens=tokens))
+    assert decision.prefill.info.replica_id == "p0"
+    assert (decision.lender is not None) == pulled
+    if pulled:
+        assert decision.lender.info.replica_id == "p1"
+        assert decision.terms.pull_s == pytest.approx(16_000 * TOKEN_BYTES / 20e9, rel=0.1)
+        assert decision.terms.prefill_s == pytest.approx(prefill_s(100, 16_000), rel=0.1)
+        assert decision.num_cached_tokens == 16_000
+    else:
+        assert decision.terms.prefill_s == pytest.approx(prefill_s(16_100), rel=0.05)
+
+
+@pytest.mark.parametrize(("tier", "seconds"), [(0, 0.0), (1, 0.0419), (2, 0.419)])
+def test_blocks_below_the_device_cost_their_way_back(tier, seconds):
+    """3,200 tokens are 419 MB: at 10 GB/s from host memory, at 1 GB/s from disk."""
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    tokens = range(4000)
+    held = blocks_of(tokens, 3200)
+    tiers = (
+        TierStatus("device", 1, 1),
+        TierStatus("host", 1, 1, restore_bytes_per_s=10e9),
+        TierStatus("disk", 1, 1, restore_bytes_per_s=1e9),
+    )
+    world.report("p0", stored=held, tiers=bytes([tier] * len(held)) if tier else b"", tier_status=tiers)
+    decision = world.decide(world.request(4000, tokens=tokens))
+    assert decision.terms.restore_s == pytest.approx(seconds, rel=0.01)
+    assert decision.terms.prefill_s == pytest.approx(prefill_s(800, 3200), rel=0.05)
+
+
+def test_of_two_holders_the_one_with_the_prefix_on_its_device_wins():
+    world = World(PAIRS_ONLY)
+    world.fleet(2, 1)
+    tokens = range(4000)
+    held = blocks_of(tokens, 3200)
+    world.report("p0", stored=held, tiers=bytes([1] * len(held)))
+    world.report("p1", stored=held)
+    assert world.decide(world.request(4000, tokens=tokens)).prefill.info.replica_id == "p1"
+    # evicted there, kept below: now both pay, and p0 is first by name
+    world.report("p1", stored=held, tiers=bytes([1] * len(held)))
+    assert world.decide(world.request(4000, tokens=tokens)).prefill.info.replica_id == "p0"
+
+
+# ---- decode side ------------------------------------------------------------------------------------------------
+
+
+def test_the_itl_after_joining_is_predicted_and_bounds_the_batch():
+    """100 sequences of 1,000 tokens: 8 + 5.05 + 2.04 ms. Beyond the SLO only when nobody keeps it."""
+    config = SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0, itl_slo_s=0.02)
+    world = World(config)
+    world.fleet(1, 2)
+    world.report("d0", num_running=100, num_kv_tokens=100_000, num_free_blocks=20_000)
+    world.report("d1", num_running=240, num_kv_tokens=240_000, num_free_blocks=10_000)
+    tokens = range(2000)
+    world.report("d1", stored=blocks_of(tokens, 1984))
+    decision = world.decide(world.request(2000, tokens=tokens))
+    assert decision.decode.info.replica_id == "d0", "d1 has the prompt, and would take 25 ms a step"
+    expected = STEP_S + 101 * SEQUENCE_S + CONTEXT_S * (100_000 + 2000 + 32)
+    assert decision.terms.itl_s == pytest.approx(expected, rel=0.03)
+    world.report("d0", draining=True)
+    last = world.decide(world.request(2000, tokens=tokens))
+    assert last.decode.info.replica_id == "d1" and last.terms.itl_s > 0.02
+
+
+# ---- local prefill ----------------------------------------------------------------------------------------------
+
+
+def test_an_idle_decode_replica_prefills_by_itself():
+    """Nobody is slowed, and nothing is sent."""
+    world = World()
+    world.fleet(2, 1)
+    plan = world.plan(world.request(4000))
+    assert (plan.prefill, plan.reason) == (None, "local_faster")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "cached", "reason"),
+    [(4000, 0, "pair"), (4000, 3904, "local_faster"), (500, 0, "local_faster")],
+)
+def test_beside_a_batch_decode_prefills_what_keeps_its_steps_within_the_slo(num_tokens, cached, reason):
+    """64 sequences, SLO 50 ms. A chunk of 2,048 tokens makes a step of 110 ms, one of 500 some 34 ms."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=0.05))
+    world.fleet(1, 1)
+    tokens = range(num_tokens)
+    world.report("d0", num_running=64, num_kv_tokens=64_000, num_free_blocks=30_000, stored=blocks_of(tokens, cached))
+    decision = world.decide(world.request(num_tokens, tokens=tokens))
+    assert decision.reason == reason
+    if reason != "pair":
+        assert decision.terms.itl_s <= 0.05
+        assert decision.predicted_ttft_s < min(
+            c.terms.ttft_s for c in decision.candidates if c.reason == "pair"
+        )  # fmt: skip
+
+
+def test_saturated_prefill_sends_prompts_to_decode_within_the_slo_and_has_others_wait():
+    world = World(SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=0.05))
+    world.fleet(1, 1)
+    world.report("p0", num_waiting=3, num_waiting_tokens=6000)
+    world.report("d0", num_running=64, num_kv_tokens=64_000, num_free_blocks=30_000)
+    assert world.decide(world.request(4000)) is None
+    assert world.decide(world.request(400)).reason == "local_saturated"
+    world.report("d0", num_running=0, num_kv_tokens=0)
+    assert world.decide(world.request(4000)).reason == "local_idle"
+
+
+def test_a_client_that_insists_is_obeyed():
+    world = World()
+    world.fleet(1, 1)
+    assert world.decide(world.request(100, placement="pair")).reason == "pair"
+    world.report("d0", num_running=64, num_kv_tokens=64_000)
+    assert world.decide(world.request(8000, placement="local")).reason == "local_asked"
+
+
+# ---- what a decision keeps --------------------------------------------------------------------------------------
+
+
+def test_a_decision_keeps_its_candidates_with_terms_that_add_up():
+    world = World()
+    world.fleet(2, 2)
+    for name in ("d0", "d1"):
+        world.report(name, num_running=64, num_kv_tokens=64_000)
+    decision = world.decide(world.request(4000))
+    best, *others = decision.candidates
+    assert (best.prefill_id, best.decode_id) == (decision.prefill.info.replica_id, decision.decode.info.replica_id)
+    assert best.terms == decision.terms
+    terms = decision.terms
+    assert terms.first_token_s == terms.queue_s + terms.pull_s + terms.restore_s + terms.prefill_s
+    assert terms.ttft_s == pytest.approx(terms.first_token_s + terms.transfer_s + terms.wait_s)
+    assert all(other.terms.ttft_s >= terms.ttft_s - 1e-4 for other in others)
+
+
+# ---- predictions against what came ------------------------------------------------------------------------------
+
+
+def test_errors_of_ttft_and_missed_hits_are_told():
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    tokens = range(1000)
+    world.report("p0", stored=blocks_of(tokens, 960))
+    hit = world.plan(world.request(1000, tokens=tokens))
+    actual = 2 * world.admission.reservations.find(hit.request_id).decision.terms.first_token_s
+    world.admission.progress(Progress(hit.request_id, 960), actual)
+    missed = world.plan(world.request(1000, tokens=tokens))
+    world.admission.progress(Progress(missed.request_id, 320), 1.0)
+    unknown = world.plan(world.request(1000, tokens=tokens))
+    world.admission.progress(Progress(unknown.request_id), 1.0)
+    foresight = world.admission.policy.foresight()
+    ttft = next(error for error in foresight.errors if error.quantity == "ttft")
+    assert ttft.num_samples == 3 and ttft.p95 >= ttft.median > 0.5
+    assert (foresight.num_hits_checked, foresight.num_hits_missed, foresight.num_tokens_missed) == (2, 1, 640)
