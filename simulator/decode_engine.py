@@ -20,6 +20,7 @@ from simulator.cost.cost_model import StepWork
 from simulator.events import STEP_END
 from simulator.host import Host
 from worker.rates import MovingAverage
+from worker.samples import KEPT
 
 MOST_AHEAD = 512  # steps
 
@@ -160,9 +161,20 @@ class DecodeEngine:
         for seconds in plan.seconds[first:end]:
             add(seconds)
             host.busy_s += seconds
+        self._sample(plan.seconds[first:end])
         host.num_steps += num_steps
         self._shown(plan.ends[first:end])
         return self._scheduler.skip(num_steps, self._draw)
+
+    def _sample(self, seconds: list[float]) -> None:
+        """Of quiet steps, those that a report could still tell of."""
+        num_running, steps = len(self._scheduler.running), self._host.samples.steps
+        num_passed_over = max(0, len(seconds) - KEPT)
+        steps.num_seen += num_passed_over
+        num_kv_tokens = self._scheduler.num_kv_tokens + num_running * (num_passed_over + 1)
+        for one in seconds[num_passed_over:]:
+            steps.add((0, 0, num_running, num_kv_tokens, one))
+            num_kv_tokens += num_running
 
     def _step_done(self, step: DecodeStep, seconds: float) -> None:
         if step is not self._step or not self._host.alive:
@@ -170,6 +182,7 @@ class DecodeEngine:
         host = self._host
         host.num_steps += 1
         host.busy_s += seconds
+        host.samples.add_step(step.batch, seconds)
         if all(advance.num_tokens == 1 for advance in step.advances):
             self.step_s.add(seconds)
         else:

@@ -163,7 +163,7 @@ class DecodeReplica:
     ) -> None:
         self._opening.discard((message.request_id, message.attempt))
         if fetched is not None:
-            self.links.add(source.info.replica_id, fetched)
+            self._measured(source.info.replica_id, fetched)
         try:
             self._open(message, times, reply, failed, fetched)
         except BatonError as error:
@@ -201,12 +201,16 @@ class DecodeReplica:
         self.engine.advance()
         if came:
             fetched = Fetched(num_bytes, self.host.world.queue.now - begun_at)
-            self.links.add(fetch.announce.source.replica_id, fetched)
+            self._measured(fetch.announce.source.replica_id, fetched)
             self.handoffs.fetched(handoff, number, fetched, now)
         elif self.handoffs.fetch_failed(handoff, number, now):
             self._tell_resume(handoff)
             self._times.pop(handoff.key, None)
         self._settle()
+
+    def _measured(self, source_id: str, fetched: Fetched) -> None:
+        self.links.add(source_id, fetched)
+        self.host.samples.add_transfer(source_id, fetched.num_bytes, fetched.seconds)
 
     def _settle(self) -> None:
         """After any change: as HandoffTasks.settle."""
@@ -234,7 +238,7 @@ class DecodeReplica:
 
         def next_group(left: list[tuple[int, range]], fetched: Fetched | None) -> None:
             if fetched is not None:
-                self.links.add(source.info.replica_id, fetched)
+                self._measured(source.info.replica_id, fetched)
             self.engine.advance()
             if left:
                 (group, blocks), *rest = left

@@ -7,7 +7,7 @@ from zlib import crc32
 from core.block_hash import HASH_SCHEME
 from core.kv_layout import Compatibility
 from core.messages.fleet import ReplicaInfo, Role
-from simulator.cost.cost_model import CostModel, Link
+from simulator.cost.cost_model import CostModel
 from simulator.decode_replica import DecodeReplica
 from simulator.events import TIMER
 from simulator.fleet_spec import FleetSpec, PoolSection
@@ -57,7 +57,7 @@ class Fleet:
         speed = pool.speeds.get(index, 1.0)
         ttl_s = self._spec.transfer.rest_timeout_s
         host = Host(self._world, self.next_number(), info, self._costs[role], speed, ttl_s)
-        self._world.network.add(host.number, Link(*self._spec.link.speed))
+        self._world.network.add(host.number, self._spec.link.port)
         replica: Replica
         if role is Role.PREFILL:
             at_once = self._spec.layers_per_group or -(-info.layout.num_layers // 2)
@@ -161,6 +161,7 @@ class Fleet:
             pool.max_num_batched_tokens,
             layout.longest_within(num_blocks, pool.max_num_batched_tokens, spec.max_model_len),
             generation=GENERATION,
+            **spec.device_facts(pool)._asdict(),
         )
 
     def _keep_house(self, replica: Replica) -> None:

@@ -4,7 +4,7 @@ Replicas of the prefill and the decode pool; without the first, decode computes 
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,16 +15,10 @@ from core.kv_groups import group_layers
 from core.kv_layout import KVLayout
 from core.messages.fleet import Role
 from core.section import Section
+from simulator.cost.cost_model import Link
+from simulator.cost.gpu_spec import LINKS, LinkKind, gpu_spec
 from simulator.cost.gpus import kv_layout, num_kv_blocks
 from simulator.cost.models import served_model
-
-LINK_KINDS = {  # bytes per second of a port in one direction, and seconds until the first byte
-    "tcp25": (25e9 / 8 * 0.9, 200e-6),
-    "tcp100": (100e9 / 8 * 0.8, 100e-6),
-    "rdma200": (200e9 / 8 * 0.92, 20e-6),
-    "rdma400": (400e9 / 8 * 0.92, 20e-6),
-    "nvlink": (300e9, 10e-6),
-}
 
 
 class KVSection(Section):
@@ -42,7 +36,7 @@ class KVSection(Section):
 class LinkSection(Section):
     """Every replica's port: of a kind, or measured."""
 
-    kind: Literal["tcp25", "tcp100", "rdma200", "rdma400", "nvlink"] | None = None
+    kind: LinkKind | None = None
     bytes_per_s: float = Field(default=0.0, ge=0)
     latency_s: float = Field(default=20e-6, ge=0)
 
@@ -53,9 +47,9 @@ class LinkSection(Section):
         return self
 
     @property
-    def speed(self) -> tuple[float, float]:
-        """(bytes per second, seconds until the first byte)."""
-        return LINK_KINDS[self.kind] if self.kind is not None else (self.bytes_per_s, self.latency_s)
+    def port(self) -> Link:
+        """One direction of it."""
+        return LINKS[self.kind] if self.kind is not None else Link(self.bytes_per_s, self.latency_s)
 
 
 class PoolSection(Section):
@@ -160,6 +154,15 @@ Fault = Annotated[
 ]
 
 
+class DeviceFacts(NamedTuple):
+    """See core.messages.fleet.ReplicaInfo; 0: unknown."""
+
+    flop_per_s: float = 0.0
+    read_bytes_per_s: float = 0.0
+    num_active_parameters: int = 0
+    parameter_bytes: int = 0
+
+
 class FleetSpec(Section):
     """The whole fleet, its clients, and what befalls it."""
 
@@ -169,7 +172,7 @@ class FleetSpec(Section):
     block_size: int = Field(default=64, ge=1, le=256)
     prefill: PoolSection | None = None
     decode: PoolSection
-    link: LinkSection = LinkSection(kind="rdma400")
+    link: LinkSection = LinkSection(kind=LinkKind.INFINIBAND)
     layers_per_group: int | None = Field(default=None, ge=1)  # announced together; None: half of them
     control_latency_s: float = Field(default=0.001, ge=0)
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -196,6 +199,20 @@ class FleetSpec(Section):
         groups = group_layers(kv.windows) if kv.windows else ()
         heads, tp = kv.num_kv_heads, pool.tensor_parallel
         return KVLayout(kv.num_layers, heads, kv.head_dim, size, kv.dtype, tp, kv.latent, groups)
+
+    def device_facts(self, pool: PoolSection) -> DeviceFacts:
+        """Of a replica, as it tells the scheduler of itself: nothing of a model or GPU that is not known."""
+        if self.kv is not None:
+            return DeviceFacts()
+        gpu, geometry = gpu_spec(self.gpu), served_model(self.model).geometry
+        idle = 0
+        if (experts := geometry.experts) is not None:
+            num_idle = experts.num_experts - served_model(self.model).experts_per_token
+            of_one = 3 * geometry.hidden_size * experts.intermediate_size
+            idle = (geometry.num_layers - experts.num_dense_layers) * num_idle * of_one
+        tp, num_parameters = pool.tensor_parallel, geometry.num_parameters
+        read_bytes_per_s = gpu.memory_bytes_per_s * tp
+        return DeviceFacts(gpu.matmul_flops * tp, read_bytes_per_s, num_parameters - idle, 2 * num_parameters)
 
     def num_blocks(self, pool: PoolSection) -> int:
         """Of a replica. Raises ConfigurationError when that is neither said nor known."""

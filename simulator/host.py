@@ -11,6 +11,7 @@ from simulator.events import EventQueue
 from simulator.network import Network
 from simulator.wire import Wire
 from worker.lender import Lender
+from worker.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Host:
         self.draining = False
         self.lies = False
         self.clock_offset_s = 0.0
+        self.samples = Samples()
         self.num_steps = 0
         self.busy_s = 0.0
         self.num_prompt_tokens = 0

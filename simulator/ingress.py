@@ -119,6 +119,7 @@ class Ingress:
             tuple(sorted(request.avoid)),
             "auto",
             request.generation if request.shown else "",
+            request.salt,
         )
         attempt = request.attempt
         self.line.reserve(message, partial(self._planned, request), partial(self._failed, request, attempt))
@@ -250,7 +251,7 @@ class Ingress:
             if plan.prefill is not None:
                 prefill = self._peers.prefill(plan.prefill)
                 wire.tell(self.number, prefill.host, prefill.cancel, cancel)
-        self.line.release(request.request_id, attempt, plan)
+        self.line.release(request.request_id, attempt, plan, len(request.shown) if finished else None)
         request.plan, request.opened, request.was_unknown = None, False, False
         return num_new
 

@@ -143,6 +143,7 @@ class PrefillReplica:
         self._layers_done(step, *self._groups[-1])
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
         self._tokens_per_s.add(num_tokens / seconds)
+        host.samples.add_step(step.batch, seconds)
         host.num_steps += 1
         host.busy_s += seconds
         drawn = tuple(
@@ -160,7 +161,8 @@ class PrefillReplica:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _accept(self, message: Prefill, fetched: Fetched | None) -> None:
-        del fetched
+        if fetched is not None and message.pull_from is not None:
+            self.host.samples.add_transfer(message.pull_from.replica_id, fetched.num_bytes, fetched.seconds)
         key = message.request_id, message.attempt
         if key not in self._answers:
             return  # cancelled while its prefix came

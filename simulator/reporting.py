@@ -25,6 +25,7 @@ class Reporting:
         self._sequence = 0
         self._reported_at = 0.0
         self._status: ReplicaStatus | None = None
+        self._num_steps = self._num_transfers = 0  # samples that have been told of
         self.num_reports = 0
 
     def watch(self) -> None:
@@ -33,6 +34,8 @@ class Reporting:
             return
         self._watcher, self._sequence = self._scheduler.incarnation, 0
         self._replica.advance()
+        samples = self._replica.host.samples
+        self._num_steps, self._num_transfers = samples.steps.num_seen, samples.transfers.num_seen
         self._replica.host.pool.drain_events()
         self._send(self._replica.status(), self._replica.host.pool.snapshot(), (), snapshot=True)
         self._later()
@@ -56,7 +59,11 @@ class Reporting:
         host, scheduler = self._replica.host, self._scheduler
         self._status, self._reported_at = status, host.world.queue.now
         self.num_reports += 1
-        report = Report(host.info, self._sequence, snapshot, host.told(status), stored, removed)
+        samples = host.samples
+        steps, transfers = samples.steps.since(self._num_steps), samples.transfers.since(self._num_transfers)
+        self._num_steps, self._num_transfers = samples.steps.num_seen, samples.transfers.num_seen
+        told = host.told(status)
+        report = Report(host.info, self._sequence, snapshot, told, stored, removed, steps=steps, transfers=transfers)
         host.world.wire.tell(host.number, scheduler, scheduler.report, self._watcher, report)
 
     def _later(self) -> None:

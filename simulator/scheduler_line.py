@@ -50,15 +50,15 @@ class SchedulerLine:
         self._in_use[decode_id] = self._in_use.get(decode_id, 0) + 1
         self._reserved[plan.request_id] = None
 
-    def release(self, request_id: str, attempt: int, plan: Plan | None) -> None:
-        """The attempt is over, whether it got a plan or not."""
+    def release(self, request_id: str, attempt: int, plan: Plan | None, num_output_tokens: int | None) -> None:
+        """The attempt is over, whether it got a plan or not; with all tokens, if the request has come to its end."""
         if plan is not None:
             decode_id = plan.decode.replica_id
             self._in_use[decode_id] -= 1
             if not self._in_use[decode_id]:
                 del self._in_use[decode_id]
             self._reserved.pop(request_id, None)
-        self._tell(self._scheduler.finish, Finish(request_id, attempt))
+        self._tell(self._scheduler.finish, Finish(request_id, attempt, num_output_tokens))
 
     def leave(self, request_id: str, attempt: int) -> None:
         """Nobody waits for the plan any more."""

@@ -59,7 +59,7 @@ class SchedulerProcess:
 
     def finish(self, message: Finish) -> None:
         """A request is over."""
-        self.admission.finish(message.request_id, message.attempt, self._now)
+        self.admission.finish(message.request_id, message.attempt, self._now, message.num_output_tokens)
         self._dispatch()
 
     def renew(self, message: Renew) -> None:

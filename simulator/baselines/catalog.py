@@ -48,7 +48,7 @@ POLICIES: dict[str, MakePolicy] = {
     "power-of-two": _staged(PowerOfTwo, PowerOfTwo),
     "session-stick": _staged(lambda seed: SessionStick(), lambda seed: SessionStick()),
     "dynamo": lambda spec, seed: Dynamo(spec.scheduler.max_decode_kv_usage),
-    "mooncake": lambda spec, seed: Mooncake(spec.scheduler.max_decode_kv_usage, spec.link.speed[0]),
+    "mooncake": lambda spec, seed: Mooncake(spec.scheduler.max_decode_kv_usage, spec.link.port.bytes_per_s),
     "llm-d": _llm_d,
     "preble": _staged(lambda seed: Preble(), _fewest),
     "sglang-gateway": _staged(lambda seed: SGLangGateway(), _fewest),

@@ -11,8 +11,8 @@ Source: the router's and the disaggregated router's documentation of ai-dynamo/d
 from collections.abc import Mapping
 
 from cluster.scheduler.candidate import Decision
-from cluster.scheduler.fleet_view import ReplicaView
 from cluster.scheduler.policy import Choices, Memoryless
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import can_pair
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import decodes_with_room, make_decision, num_cached_tokens, ready_prefills

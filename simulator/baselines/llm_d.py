@@ -12,8 +12,8 @@ Source: scorers of llm-d/llm-d-inference-scheduler and of the Gateway API infere
 from collections.abc import Callable, Mapping, Sequence
 
 from cluster.scheduler.candidate import Decision
-from cluster.scheduler.fleet_view import ReplicaView
 from cluster.scheduler.policy import Choices, Memoryless
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import can_pair
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import (

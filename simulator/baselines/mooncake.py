@@ -12,8 +12,8 @@ its SLO: here the queue decides that, and a policy only has requests wait.
 from collections.abc import Mapping, Sequence
 
 from cluster.scheduler.candidate import Decision
-from cluster.scheduler.fleet_view import ReplicaView
 from cluster.scheduler.policy import Choices, Memoryless
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import can_pair, uncached_tokens
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import decodes_with_room, make_decision, ready_prefills

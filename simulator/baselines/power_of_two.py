@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import Stateless, num_outstanding
 

@@ -10,7 +10,7 @@ Load is counted in tokens to compute and to generate of the requests that were s
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import num_cached_tokens
 

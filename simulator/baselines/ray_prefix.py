@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import num_cached_tokens, num_outstanding
 

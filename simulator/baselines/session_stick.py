@@ -6,7 +6,7 @@ A conversation is known by its prompt: one that goes on begins with what was its
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from core.block_hash import BlockHash
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import num_outstanding

@@ -12,7 +12,7 @@ Source: the cache_aware policy of sgl-project/sglang, sgl-model-gateway.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from cluster.scheduler.fleet_view import ReplicaView
+from cluster.scheduler.replica_view import ReplicaView
 from core.messages.to_scheduler import Reserve
 from simulator.baselines.staged import num_cached_tokens, num_outstanding
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from cluster.scheduler.candidate import Decision, Terms
-from cluster.scheduler.fleet_view import ReplicaView
 from cluster.scheduler.policy import Choices, Memoryless
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import can_pair, fits_prefill, has_room, takes_more, uncached_tokens, without
 from core.messages.to_scheduler import Reserve
 
@@ -108,9 +108,10 @@ def make_decision(
         Terms(),
         uncached_tokens(request, depth, taker),
         num_blocks,
+        float(request.max_new_tokens),
         lender,
         num_transfer_bytes=num_blocks * layout.block_bytes_per_rank * layout.tensor_parallel if prefill else 0,
-        num_cached_tokens=own * taker.info.layout.block_size,
+        num_cached_tokens=depth * taker.info.layout.block_size,
     )
 
 
