@@ -149,7 +149,7 @@ class DecisionMaker:
             )
 
         slo_s, weighed = self._config.itl_slo_s, []
-        for sink in sinks if self._exhaustive else few_for_local(sinks):
+        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens):
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
             reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)

@@ -1,6 +1,7 @@
 """Weighs pairs of a source and a sink, and local prefill, against each other. Pure."""
 
 from collections.abc import Callable, Sequence
+from heapq import nsmallest
 from typing import NamedTuple, overload
 
 from cluster.scheduler.candidate import Candidate, Terms
@@ -10,7 +11,7 @@ from cluster.scheduler.link_book import LinkBook
 from cluster.scheduler.site import Site
 from cluster.scheduler.source import Source, Sources
 
-NUM_LOCAL = 1  # decode replicas that local prefill is weighed on: of the least loaded, and of those that hold most
+NUM_LOCAL = 2  # decode replicas that local prefill is weighed on, in all
 
 
 class Sink(NamedTuple):
@@ -175,10 +176,15 @@ class LocalRules:
         return "local_idle" if is_idle else "local_saturated"
 
 
-def few_for_local(sinks: Sequence[Sink]) -> list[Sink]:
-    """Those on which local prefill may be fastest."""
-    by_load, by_depth = sorted(sinks, key=order_of_sink), sorted(sinks, key=lambda sink: -sink.depth)
-    return list({sink.site.replica_id: sink for sink in (*by_load[:NUM_LOCAL], *by_depth[:NUM_LOCAL])}.values())
+def few_for_local(sinks: Sequence[Sink], num_tokens: int) -> list[Sink]:
+    """Those on which local prefill is fastest, pulls left aside."""
+
+    def seconds(sink: Sink) -> float:
+        site = sink.site
+        num_uncached = max(1, num_tokens - sink.depth * site.block_size)
+        return site.queue_s + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
+
+    return nsmallest(NUM_LOCAL, sinks, key=seconds) if len(sinks) > NUM_LOCAL else list(sinks)
 
 
 def weigh_local(sources: Sources, sink: Sink, num_tokens: int) -> tuple[Source, float]:

@@ -4,7 +4,7 @@ They stand in buckets of alike ones (zone, what they can pair with, speed): with
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 
 from cluster.scheduler.site import Site
 
@@ -44,7 +44,8 @@ class Ranked:
         self._places.clear()
         self.buckets.clear()
 
-    def among(self, replica_ids: Iterable[str]) -> Iterator[Site]:
-        """Those of the given ones that are here."""
+    def among(self, replica_ids: Iterable[str]) -> list[Site]:
+        """Those of the given ones that are here, in the order of their load."""
         places = self._places
-        return (known[1][3] for replica_id in replica_ids if (known := places.get(replica_id)) is not None)
+        found = [known[1] for replica_id in replica_ids if (known := places.get(replica_id)) is not None]
+        return [entry[3] for entry in sorted(found)]

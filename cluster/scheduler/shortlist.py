@@ -13,8 +13,9 @@ from core.messages.fleet import Role
 May = Callable[[Site], bool]
 
 SMALL = 6  # replicas of a pool: all are weighed
-NUM_LEAST = 3  # of the least loaded, over all buckets; one of each at least
-NUM_HOLDERS = 2  # of those that match equally deep
+NUM_LEAST = 4  # of the least loaded, over all buckets; two of each at least
+NUM_HOLDERS = 3  # of those that match equally deep
+FEW_HOLDERS = 16  # of those that match equally deep: up to so many are looked at all
 NUM_DEPTHS = 2  # deepest matches
 SPEED_STEP = 0.05  # of the logarithm of a replica's pace: within it the load alone ranks replicas
 
@@ -31,9 +32,10 @@ class Shortlist:
     def changed(self, site: Site) -> None:
         """Its load has."""
         is_prefill = site.info.role is Role.PREFILL
-        pace_s = site.costs.token_s if is_prefill else site.costs.step_s
-        bucket = site.zone, site.kind, round(log(max(pace_s, 1e-9)) / SPEED_STEP)
-        self._ranked.place(site, bucket, site.queue_s if is_prefill else site.itl_s)
+        paces_s = (site.costs.token_s,) if is_prefill else (site.costs.token_s, site.costs.step_s)
+        bucket = site.zone, site.kind, *(round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
+        # a decode replica that prefills has its batch wait, and what it shall prefill next
+        self._ranked.place(site, bucket, site.queue_s if is_prefill else site.itl_s + site.queue_s)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""
@@ -49,7 +51,7 @@ class Shortlist:
                 self.changed(self._sites.of(view))
         found: dict[str, Site] = {}
         buckets = self._ranked.buckets
-        count = max(1, NUM_LEAST // len(buckets))
+        count = max(2, NUM_LEAST // len(buckets))
         for entries in buckets.values():
             num_left = count
             for entry in entries:
@@ -60,16 +62,17 @@ class Shortlist:
                     if not num_left:
                         break
         for segment in matches.segments[:NUM_DEPTHS]:
-            ids = matches.names(segment)
-            if segment.numbers.bit_count() > 4 * NUM_HOLDERS:
-                ids = self._least_of(matches, segment.numbers)
-            for site in islice(filter(may, self._ranked.among(ids)), NUM_HOLDERS):
+            if segment.numbers.bit_count() > FEW_HOLDERS:
+                holders = self._by_load(matches, segment.numbers)
+            else:
+                holders = iter(self._ranked.among(matches.names(segment)))
+            for site in islice(filter(may, holders), NUM_HOLDERS):
                 found[site.replica_id] = site
         return list(found.values())
 
-    def _least_of(self, matches: Matches, numbers: int) -> Iterator[str]:
-        """Many hold it: in the order of their load."""
+    def _by_load(self, matches: Matches, numbers: int) -> Iterator[Site]:
+        """Holders, where there are many: found by the way."""
         for entries in self._ranked.buckets.values():
             for entry in entries:
                 if matches.is_of(entry[2], numbers):
-                    yield entry[2]
+                    yield entry[3]
