@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,20 @@ from core.version import VERSION
 console = Console(highlight=False)
 
 
+COMMANDS = "baton.commands"  # entry points of this group are Typer apps of one command, which come in beside the own
+
+
 class _Commands(TyperGroup):
     """Says what is wrong and ends with status 1 when a command raises an error of the tree."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(entry_points(group=COMMANDS).names)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        found = entry_points(group=COMMANDS, name=cmd_name)
+        return typer.main.get_command(next(iter(found)).load()) if found else None
 
     def invoke(self, ctx: Any) -> Any:
         try:

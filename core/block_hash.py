@@ -14,6 +14,7 @@ BlockKey = bytes  # a block's hash and, unless it is 0, the number of its KV gro
 
 HASH_SCHEME = "blake2b-128/i32le/v1"
 _DIGEST_BYTES = 16
+_TOKEN_BYTES = 4
 
 
 def chain_seed(tenant_salt: str = "", adapter: str = "") -> BlockHash:
@@ -24,10 +25,7 @@ def chain_seed(tenant_salt: str = "", adapter: str = "") -> BlockHash:
 
 def hash_block(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     """Hash of one full block that follows `parent`. Raises OverflowError for ids beyond 31 bits."""
-    tokens = array("i", token_ids)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(parent + _encoded(token_ids), digest_size=_DIGEST_BYTES).digest()
 
 
 def in_group(block_hash: BlockHash, group: int) -> BlockKey:
@@ -40,8 +38,16 @@ def hash_blocks(
 ) -> tuple[BlockHash, ...]:
     """Chained hashes of the full blocks of `token_ids`; a partial last block has none."""
     parent = chain_seed(tenant_salt, adapter)
-    hashes = []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = hash_block(parent, token_ids[start : start + block_size])
+    encoded, hashes = _encoded(token_ids), []
+    num_bytes = block_size * _TOKEN_BYTES
+    for start in range(0, len(encoded) - num_bytes + 1, num_bytes):
+        parent = hashlib.blake2b(parent + encoded[start : start + num_bytes], digest_size=_DIGEST_BYTES).digest()
         hashes.append(parent)
     return tuple(hashes)
+
+
+def _encoded(token_ids: Sequence[int]) -> bytes:
+    tokens = array("i", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tobytes()

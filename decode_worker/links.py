@@ -20,6 +20,7 @@ class Links:
     def __init__(self, limit: int = 64) -> None:
         self._links: dict[str, _Link] = {}
         self._limit = limit
+        self._status: tuple[LinkStatus, ...] | None = ()  # None: something changed since it was made
 
     def add(self, source_id: str, fetched: Fetched) -> None:
         """Takes one finished transfer in."""
@@ -37,19 +38,22 @@ class Links:
 
     def status(self) -> tuple[LinkStatus, ...]:
         """By source id."""
-        return tuple(
-            LinkStatus(
-                source_id,
-                link.bytes_per_s.value,
-                link.num_bytes,
-                link.num_transfers,
-                link.num_digests,
-                link.num_corrupt,
+        if self._status is None:
+            self._status = tuple(
+                LinkStatus(
+                    source_id,
+                    link.bytes_per_s.value,
+                    link.num_bytes,
+                    link.num_transfers,
+                    link.num_digests,
+                    link.num_corrupt,
+                )
+                for source_id, link in sorted(self._links.items())
             )
-            for source_id, link in sorted(self._links.items())
-        )
+        return self._status
 
     def _used(self, source_id: str) -> _Link:
+        self._status = None
         link = self._links.pop(source_id, None) or _Link()
         self._links[source_id] = link
         if len(self._links) > self._limit:

@@ -2,9 +2,13 @@
 
 Decoding comes before prompt chunks, older sequences before newer. When blocks run out, the newest sequence is
 preempted: its client-visible rest is planned anew elsewhere ("resume"), so the oldest always gets through.
+
+Quiet steps, which advance all by a token and preempt none, can be counted ahead and skipped: the state afterwards is
+that of scheduling and finishing each of them.
 """
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from core.sampling import TokenLogprobs
@@ -89,8 +93,16 @@ class DecodeScheduler:
 
     def schedule(self) -> DecodeStep | None:
         """The next step, or None when nothing runs. Preemptions that it needed are reported by `take_preempted`."""
+        self.admit()
+        return self.launch()
+
+    def admit(self) -> None:
+        """Takes those in that wait, as far as the batch has places."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             self.running.append(self.waiting.popleft())
+
+    def launch(self) -> DecodeStep | None:
+        """As `schedule`, of those that run already."""
         budget = self.max_num_batched_tokens
         advances: list[Advance] = []
         decoding_first = sorted(self.running, key=lambda job: job.sequence.num_to_launch > 1)
@@ -134,6 +146,73 @@ class DecodeScheduler:
         """Jobs that lost their blocks since the last call."""
         preempted, self.preempted = self.preempted, []
         return [Outcome(job, job.sequence.num_outputs, None, None, "resume") for job in preempted]
+
+    # ---- skipping -----------------------------------------------------------------------------------------------
+
+    def num_quiet_steps(self, limit: int) -> int:
+        """How many of the next steps, `limit` at most, are quiet if nobody joins or leaves; in the last some may end.
+
+        0: a prompt is computed, blocks may run out, or nothing runs. No step may be in flight. Only ends by length
+        are foreseen.
+        """
+        if not 0 < len(self.running) <= self.max_num_batched_tokens:
+            return 0
+        num_steps = limit
+        for job in self.running:
+            sequence = job.sequence
+            if len(sequence.token_ids) - sequence.num_launched != 1 or sequence.num_drawing:
+                return 0
+            num_steps = min(num_steps, sequence.sampling.max_tokens - sequence.num_outputs)
+        while num_steps > 0 and not self.has_blocks_for(num_steps):
+            num_steps //= 2
+        return max(0, num_steps)
+
+    def has_blocks_for(self, num_steps: int) -> bool:
+        """Whether that many quiet steps find blocks, those not counted that fall behind windows meanwhile."""
+        num_free = self.pool.num_free
+        if not self.running or num_steps <= 0:
+            return True
+        first = self.running[0].sequence
+        if len(self.running) * len(first.groups) * (num_steps // first.block_size + 1) <= num_free:
+            return True
+        lacking = (job.sequence.num_blocks_lacking(job.sequence.num_launched + num_steps) for job in self.running)
+        return sum(lacking) <= num_free
+
+    def begin_quiet_step(self) -> None:
+        """Takes the blocks that the next step begins: what `launch` does that others can see while it computes."""
+        for job in self.running:
+            sequence = job.sequence
+            if sequence.num_launched % sequence.block_size == 0:
+                sequence.grow(sequence.num_launched + 1)
+
+    def skip(self, num_steps: int, draw: Callable[[DecodeJob, int], Sequence[int]]) -> list[Outcome]:
+        """As many quiet steps as `num_quiet_steps` allows, at once. `draw` says a job's next tokens, one for each step.
+
+        Returns the outcomes of jobs that ended in the last step; they have left the batch.
+        """
+        jobs = list(self.running)
+        starts = [job.sequence.num_computed for job in jobs]
+        changes: list[tuple[int, bool, int, DecodeJob]] = []  # in the order in which steps would make them
+        ended: dict[DecodeJob, Outcome] = {}
+        for number, job in enumerate(jobs):
+            sequence = job.sequence
+            sequence.token_ids += draw(job, num_steps)
+            changes += [(step, at_end, number, job) for step, at_end in sequence.changes(num_steps)]
+            last, sampling = sequence.token_ids[-1], sequence.sampling
+            if sequence.num_outputs >= sampling.max_tokens or last in sampling.stop_token_ids:
+                reason = "stop" if last in sampling.stop_token_ids else "length"
+                ended[job] = Outcome(job, sequence.num_outputs - 1, last, None, reason)
+                changes.append((num_steps, True, number, job))
+        for step, at_end, number, job in sorted(changes, key=lambda change: change[:3]):
+            if not at_end:
+                job.sequence.grow(starts[number] + step)
+                continue
+            job.sequence.pass_over(starts[number] + step)
+            if step == num_steps and job in ended and not job.cancelled:
+                self._drop(job)
+        for job, start in zip(jobs, starts, strict=True):
+            job.sequence.num_computed = job.sequence.num_launched = start + num_steps
+        return list(ended.values())
 
     def _make_room(self, job: DecodeJob, num_tokens: int, advances: list[Advance]) -> bool:
         """Grows the sequence, preempting the newest others that this step does not advance yet, or itself."""

@@ -12,27 +12,12 @@ it is evicted, least recently released first and never before the blocks that fo
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from core.block_hash import BlockKey
 
 
 class OutOfBlocks(Exception):
     """More blocks were asked for than are reusable and not promised."""
-
-
-@dataclass
-class _Block:
-    owners: int = 0
-    writers: int = 0
-    readers: int = 0
-    key: BlockKey | None = None
-    parent: BlockKey | None = None
-    released_at: int = 0  # logical clock of the last release
-
-    @property
-    def reusable(self) -> bool:
-        return not (self.owners or self.writers or self.readers)
 
 
 class BlockPool:
@@ -42,12 +27,16 @@ class BlockPool:
         """`keeps_released`: somebody calls `take_released`."""
         self.num_blocks = num_blocks
         self.num_promised = 0  # reusable blocks that leases may still claim
-        self._blocks = [_Block() for _ in range(num_blocks)]
+        self._owners, self._writers, self._readers = ([0] * num_blocks for _ in range(3))
+        self._holds = [0] * num_blocks  # sums of those three: a block with none is reusable
+        self._keys: list[BlockKey | None] = [None] * num_blocks
+        self._parents: list[BlockKey | None] = [None] * num_blocks
+        self._released_at = [0] * num_blocks  # logical clock of the last release
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_reusable = num_blocks
         self._cached: dict[BlockKey, int] = {}
         self._children: dict[BlockKey, int] = {}  # cached blocks that name this key as parent
-        self._evictable: list[tuple[int, int]] = []  # heap of (released_at, block), lazily cleaned
+        self._leaves: list[tuple[int, int]] = []  # heap of (released_at, block) that no cached one follows, and stale
         self._clock = 0
         self._stored: list[BlockKey] = []
         self._removed: list[BlockKey] = []
@@ -94,7 +83,7 @@ class BlockPool:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
         taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in taken:
-            self._blocks[block].owners = 1
+            self._owners[block] = self._holds[block] = 1
         self._num_reusable -= count
         return taken
 
@@ -125,16 +114,22 @@ class BlockPool:
 
         `parent` is the key of a block without which this one is of no use.
         """
-        entry = self._blocks[block]
-        assert not entry.reusable, "only a held block has defined content"
-        assert entry.key in (None, key), "a block's content is registered once"
-        if entry.key is not None or key in self._cached:
-            return
-        entry.key, entry.parent = key, parent
-        self._cached[key] = block
-        if parent is not None:
-            self._children[parent] = self._children.get(parent, 0) + 1
-        self._stored.append(key)
+        self.register_all((block,), (key,), (parent,))
+
+    def register_all(self, blocks: Iterable[int], keys: Iterable[BlockKey], parents: Iterable[BlockKey | None]) -> None:
+        """As `register` of each."""
+        own_keys, cached, children = self._keys, self._cached, self._children
+        for block, key, parent in zip(blocks, keys, parents, strict=True):
+            known = own_keys[block]
+            assert self._holds[block], "only a held block has defined content"
+            assert known is None or known == key, "a block's content is registered once"
+            if known is not None or key in cached:
+                continue
+            own_keys[block], self._parents[block] = key, parent
+            cached[key] = block
+            if parent is not None:
+                children[parent] = children.get(parent, 0) + 1
+            self._stored.append(key)
 
     def take_released(self, limit: int) -> dict[BlockKey, int]:
         """Cached blocks that lost their last owner since the last call, the first first; at most so many."""
@@ -142,7 +137,7 @@ class BlockPool:
         while self._released and len(taken) < limit:
             block = next(iter(self._released))
             del self._released[block]
-            key = self._blocks[block].key
+            key = self._keys[block]
             if key is not None:
                 taken[key] = block
         return taken
@@ -153,7 +148,7 @@ class BlockPool:
 
     def drain_events(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """(stored, removed) since the last call; a key that came and went, or went and came, nets out."""
-        stored, removed = set(self._stored), set(self._removed)
+        stored, removed = dict.fromkeys(self._stored), dict.fromkeys(self._removed)
         self._stored, self._removed = [], []
         now_cached = self._cached.keys()
         return tuple(key for key in stored if key in now_cached), tuple(key for key in removed if key not in now_cached)
@@ -163,118 +158,136 @@ class BlockPool:
     def own(self, blocks: Sequence[int]) -> None:
         """One more owner each. Raises OutOfBlocks when that would eat into promised capacity."""
         self._require_free(blocks)
-        for block in blocks:
-            self._count(block, owners=1)
+        self._take_hold(self._owners, blocks)
 
     def disown(self, blocks: Sequence[int]) -> None:
         """One owner less each; pass a sequence's blocks in logical order."""
+        if self._released is None:
+            self._let_go(self._owners, reversed(blocks))
+            return
         for block in reversed(blocks):
-            self._count(block, owners=-1)
-            entry = self._blocks[block]
-            if self._released is not None and not entry.owners and entry.key is not None:
+            self._let_go(self._owners, (block,))
+            if not self._owners[block] and self._keys[block] is not None:
                 self._released[block] = None
 
     def begin_write(self, blocks: Iterable[int]) -> None:
         """A step or transfer will write these held blocks."""
+        writers, holds = self._writers, self._holds
         for block in blocks:
-            self._count(block, writers=1)
+            assert holds[block], "a write does not take hold of a reusable block"
+            writers[block] += 1
+            holds[block] += 1
 
     def end_write(self, blocks: Iterable[int]) -> None:
         """The writer is done or quiesced."""
-        for block in blocks:
-            self._count(block, writers=-1)
+        self._let_go(self._writers, blocks)
 
     def begin_read(self, blocks: Iterable[int]) -> None:
         """A transfer will read these held blocks."""
-        for block in blocks:
-            self._count(block, readers=1)
+        self._take_hold(self._readers, blocks)
 
     def begin_read_cached(self, blocks: Sequence[int]) -> None:
         """As `begin_read`, of cached blocks that may be held by nobody. Raises OutOfBlocks as `own` does."""
         self._require_free(blocks)
-        for block in blocks:
-            self._count(block, readers=1)
+        self._take_hold(self._readers, blocks)
 
     def end_read(self, blocks: Iterable[int]) -> None:
         """The reader is done or quiesced."""
-        for block in blocks:
-            self._count(block, readers=-1)
+        self._let_go(self._readers, blocks)
 
     def validate(self) -> None:
         """Raises AssertionError when the books do not balance."""
-        reusable = [i for i, entry in enumerate(self._blocks) if entry.reusable]
+        counters = zip(self._owners, self._writers, self._readers, strict=True)
+        assert [sum(counts) for counts in counters] == self._holds
+        reusable = [block for block, holds in enumerate(self._holds) if not holds]
         assert len(reusable) == self._num_reusable
         assert 0 <= self.num_promised <= self._num_reusable
         assert len(set(self._free)) == len(self._free)
         for block in self._free:
-            assert self._blocks[block].reusable and self._blocks[block].key is None
-        queued = {block for stamp, block in self._evictable if self._blocks[block].released_at == stamp}
+            assert not self._holds[block] and self._keys[block] is None
+        leaves = {block for stamp, block in self._leaves if self._released_at[block] == stamp}
         for block in reusable:
-            assert self._blocks[block].key is None or block in queued
-            assert self._blocks[block].key is not None or block in self._free
+            key = self._keys[block]
+            assert (block in self._free) if key is None else (key in self._children or block in leaves)
         for key, block in self._cached.items():
-            assert self._blocks[block].key == key
-        assert len(self._cached) == sum(1 for entry in self._blocks if entry.key is not None)
+            assert self._keys[block] == key
+        assert len(self._cached) == sum(1 for key in self._keys if key is not None)
         for parent, count in self._children.items():
-            assert count == sum(1 for entry in self._blocks if entry.parent == parent) > 0
+            assert count == sum(1 for other in self._parents if other == parent) > 0
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _require_free(self, blocks: Sequence[int]) -> None:
-        newly_held = sum(1 for block in blocks if self._blocks[block].reusable)
+        newly_held = sum(1 for block in blocks if not self._holds[block])
         if newly_held > self.num_free:
             raise OutOfBlocks(f"{newly_held} cached blocks wanted, {self.num_free} free of {self.num_blocks}")
 
-    def _count(self, block: int, *, owners: int = 0, writers: int = 0, readers: int = 0) -> None:
-        """The one door through which counters change."""
-        entry = self._blocks[block]
-        was_reusable = entry.reusable
-        assert not was_reusable or owners > 0 or readers > 0, "a write does not take hold of a reusable block"
-        entry.owners += owners
-        entry.writers += writers
-        entry.readers += readers
-        assert min(entry.owners, entry.writers, entry.readers) >= 0, f"block {block}: counter below zero"
-        if was_reusable and not entry.reusable:
-            self._num_reusable -= 1
-            assert entry.key is not None, "a plain free block is taken by allocate()"
-        elif entry.reusable and not was_reusable:
-            self._num_reusable += 1
-            self._clock += 1
-            entry.released_at = self._clock
-            if entry.key is None:
-                self._free.append(block)
-            else:
-                heapq.heappush(self._evictable, (entry.released_at, block))
+    def _take_hold(self, counters: list[int], blocks: Iterable[int]) -> None:
+        """One more each; reusable blocks are held from now on."""
+        holds = self._holds
+        for block in blocks:
+            if not holds[block]:
+                self._num_reusable -= 1
+                assert self._keys[block] is not None, "a plain free block is taken by allocate()"
+            counters[block] += 1
+            holds[block] += 1
+
+    def _let_go(self, counters: list[int], blocks: Iterable[int]) -> None:
+        """One less each; those that nobody holds any more become reusable, in this order."""
+        holds = self._holds
+        for block in blocks:
+            assert counters[block] > 0, f"block {block}: counter below zero"
+            counters[block] -= 1
+            holds[block] -= 1
+            if not holds[block]:
+                self._become_reusable(block)
+
+    def _become_reusable(self, block: int) -> None:
+        self._num_reusable += 1
+        self._clock += 1
+        self._released_at[block] = self._clock
+        key = self._keys[block]
+        if key is None:
+            self._free.append(block)
+        elif key not in self._children:
+            self._queue_leaf(block)
+
+    def _queue_leaf(self, block: int) -> None:
+        if len(self._leaves) > 2 * self.num_blocks:
+            self._leaves = [item for item in self._leaves if self._is_leaf(*item)]
+            heapq.heapify(self._leaves)
+        heapq.heappush(self._leaves, (self._released_at[block], block))
+
+    def _is_leaf(self, stamp: int, block: int) -> bool:
+        """Whether an item of the heap is still true."""
+        key = self._keys[block]
+        is_evictable = key is not None and not self._holds[block] and self._released_at[block] == stamp
+        return is_evictable and key not in self._children
 
     def _evict(self) -> int:
         """Uncaches the least recently released block that no cached block follows, else the least recent of all."""
-        passed_over = []
-        victim = None
-        while self._evictable:
-            stamp, block = heapq.heappop(self._evictable)
-            entry = self._blocks[block]
-            if entry.key is None or not entry.reusable or entry.released_at != stamp:
-                continue
-            if not self._children.get(entry.key):
-                victim = block
+        while self._leaves:
+            stamp, block = heapq.heappop(self._leaves)
+            if self._is_leaf(stamp, block):
                 break
-            passed_over.append((stamp, block))
-        if victim is None:
-            victim = passed_over.pop(0)[1]
-        for item in passed_over:
-            heapq.heappush(self._evictable, item)
-        self._uncache(victim)
-        return victim
+        else:
+            evictable = (block for block in self._cached.values() if not self._holds[block])
+            block = min(evictable, key=self._released_at.__getitem__)
+        self._uncache(block)
+        return block
 
     def _uncache(self, block: int) -> None:
-        entry = self._blocks[block]
-        assert entry.key is not None
-        del self._cached[entry.key]
+        key, parent = self._keys[block], self._parents[block]
+        assert key is not None
+        del self._cached[key]
         if self._released is not None:
             self._released.pop(block, None)
-        self._removed.append(entry.key)
-        if entry.parent is not None:
-            self._children[entry.parent] -= 1
-            if not self._children[entry.parent]:
-                del self._children[entry.parent]
-        entry.key = entry.parent = None
+        self._removed.append(key)
+        if parent is not None:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                del self._children[parent]
+                followed = self._cached.get(parent)
+                if followed is not None and not self._holds[followed]:
+                    self._queue_leaf(followed)
+        self._keys[block] = self._parents[block] = None

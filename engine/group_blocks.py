@@ -8,7 +8,7 @@ logical   0 ........ first - 1 | first .... | .......... end - 1
 from collections.abc import Sequence
 
 from core.block_hash import BlockHash, BlockKey, in_group
-from core.kv_groups import KVGroup, chain_key
+from core.kv_groups import KVGroup
 from engine.batch import BlockTable
 
 
@@ -63,9 +63,15 @@ class GroupBlocks:
         self._num_registered = max(self._num_registered, blocks.stop)
         return blocks
 
-    def chain_key(self, hashes: Sequence[BlockHash], block: int) -> tuple[BlockKey, BlockKey | None]:
-        """See core.kv_groups.chain_key."""
-        return chain_key(hashes, self.number, self.group, block)
+    def chain_keys(
+        self, hashes: Sequence[BlockHash], blocks: range
+    ) -> tuple[list[BlockKey], Sequence[BlockKey | None]]:
+        """Those of full blocks, and of the blocks without which these are of no use: see core.kv_groups.chain_key."""
+        keys = self.keys(hashes, blocks)
+        if self.group.window is not None:
+            return keys, (None,) * len(keys)
+        before = in_group(hashes[blocks.start - 1], self.number) if blocks.start else None
+        return keys, (before, *keys[:-1])
 
     def take_behind(self, num_tokens: int) -> list[int]:
         """The blocks that no token after `num_tokens` others sees; no longer the sequence's."""

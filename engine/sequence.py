@@ -144,6 +144,27 @@ class ActiveSequence:
             self._pool.disown(blocks.take_behind(self.num_computed))
         self._promise(self._num_to_promise() - self.num_promised)
 
+    def changes(self, num_steps: int) -> set[tuple[int, bool]]:
+        """When blocks change hands during the next steps of one token each: (step, counted from 1, whether at its end).
+
+        A step that begins a block takes one; one that fills a block makes it findable; behind a window one is given
+        back. No step may be in flight.
+        """
+        size, done = self.block_size, self.num_computed
+        begins = range(-done % size + 1, num_steps + 1, size)
+        ends = [size - done % size]
+        for blocks in self.groups:
+            if blocks.group.window is not None:
+                ends.append((blocks.group.window - 2 - done) % size + 1)
+        return {(step, False) for step in begins} | {
+            (step, True) for first in ends for step in range(first, num_steps + 1, size)
+        }
+
+    def pass_over(self, num_computed: int) -> None:
+        """As launches and advances, one token each, up to there; blocks for them are in place."""
+        self.num_launched = num_computed
+        self.advance(num_computed - self.num_computed)
+
     def append(self, token_id: int) -> str | None:
         """Takes a drawn token; "stop" or "length" when it ends the output."""
         self.num_drawing = max(0, self.num_drawing - 1)  # the first token of a prompt computed elsewhere: none is
@@ -210,9 +231,9 @@ class ActiveSequence:
     def _register_full_blocks(self) -> None:
         self._hash_full_blocks()
         for blocks in self.groups:
-            for logical in blocks.newly_full(self.num_computed):
-                (physical,) = blocks.physical(range(logical, logical + 1))
-                self._pool.register(physical, *blocks.chain_key(self._hashes, logical))
+            if logical := blocks.newly_full(self.num_computed):
+                keys, parents = blocks.chain_keys(self._hashes, logical)
+                self._pool.register_all(blocks.physical(logical), keys, parents)
 
     def _hash_full_blocks(self) -> None:
         """Those of generated tokens are made when first needed."""

@@ -52,7 +52,8 @@ class Lease:
     expires_at: float
     state: LeaseState = LeaseState.OPEN
     bound: dict[LogicalBlock, int] = field(default_factory=dict)  # logical -> physical
-    arrived_layers: dict[LogicalBlock, set[int]] = field(default_factory=dict)
+    arrived_layers: dict[LogicalBlock, int] = field(default_factory=dict)  # bit by layer of the group
+    num_whole: int = 0  # missing blocks of which every layer is in place
     announced: dict[int, Announce] = field(default_factory=dict)  # by number
     in_flight: set[int] = field(default_factory=set)  # numbers of announcements being fetched
     commit: Commit | None = None
@@ -69,11 +70,24 @@ class Lease:
 
     def has_all_layers(self, block: LogicalBlock) -> bool:
         """Whether every layer of a logical block is in place."""
-        return len(self.arrived_layers.get(block, ())) == self.group_sizes[block[0]]
+        return self.arrived_layers.get(block, 0) == (1 << self.group_sizes[block[0]]) - 1
+
+    def arrive(self, message: Announce) -> list[LogicalBlock]:
+        """Takes in what an announcement brought; returns the blocks that this made whole."""
+        arrived, completed = self.arrived_layers, []
+        layers = ((1 << message.num_layers) - 1) << message.first_layer
+        all_layers = (1 << self.group_sizes[message.group]) - 1
+        for block in announced_blocks(message):
+            before = arrived.get(block, 0)
+            arrived[block] = after = before | layers
+            if after == all_layers and before != after:
+                completed.append(block)
+        self.num_whole += len(completed)
+        return completed
 
     def is_whole(self) -> bool:
         """Whether every layer of every missing block is in place."""
-        return all(self.has_all_layers((group, block)) for group, blocks in enumerate(self.missing) for block in blocks)
+        return self.num_whole == self.num_missing
 
     def to(self, state: LeaseState) -> None:
         """The one door to another state."""
@@ -85,6 +99,8 @@ class Lease:
         assert all(block in self.missing[group] for group, block in self.bound)
         assert len(set(self.bound.values())) == len(self.bound), "one physical block bound twice"
         assert self.in_flight <= self.announced.keys()
+        blocks = ((group, block) for group, of_group in enumerate(self.missing) for block in of_group)
+        assert self.num_whole == sum(map(self.has_all_layers, blocks))
         if self.state in (LeaseState.OPEN, LeaseState.RECEIVING):
             assert self.commit is None
         if self.state is LeaseState.COMPLETE:
@@ -175,13 +191,7 @@ class LeaseBook:
         """All bytes of an announcement are in place; returns the logical blocks that this completed."""
         message = lease.announced[number]
         lease.in_flight.discard(number)
-        layers = range(message.first_layer, message.first_layer + message.num_layers)
-        completed = []
-        for block in announced_blocks(message):
-            was_complete = lease.has_all_layers(block)
-            lease.arrived_layers.setdefault(block, set()).update(layers)
-            if lease.has_all_layers(block) and not was_complete:
-                completed.append(block)
+        completed = lease.arrive(message)
         self._complete_if_whole(lease)
         return completed
 

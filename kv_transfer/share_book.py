@@ -35,7 +35,7 @@ class Shared:
     """One logical block that decode may read: where it lies, and the places of layers that are final."""
 
     physical: int
-    layers: set[int] = field(default_factory=set)
+    layers: int = 0  # a bit for each place
 
 
 @dataclass
@@ -94,14 +94,14 @@ class ShareBook:
         number = share.num_announcements
         share.num_announcements += 1
         share.expires_at = now + self._ttl_s
-        fresh = []
+        fresh, final = [], _bits(layers)
         for logical, block in enumerate(physical, first_block):
             shared = share.readable.get((group, logical))
             if shared is None:
                 shared = share.readable[group, logical] = Shared(block)
                 fresh.append(block)
             assert shared.physical == block, "a shared block does not move"
-            shared.layers.update(layers)
+            shared.layers |= final
         return number, fresh
 
     def commit(self, share: Share, now: float) -> None:
@@ -128,14 +128,18 @@ class ShareBook:
         if share is None or share.lease_id != header.lease_id:
             return False
         span = header.source
-        layers = set(range(span.first_layer, span.first_layer + span.num_layers))
+        layers = _bits(range(span.first_layer, span.first_layer + span.num_layers))
         blocks = span.physical_blocks(self._block_size)
         found = [share.readable.get((header.group, logical)) for logical in header.logical_blocks]
         return len(found) == len(blocks) and all(
-            shared is not None and shared.physical == block and layers <= shared.layers
+            shared is not None and shared.physical == block and shared.layers & layers == layers
             for shared, block in zip(found, blocks, strict=True)
         )
 
     def expired(self, now: float) -> list[Share]:
         """Shares that decode never released; the caller ends them."""
         return [share for share in self._shares.values() if share.expires_at <= now]
+
+
+def _bits(layers: range) -> int:
+    return ((1 << len(layers)) - 1) << layers.start

@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from cluster.ingress.generation import FleetHealth
+from cluster.ingress.plan_alone import plan_alone
 from cluster.ingress.schedulers import Resolve, Schedulers
-from cluster.scheduler.rules import can_pair
-from cluster.scheduler.traffic import choose_generation
-from core.errors import BatonError, NoReplica, PeerLost
+from core.errors import BatonError, PeerLost
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
 from core.messages.to_scheduler import (
     Book,
@@ -54,6 +53,7 @@ class SchedulerClient:
         self._reserved: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reachable = False
+        self._chance = random.Random()
 
     def start(self) -> None:
         """Begins to follow the scheduler's address book."""
@@ -130,27 +130,7 @@ class SchedulerClient:
             except PeerLost as error:
                 logger.warning("the global scheduler does not answer: %s", error)
                 self._schedulers.failed(address)
-        return self._plan_alone(request)
-
-    def _plan_alone(self, request: Reserve) -> Plan:
-        """Power of two choices by this ingress's own count, in the request's generation or one that the last
-        known traffic split gives it. Raises NoReplica.
-        """
-        decodes = [replica for replica in self._replicas if replica.role is Role.DECODE]
-        if not decodes:
-            raise NoReplica("no decode replica is known", retry_after_s=2.0)
-        generations = {decode.generation for decode in decodes}
-        generation = request.generation
-        if generation not in generations:
-            generation = choose_generation(request.request_id, generations, self._weights)
-        decodes = _without([decode for decode in decodes if decode.generation == generation], request.avoid)
-        two = random.sample(decodes, min(2, len(decodes)))
-        decode = min(two, key=lambda replica: self._in_use.get(replica.replica_id, 0))
-        prefills = [replica for replica in self._replicas if replica.role is Role.PREFILL]
-        partners = [p for p in prefills if can_pair(p, decode) and request.num_tokens <= p.max_model_len]
-        partners = [] if request.placement == "local" else _without(partners, request.avoid)
-        prefill = random.choice(partners) if partners else None
-        return Plan(request.request_id, request.attempt, prefill, decode, 0.0, 0.0, "fallback")
+        return plan_alone(request, self._replicas, self._weights, self._in_use, self._chance)
 
     async def _follow_book(self) -> None:
         while True:
@@ -207,8 +187,3 @@ class SchedulerClient:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _without(replicas: list[ReplicaInfo], avoid: tuple[str, ...]) -> list[ReplicaInfo]:
-    """Leaves out the replicas that just failed the request, unless none would be left."""
-    return [replica for replica in replicas if replica.replica_id not in avoid] or replicas

@@ -1,0 +1,1 @@
+"""Routing rules that others published, each over the production seam, to be compared with on equal terms."""

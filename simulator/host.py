@@ -1,0 +1,79 @@
+"""What both roles of a replica share: identity, clock, block pool, speed, loans, and how it tells of itself. Pure."""
+
+from dataclasses import dataclass, replace
+
+from core.messages.fleet import ReplicaInfo
+from core.messages.to_lender import Borrow, Lent
+from core.messages.to_scheduler import ReplicaStatus
+from engine.block_pool import BlockPool
+from simulator.cost.cost_model import CostModel
+from simulator.events import EventQueue
+from simulator.network import Network
+from simulator.wire import Wire
+from worker.lender import Lender
+from worker.samples import Samples
+
+
+@dataclass(frozen=True)
+class World:
+    """What all processes of a simulated fleet live in."""
+
+    queue: EventQueue
+    wire: Wire
+    network: Network
+
+
+class Host:
+    """One incarnation of a replica."""
+
+    def __init__(
+        self, world: World, number: int, info: ReplicaInfo, cost: CostModel, speed: float, rest_timeout_s: float
+    ) -> None:
+        self.world = world
+        self.number = number
+        self.info = info
+        self.cost = cost
+        self.speed = speed
+        self.pool = BlockPool(info.num_blocks)
+        self.lender = Lender(info, self.pool, rest_timeout_s)
+        self.alive = True
+        self.draining = False
+        self.lies = False
+        self.clock_offset_s = 0.0
+        self.samples = Samples()
+        self.num_steps = 0
+        self.busy_s = 0.0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+
+    @property
+    def now(self) -> float:
+        """On this replica's own clock."""
+        return self.world.queue.now + self.clock_offset_s
+
+    def block_bytes(self, group: int, num_layers: int) -> int:
+        """Of so many layers of one block, on all ranks."""
+        layout = self.info.layout
+        del group
+        return layout.block_bytes_per_rank * layout.tensor_parallel * num_layers // layout.num_places
+
+    def told(self, status: ReplicaStatus) -> ReplicaStatus:
+        """What it says of its load."""
+        if not self.lies:
+            return status
+        return replace(
+            status,
+            num_waiting=0,
+            num_running=0,
+            num_waiting_tokens=0,
+            num_free_blocks=self.info.num_blocks,
+            num_kv_tokens=0,
+        )
+
+    def lend(self, message: Borrow) -> Lent:
+        """Another replica wants what is cached here."""
+        return self.lender.lend(message, self.now)
+
+    def give_back(self, loan_id: str) -> None:
+        """It has it, or will not fetch it."""
+        self.lender.give_back(loan_id, self.now)
