@@ -170,6 +170,7 @@ PURE = [
     "simulator.cost.gpus",
     "simulator.cost.kernel_times",
     "simulator.cost.models",
+    "simulator.replay",
     "simulator.traces.agent_sessions",
     "simulator.traces.block_ids",
     "simulator.traces.scaling",

@@ -162,6 +162,17 @@ class Admission:
             self._make_room(generation, decodes[generation].replicas)
         return plans
 
+    def dispatch_one(self, request_id: str, now: float) -> Plan | None:
+        """The plan of one waiting request, whoever waits before it; None when it does not wait, or finds no room."""
+        waiting, generations = self._line.find(request_id), self._generations(now)
+        if waiting is None or (generation := generations.answering(waiting.request)) not in generations.decodes:
+            return None
+        decision = self._decide(waiting.request, generations.decodes[generation].replicas, now)
+        if decision is None:
+            return None
+        self._line.remove(request_id)
+        return self._book(waiting, decision, now)
+
     def take_yields(self) -> list[Yielding]:
         """Batch requests that others now wait for, since the last call. The caller has their decode replicas let go."""
         yields, self._yields = self._yields, []

@@ -42,8 +42,9 @@ class LinkBook:
         """Transfers that came in there, and the zones of replicas by id."""
         to_id, to_zone = destination.info.replica_id, destination.info.zone
         if links := destination.status.links:
-            most_bytes_per_s = max(1 / self.fastest.byte_s, *(link.bytes_per_s for link in links))
-            self.fastest = self.fastest._replace(byte_s=1 / most_bytes_per_s)
+            most_bytes_per_s = max(link.bytes_per_s for link in links)
+            if most_bytes_per_s * self.fastest.byte_s > 1:
+                self.fastest = self.fastest._replace(byte_s=1 / most_bytes_per_s)
         for source_id, num_bytes, seconds in transfers:
             if num_bytes > 0 and seconds > 0:
                 self._add((source_id, to_id), (source_zones.get(source_id, ""), to_zone), num_bytes, seconds)

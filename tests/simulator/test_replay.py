@@ -1,0 +1,136 @@
+"""Records of decisions: written by a scheduler that runs, read whole or torn, played to other policies."""
+
+import pytest
+
+from cluster.decision_record import DecisionRecorder, read_config, read_events
+from cluster.scheduler.admission import Admission
+from cluster.scheduler.decision import DecisionMaker
+from core.config import SchedulerConfig
+from core.errors import ConfigurationError
+from core.messages.to_scheduler import Deregister, Finish, Plan, Progress, Report, Reserve
+from simulator.baselines.catalog import find_policy
+from simulator.fleet_spec import FleetSpec, PoolSection
+from simulator.replay import replay
+from simulator.replay_command import changed, summary
+from simulator.twin import Twin
+from tests.simulator.costs import COSTS, small_fleet
+from tests.simulator.test_whole_fleets import random_trace
+
+
+class Recorded(Admission):
+    """The production class, which also writes down what it hears, as SchedulerService does."""
+
+    events: list[tuple[float, object]]
+
+    def report(self, report: Report, now: float) -> None:
+        self.events.append((now, report))
+        super().report(report, now)
+
+    def replica_lost(self, replica_id: str) -> None:
+        self.events.append((self.events[-1][0], Deregister(replica_id, 0)))
+        super().replica_lost(replica_id)
+
+    def reserve(self, request: Reserve, now: float) -> None:
+        self.events.append((now, request))
+        super().reserve(request, now)
+
+    def dispatch(self, now: float) -> list[Plan]:
+        plans = super().dispatch(now)
+        self.events += [(now, plan) for plan in plans]
+        return plans
+
+    def progress(self, message: Progress, now: float) -> None:
+        self.events.append((now, message))
+        super().progress(message, now)
+
+    def finish(self, request_id: str, attempt: int, now: float, num_output_tokens: int | None = None) -> None:
+        self.events.append((now, Finish(request_id, attempt, num_output_tokens)))
+        super().finish(request_id, attempt, now, num_output_tokens)
+
+
+def recorded_run(monkeypatch, seed: int = 1) -> tuple[FleetSpec, list[tuple[float, object]]]:
+    """All that the scheduler of a twin heard and decided."""
+    events: list[tuple[float, object]] = []
+    monkeypatch.setattr(Recorded, "events", events, raising=False)
+    monkeypatch.setattr("simulator.twin.Admission", Recorded)
+    spec = small_fleet(2, 3, decode__num_blocks=200, prefill__num_blocks=200)
+    result = Twin(spec, COSTS, seed=seed).run(random_trace(seed, num_requests=120))
+    assert sum(record.is_completed for record in result.records) > 100
+    return spec, events
+
+
+def test_the_same_policy_decides_as_it_did(monkeypatch):
+    spec, events = recorded_run(monkeypatch)
+    replayed = replay(events, spec.scheduler, DecisionMaker(spec.scheduler))
+    plans = [event for _, event in events if isinstance(event, Plan)]
+    assert [one.request_id for one in replayed] == [plan.request_id for plan in plans]
+    assert sum(one.agrees for one in replayed) / len(replayed) > 0.98  # its lists are short, the judge's are not
+    for one, plan in zip(replayed, plans, strict=True):
+        assert one.recorded == (plan.prefill.replica_id if plan.prefill else "", plan.decode.replica_id)
+        if one.recorded_s is not None:
+            assert one.recorded_s == pytest.approx(plan.predicted_ttft_s, rel=0.01, abs=1e-4)
+    assert sum(one.measured_s is not None for one in replayed) > 100
+
+
+def test_another_policy_chooses_otherwise_and_is_foreseen_to_be_slower(monkeypatch):
+    spec, events = recorded_run(monkeypatch)
+    replayed = replay(events, spec.scheduler, find_policy("round-robin")(spec, 0))
+    assert 0 < sum(one.agrees for one in replayed) / len(replayed) < 0.7
+    both = [(one.recorded_s, one.chosen_s) for one in replayed if None not in (one.recorded_s, one.chosen_s)]
+    assert sum(recorded for recorded, _ in both) < 0.9 * sum(chosen for _, chosen in both)
+
+
+def test_other_settings_are_another_policy(monkeypatch):
+    spec, events = recorded_run(monkeypatch)
+    others = changed(spec.scheduler, ["local_prefill_max_tokens=0"])
+    replayed = replay(events, spec.scheduler, DecisionMaker(others))
+    was_local = [one for one in replayed if not one.recorded[0]]
+    assert was_local and all(one.chosen is None or one.chosen[0] for one in was_local)
+    table = summary(replayed, "baton")
+    assert table.row_count >= 5
+    with pytest.raises(ConfigurationError, match="queue_limits"):
+        changed(spec.scheduler, ["queue_limits=3"])
+    with pytest.raises(ConfigurationError, match="queue_limit: Input should be"):
+        changed(spec.scheduler, ["queue_limit=-3"])
+
+
+def test_a_file_gives_back_what_was_noted_up_to_where_it_was_torn(tmp_path, monkeypatch):
+    spec, events = recorded_run(monkeypatch)
+    path = tmp_path / "s.decisions"
+    recorder = DecisionRecorder(path, spec.scheduler, 2**24)
+    for _, event in events:
+        recorder.note(event)
+    recorder.close()
+    assert read_config(path) == spec.scheduler
+    read = list(read_events(path))
+    assert [event for _, event in read] == [event for _, event in events]
+    assert [seconds for seconds, _ in read] == sorted(seconds for seconds, _ in read)
+    path.write_bytes(path.read_bytes()[:-3])
+    assert len(list(read_events(path))) == len(events) - 1
+
+
+def test_a_full_file_ends_with_a_whole_event(tmp_path, monkeypatch, caplog):
+    spec, events = recorded_run(monkeypatch)
+    recorder = DecisionRecorder(tmp_path / "s", spec.scheduler, 20_000)
+    for _, event in events:
+        recorder.note(event)
+    recorder.close()
+    assert (tmp_path / "s").stat().st_size <= 20_000
+    kept = [event for _, event in read_events(tmp_path / "s")]
+    assert 0 < len(kept) < len(events) and kept == [event for _, event in events[: len(kept)]]
+    assert sum("is full" in message for message in caplog.messages) == 1
+
+
+def test_what_is_no_record_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        read_config(tmp_path / "missing")
+    (tmp_path / "other").write_bytes(b"something else")
+    with pytest.raises(ConfigurationError, match="no record of decisions"):
+        list(read_events(tmp_path / "other"))
+    with pytest.raises(ConfigurationError, match="record_dir"):
+        DecisionRecorder(tmp_path / "other" / "s", SchedulerConfig(), 1)
+
+
+def test_the_policies_of_the_catalog_need_no_more_of_a_fleet():
+    spec = FleetSpec(decode=PoolSection())
+    assert find_policy("mooncake")(spec, 0) is not None
