@@ -186,6 +186,7 @@ class Supervisor:
                 block_size=self._config.block_size,
                 security=self._config.cluster.security,
                 generation=self._config.generation,
+                tenant_salt=self._config.tenant_salt,
                 weight_lenders=lenders[rank],
             )
             for rank in range(pool.tensor_parallel)

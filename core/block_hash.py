@@ -23,6 +23,11 @@ def chain_seed(tenant_salt: str = "", adapter: str = "") -> BlockHash:
     return hashlib.blake2b(material, digest_size=_DIGEST_BYTES).digest()
 
 
+def salt_of(fleet_salt: str, tenant: str) -> str:
+    """Of a tenant that shares no prefixes with others; the fleet's own without one."""
+    return f"{fleet_salt}\x1e{tenant}" if tenant else fleet_salt
+
+
 def hash_block(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     """Hash of one full block that follows `parent`. Raises OverflowError for ids beyond 31 bits."""
     return hashlib.blake2b(parent + _encoded(token_ids), digest_size=_DIGEST_BYTES).digest()

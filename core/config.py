@@ -80,6 +80,9 @@ class PoolConfig(Section):
     steps_in_flight: int = Field(default=1, ge=1, le=2)  # 2: the next step is launched while one is computed
     tiers: TiersConfig = TiersConfig()
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
+    cache_floors: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict
+    )  # of its blocks, by tenant
     engine: EngineConfig = EngineConfig()
     resources_per_rank: RankResources = RankResources()
     drain_timeout_s: float = Field(default=20.0, ge=0)
@@ -89,6 +92,8 @@ class PoolConfig(Section):
     def _ordered(self) -> "PoolConfig":
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        if sum(self.cache_floors.values()) > 1:
+            raise ValueError(f"cache_floors add up to {sum(self.cache_floors.values()):g} of the cache")
         if self.steps_in_flight > 1 and self.device == "cuda" and self.engine.attention != "torch":
             raise ValueError("steps_in_flight 2 needs engine.attention torch: FlashInfer has one plan at a time")
         return self
@@ -201,6 +206,13 @@ class BatonConfig(Section):
     block_size: int = Field(default=16, ge=1, le=256)  # tokens per hash block, a constant of the fleet
     tenant_salt: str = ""
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _floors_have_tenants(self) -> "BatonConfig":
+        floors = self.prefill.cache_floors | self.decode.cache_floors
+        if floors and self.ingress.tenants_share_prefixes:
+            raise ValueError("cache_floors need tenants with prefixes of their own: ingress.tenants_share_prefixes")
+        return self
 
     @model_validator(mode="after")
     def _affordable(self) -> "BatonConfig":

@@ -2,7 +2,8 @@
 
 A block has owners (sequences), writers (steps in flight, incoming transfers) and readers (outgoing transfers), and is
 reusable only when all three are zero. A reusable block may still be cached: found by its key (hash and KV group) until
-it is evicted, least recently released first and never before the blocks that follow it in its chain (leaf first).
+it is evicted, least recently released first and never before the blocks that follow it in its chain (leaf first);
+tenants may have a floor that others do not push them below, see eviction_order.
 
     plain free  --allocate-->  owned  --register(key)-->  owned, cached
          ^                       |                              | last counter falls to zero
@@ -10,10 +11,10 @@ it is evicted, least recently released first and never before the blocks that fo
          +------------------ evict -----------+     ^--acquire_cached--> owned, cached
 """
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from core.block_hash import BlockKey
+from core.block_hash import BlockHash, BlockKey
+from engine.eviction_order import EvictionOrder
 
 
 class OutOfBlocks(Exception):
@@ -23,8 +24,10 @@ class OutOfBlocks(Exception):
 class BlockPool:
     """Counts, promises and the prefix cache of one replica's KV blocks (the same ids on all its ranks)."""
 
-    def __init__(self, num_blocks: int, *, keeps_released: bool = False) -> None:
-        """`keeps_released`: somebody calls `take_released`."""
+    def __init__(
+        self, num_blocks: int, *, keeps_released: bool = False, floors: Mapping[BlockHash, int] | None = None
+    ) -> None:
+        """`keeps_released`: somebody calls `take_released`. `floors`: see EvictionOrder."""
         self.num_blocks = num_blocks
         self.num_promised = 0  # reusable blocks that leases may still claim
         self._owners, self._writers, self._readers = ([0] * num_blocks for _ in range(3))
@@ -36,7 +39,8 @@ class BlockPool:
         self._num_reusable = num_blocks
         self._cached: dict[BlockKey, int] = {}
         self._children: dict[BlockKey, int] = {}  # cached blocks that name this key as parent
-        self._leaves: list[tuple[int, int]] = []  # heap of (released_at, block) that no cached one follows, and stale
+        self._leaves = EvictionOrder(floors or {})  # of those that no cached block follows
+        self._queues = [b""] * num_blocks  # where a cached block belongs in it
         self._clock = 0
         self._stored: list[BlockKey] = []
         self._removed: list[BlockKey] = []
@@ -116,8 +120,14 @@ class BlockPool:
         """
         self.register_all((block,), (key,), (parent,))
 
-    def register_all(self, blocks: Iterable[int], keys: Iterable[BlockKey], parents: Iterable[BlockKey | None]) -> None:
-        """As `register` of each."""
+    def register_all(
+        self,
+        blocks: Iterable[int],
+        keys: Iterable[BlockKey],
+        parents: Iterable[BlockKey | None],
+        root: BlockHash | None = None,
+    ) -> None:
+        """As `register` of each. `root` of their chain tells whose they are; None: whose the block before them is."""
         own_keys, cached, children = self._keys, self._cached, self._children
         for block, key, parent in zip(blocks, keys, parents, strict=True):
             known = own_keys[block]
@@ -129,6 +139,8 @@ class BlockPool:
             cached[key] = block
             if parent is not None:
                 children[parent] = children.get(parent, 0) + 1
+            self._queues[block] = queue = self._queue_of(root, parent)
+            self._leaves.cached(queue)
             self._stored.append(key)
 
     def take_released(self, limit: int) -> dict[BlockKey, int]:
@@ -205,7 +217,11 @@ class BlockPool:
         assert len(set(self._free)) == len(self._free)
         for block in self._free:
             assert not self._holds[block] and self._keys[block] is None
-        leaves = {block for stamp, block in self._leaves if self._released_at[block] == stamp}
+        leaves = {block for stamp, block in self._leaves.leaves() if self._released_at[block] == stamp}
+        for queue in set(self._queues):
+            assert self._leaves.num_cached(queue) == sum(
+                self._queues[block] == queue for block in self._cached.values()
+            )
         for block in reusable:
             key = self._keys[block]
             assert (block in self._free) if key is None else (key in self._children or block in leaves)
@@ -252,11 +268,15 @@ class BlockPool:
         elif key not in self._children:
             self._queue_leaf(block)
 
+    def _queue_of(self, root: BlockHash | None, parent: BlockKey | None) -> BlockHash:
+        if root is not None:
+            return self._leaves.queue_of(root)
+        before = self._cached.get(parent) if parent is not None else None
+        return self._queues[before] if before is not None else b""
+
     def _queue_leaf(self, block: int) -> None:
-        if len(self._leaves) > 2 * self.num_blocks:
-            self._leaves = [item for item in self._leaves if self._is_leaf(*item)]
-            heapq.heapify(self._leaves)
-        heapq.heappush(self._leaves, (self._released_at[block], block))
+        item = self._released_at[block], block
+        self._leaves.push(self._queues[block], item, 2 * self.num_blocks, self._is_leaf)
 
     def _is_leaf(self, stamp: int, block: int) -> bool:
         """Whether an item of the heap is still true."""
@@ -265,12 +285,9 @@ class BlockPool:
         return is_evictable and key not in self._children
 
     def _evict(self) -> int:
-        """Uncaches the least recently released block that no cached block follows, else the least recent of all."""
-        while self._leaves:
-            stamp, block = heapq.heappop(self._leaves)
-            if self._is_leaf(stamp, block):
-                break
-        else:
+        """Uncaches the next block in the eviction order, else the least recently released of all."""
+        block = self._leaves.pop(self._is_leaf)
+        if block is None:
             evictable = (block for block in self._cached.values() if not self._holds[block])
             block = min(evictable, key=self._released_at.__getitem__)
         self._uncache(block)
@@ -280,6 +297,7 @@ class BlockPool:
         key, parent = self._keys[block], self._parents[block]
         assert key is not None
         del self._cached[key]
+        self._leaves.uncached(self._queues[block])
         if self._released is not None:
             self._released.pop(block, None)
         self._removed.append(key)

@@ -233,7 +233,7 @@ class ActiveSequence:
         for blocks in self.groups:
             if logical := blocks.newly_full(self.num_computed):
                 keys, parents = blocks.chain_keys(self._hashes, logical)
-                self._pool.register_all(blocks.physical(logical), keys, parents)
+                self._pool.register_all(blocks.physical(logical), keys, parents, self._hash_root)
 
     def _hash_full_blocks(self) -> None:
         """Those of generated tokens are made when first needed."""

@@ -114,6 +114,7 @@ PURE = [
     "engine.batch",
     "engine.batch_codec",
     "engine.block_pool",
+    "engine.eviction_order",
     "engine.group_blocks",
     "engine.layer_groups",
     "engine.sequence",

@@ -12,7 +12,7 @@ from platform import python_version
 
 import torch
 
-from core.block_hash import HASH_SCHEME
+from core.block_hash import HASH_SCHEME, BlockHash, chain_seed, salt_of
 from core.errors import PeerLost, TransferFailed
 from core.kv_layout import DTYPE_BYTES, Compatibility
 from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
@@ -156,10 +156,16 @@ class Rank:
         drained = serving.role is not None and serving.role.drainer.is_drained
         return RankHealth(True, serving.engine.num_steps, serving.engine.busy_s, self._failure, drained)
 
+    def _cache_floors(self, num_blocks: int) -> dict[BlockHash, int]:
+        """Blocks that each tenant keeps cached, by the root of its chains."""
+        spec = self._spec
+        shares = spec.pool.cache_floors.items()
+        return {chain_seed(salt_of(spec.tenant_salt, tenant)): int(share * num_blocks) for tenant, share in shares}
+
     def _start_role(
         self, engine: EngineThread, agent: TransferAgent, info: ReplicaInfo, sizes: Mapping[str, int]
     ) -> RoleService:
-        pool = BlockPool(info.num_blocks, keeps_released=bool(sizes))
+        pool = BlockPool(info.num_blocks, keeps_released=bool(sizes), floors=self._cache_floors(info.num_blocks))
         lender = Lender(info, pool, 3 * self._spec.transfer.data_timeout_s)
         books = KVTiers(tuple(sizes.values()), self._spec.pool.tiers.disk_ttl_s if "disk" in sizes else None)
         tiers = Tiers(pool, books, tuple(sizes), info.layout, self._move_on_all_ranks)

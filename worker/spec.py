@@ -33,6 +33,7 @@ class RankSpec:
     block_size: int
     security: Security = UNGUARDED
     generation: str = ""
+    tenant_salt: str = ""  # the fleet's
     weight_lenders: tuple[str, ...] = ()  # host:port of living ranks of this number that may have its weights
 
     @property

@@ -17,7 +17,7 @@ from cluster.ingress.attempt import Attempt, NoRoom, Progress
 from cluster.ingress.generation import FleetHealth, Generation, GenerationEvent
 from cluster.ingress.scheduler_client import SchedulerClient
 from cluster.ingress.token_streams import Subscription, TokenStreams
-from core.block_hash import chain_seed, hash_blocks
+from core.block_hash import chain_seed, hash_blocks, salt_of
 from core.config import TransferConfig
 from core.errors import BatonError, NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout, Unavailable
 from core.messages.to_decode import Cancel, Open, Sequence, Ticket
@@ -44,7 +44,7 @@ class Fleet:
 
     def salt(self, tenant: str) -> str:
         """What seeds the hashes of a tenant's blocks."""
-        return self.tenant_salt if self.tenants_share_prefixes or not tenant else f"{self.tenant_salt}\x1e{tenant}"
+        return self.tenant_salt if self.tenants_share_prefixes else salt_of(self.tenant_salt, tenant)
 
 
 class Orchestrator:

@@ -18,6 +18,13 @@ from core.errors import ConfigurationError
         ({"decode": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas 3"),
         ({"transfer": {"channel": "carrier pigeon"}}, "transfer.channel"),
         ({"ingress": {"port": 70000}}, "ingress.port"),
+        ({"scheduler": {"tenant_weights": {"acme": 0}}}, "scheduler.tenant_weights.acme"),
+        ({"scheduler": {"slo": {"gold": {"ttft_s": 1, "itl_s": 1}}}}, "scheduler.slo.gold"),
+        ({"decode": {"cache_floors": {"a": 0.7, "b": 0.5}}}, "cache_floors add up to 1.2"),
+        (
+            {"decode": {"cache_floors": {"a": 0.7}}, "ingress": {"tenants_share_prefixes": True}},
+            "prefixes of their own",
+        ),
         ({"block_size": "many"}, "block_size"),
         ({"autoscaling": {"ttft_target_s": 0}}, "autoscaling.ttft_target_s"),
         ({"autoscaling": {"max_gpus": 3}, "decode": {"tensor_parallel": 4}}, r"max_gpus 3 is below the 5 of min_rep"),

@@ -123,3 +123,43 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def cache_of_tenant(pool: BlockPool, root: bytes, length: int, prompt: bytes = b"") -> list[bytes]:
+    """A chain of blocks of a tenant, computed and released."""
+    keys = [root + prompt + bytes([number]) for number in range(length)]
+    blocks = pool.allocate(length)
+    pool.register_all(blocks, keys, [None, *keys[:-1]], root)
+    pool.disown(blocks)
+    return keys
+
+
+def test_a_tenants_flood_leaves_another_its_floor():
+    pool = BlockPool(10, floors={b"a": 4})
+    own = cache_of_tenant(pool, b"a", 6)
+    for number in range(20):
+        cache_of_tenant(pool, b"flood" + bytes([number]), 3)
+        pool.validate()
+    assert [key in pool for key in own] == [True] * 4 + [False] * 2
+    newer = cache_of_tenant(pool, b"a", 9, prompt=b"other")  # its own newer blocks do push out its older ones
+    pool.validate()
+    assert [key in pool for key in own].count(True) == 1 and all(key in pool for key in newer)
+
+
+def test_work_goes_before_a_floor():
+    pool = BlockPool(4, floors={b"a": 3})
+    cache_of_tenant(pool, b"a", 3)
+    assert len(pool.allocate(4)) == 4
+    pool.validate()
+
+
+def test_what_arrives_behind_a_tenants_block_is_that_tenants():
+    pool = BlockPool(6, floors={b"a": 3})
+    (first,) = cache_of_tenant(pool, b"a", 1)
+    blocks = pool.allocate(2)
+    pool.register_all(blocks, [b"x", b"y"], [first, b"x"])  # pulled from elsewhere: nobody says whose it is
+    pool.disown(blocks)
+    for number in range(5):
+        cache_of_tenant(pool, b"flood" + bytes([number]), 3)
+    assert first in pool and b"x" in pool and b"y" in pool
+    pool.validate()
