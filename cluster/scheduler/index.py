@@ -5,7 +5,6 @@ holders.py.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from cluster.scheduler.holders import Holders, HolderSets
 from cluster.scheduler.matches import Matches, Run, Segment
@@ -102,6 +101,8 @@ class PrefixIndex:
             groups = [self._runs(hashes, n, alike if reach is None else 0) for n, reach in enumerate(reaches)]
             if reaches == (None,):
                 segments += _nested(groups[0], alike)
+                if len(self._alike) == 1:
+                    return Matches(segments, groups[0], self._numbers, self._names)
             elif all(groups):
                 segments += _by_windows(groups, reaches, alike, len(hashes))
             for run in (run for group in groups for run in group):
@@ -116,16 +117,20 @@ class PrefixIndex:
         get, alive = self._holders.get, alike
         for start in range(0, len(hashes), PIECE):
             piece = hashes[start : start + PIECE]
-            position = start
-            for holders, same in groupby(map(get, piece if not group else [in_group(one, group) for one in piece])):
-                length = sum(1 for _ in same)
+            found = list(map(get, piece if not group else [in_group(one, group) for one in piece]))
+            first, last = 0, len(found)
+            while first < last:
+                holders = found[first]
+                end = first + 1
+                while end < last and found[end] is holders:
+                    end += 1
                 if holders is not None:
-                    runs.append(Run(group, position, length, holders))
+                    runs.append(Run(group, start + first, end - first, holders))
                 if alike:
                     alive &= holders.everyone if holders is not None else 0
                     if not alive:
                         return runs
-                position += length
+                first = end
         return runs
 
     def _store_in(self, replica: _Replica, keys: Sequence[BlockKey], tier: int) -> None:
