@@ -4,7 +4,7 @@ Per block there are its key, one entry of a dictionary and a pointer per holder;
 holders.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.scheduler.holders import Holders, HolderSets
 from cluster.scheduler.matches import Matches, Run, Segment
@@ -42,6 +42,11 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._holders)
+
+    @property
+    def blocks(self) -> Mapping[BlockKey, Holders]:
+        """All that somebody holds."""
+        return self._holders
 
     def held_by(self, replica_id: str) -> set[BlockKey]:
         """Blocks that a replica holds in some tier."""
