@@ -22,6 +22,7 @@ class LinkCost(NamedTuple):
     byte_s: float
 
 
+LEAST = LinkCost(1e-6, 1e-13)
 GUESSED = LinkCost(LINK_LATENCY_S, 1 / LINK_BYTES_PER_S)
 
 
@@ -71,13 +72,13 @@ class LinkBook:
         fit = self._fits.get(pair)
         if fit is None:
             # coefficients of a prior are positive, a fit's may be 0
-            prior = map(max, self._usual.get(zones, GUESSED), (1e-6, 1e-13))
+            prior = map(max, self._usual.get(zones, GUESSED), LEAST)
             fit = self._fits[pair] = RobustFit(tuple(prior))
             for replica_id in pair:
                 self._pairs_of.setdefault(replica_id, set()).add(pair)
         fit.add(features, seconds)
         cost = self._known[pair] = LinkCost(*fit.coefficients)
-        self.fastest = LinkCost(*map(min, self.fastest, cost))
+        self.fastest = LinkCost(*map(min, self.fastest, map(max, cost, LEAST)))
         together = self._between_zones.setdefault(zones, RobustFit(GUESSED))
         together.add(features, seconds)
         if together.num_samples >= LEAST_SAMPLES:
