@@ -3,7 +3,10 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from simulator.twin import Result, Twin
 from tests.simulator.costs import COSTS, small_fleet
 from tests.simulator.test_whole_fleets import random_trace
 
+FLEETS = Path(__file__).parents[2] / "simulator" / "fleets"
 FLEET = """
 model: llama-3.1-8b
 gpu: h100
@@ -132,3 +136,15 @@ def test_gaps_of_all_tokens_are_right_to_half_a_percent():
     even = GapHistogram()
     even.add(np.full(1000, 0.0123))
     assert even.percentiles((0.5,))[0] == pytest.approx(0.0123, rel=0.005)
+
+
+@pytest.mark.parametrize("path", sorted(FLEETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_example_fleets_run(path, files):
+    done = CliRunner().invoke(app, ["simulate", "--trace", str(files / "trace.jsonl"), "--fleet", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "40 length" in done.output
+
+
+def test_simulation_loads_no_torch_ray_or_grpc():
+    probe = "import sys, simulator.command; print(*sorted({'torch', 'ray', 'grpc'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", probe], text=True).split() == []
