@@ -21,6 +21,7 @@ BENCHMARKS = {
     "http": ("--rounds", "2"),
     "autoscaling": (),
     "simulation": (),
+    "scheduler": ("--blocks", "1000000"),
 }
 
 

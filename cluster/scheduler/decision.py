@@ -15,12 +15,23 @@ Reasons: pair; of local prefill
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
 from cluster.scheduler.matches import Matches
-from cluster.scheduler.pairing import Explained, LocalRules, Pairing, Sink, Weighed, few_for_local, weigh_local
+from cluster.scheduler.pairing import (
+    Explained,
+    LocalRules,
+    Pairing,
+    Sink,
+    Weighed,
+    excess_of,
+    few_for_local,
+    rank_of,
+    weigh_local,
+)
 from cluster.scheduler.policy import Choices
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
@@ -124,8 +135,8 @@ class DecisionMaker:
             num_blocks = site.num_missing(depth, num_tokens)
             itl_s = site.itl_s + site.costs.context_s * (num_tokens + num_new / 2)
             wait_s = itl_s / 2 if site.busy else 0.0  # of the step under way, on average
-            excess = round(itl_s / slo_s - 1, 1) if itl_s > slo_s else 0.0
             num_bytes = num_blocks * site.block_bytes
+            excess = excess_of(itl_s, slo_s)
             sinks.append(Sink(excess, wait_s, site.num_reserved, itl_s, num_bytes, num_blocks, depth, site))
         return sinks
 
@@ -153,11 +164,14 @@ class DecisionMaker:
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
             reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)
-            if reason and self._headroom.fits(site, request.num_tokens, num_new, site.max_at_once, choices.now):
+            # what is behind windows while a long chunk is computed takes room, too
+            if reason and (
+                site.whole_blocks
+                or self._headroom.fits(site, request.num_tokens, num_new, site.max_at_once, choices.now)
+            ):
                 itl_s = max(sink.itl_s, harm_s)
-                excess = round(itl_s / slo_s - 1, 1) if itl_s > slo_s else 0.0
-                rank = (False, excess, round(source.first_token_s, 4), site.num_reserved, "", site.replica_id)
-                weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s))
+                rank = rank_of(source.first_token_s, excess_of(itl_s, slo_s), site.num_reserved)
+                weighed.append(Weighed(rank, "", site.replica_id, reason, source, sink, 0.0, itl_s))
         return weighed
 
     def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
@@ -198,7 +212,7 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
     """The first by rank, with the next ones beside it."""
     if not weighed:
         return None
-    ranked = sorted(weighed)[:NUM_EXPLAINED]
+    ranked = sorted(weighed, key=itemgetter(0, 1, 2))[:NUM_EXPLAINED]
     first = ranked[0]
     source, sink, is_pair = first.source, first.sink, first.reason == "pair"
     return Decision(
@@ -210,7 +224,7 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
         sink.num_blocks,
         num_new,
         source.lender.view if source.lender is not None else None,
-        first.rank[0],
+        first.crosses_zones,
         sink.num_bytes if is_pair else 0,
         request.num_tokens - source.num_uncached,
         Explained(ranked),

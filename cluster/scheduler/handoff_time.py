@@ -11,7 +11,6 @@ KV leaves as layers of chunks are computed; the wire can be behind, and the last
 
 
 def left_s(
-    *,
     num_bytes: float,
     last_bytes: float,
     backlog_bytes: float,

@@ -4,8 +4,7 @@ Per block there are its key, one entry of a dictionary and a pointer per holder;
 holders.py.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.scheduler.holders import Holders, HolderSets
 from cluster.scheduler.matches import Matches, Run, Segment
@@ -43,6 +42,11 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._holders)
+
+    @property
+    def blocks(self) -> Mapping[BlockKey, Holders]:
+        """All that somebody holds."""
+        return self._holders
 
     def held_by(self, replica_id: str) -> set[BlockKey]:
         """Blocks that a replica holds in some tier."""
@@ -102,6 +106,8 @@ class PrefixIndex:
             groups = [self._runs(hashes, n, alike if reach is None else 0) for n, reach in enumerate(reaches)]
             if reaches == (None,):
                 segments += _nested(groups[0], alike)
+                if len(self._alike) == 1:
+                    return Matches(segments, groups[0], self._numbers, self._names)
             elif all(groups):
                 segments += _by_windows(groups, reaches, alike, len(hashes))
             for run in (run for group in groups for run in group):
@@ -116,16 +122,20 @@ class PrefixIndex:
         get, alive = self._holders.get, alike
         for start in range(0, len(hashes), PIECE):
             piece = hashes[start : start + PIECE]
-            position = start
-            for holders, same in groupby(map(get, piece if not group else [in_group(one, group) for one in piece])):
-                length = sum(1 for _ in same)
+            found = list(map(get, piece if not group else [in_group(one, group) for one in piece]))
+            first, last = 0, len(found)
+            while first < last:
+                holders = found[first]
+                end = first + 1
+                while end < last and found[end] is holders:
+                    end += 1
                 if holders is not None:
-                    runs.append(Run(group, position, length, holders))
+                    runs.append(Run(group, start + first, end - first, holders))
                 if alike:
                     alive &= holders.everyone if holders is not None else 0
                     if not alive:
                         return runs
-                position += length
+                first = end
         return runs
 
     def _store_in(self, replica: _Replica, keys: Sequence[BlockKey], tier: int) -> None:

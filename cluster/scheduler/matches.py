@@ -35,6 +35,7 @@ class Matches(Mapping[str, int]):
         """`segments` are disjoint. `numbers` of the replicas, and their `names` by number, are the index's own."""
         self.segments = sorted(segments, reverse=True)
         self._below = [run for run in runs if len(run.holders.planes) > 1]
+        self.has_below = bool(self._below)  # some replica has some of these blocks below its device alone
         self._numbers = numbers
         self._names = names
 
@@ -62,11 +63,6 @@ class Matches(Mapping[str, int]):
             if numbers >> number & 1:
                 return depth
         return 0
-
-    @property
-    def has_below(self) -> bool:
-        """Whether some replica has some of these blocks below its device alone."""
-        return bool(self._below)
 
     def is_of(self, replica_id: str, numbers: int) -> bool:
         """Whether a replica's number is among these bits."""

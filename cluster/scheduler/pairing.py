@@ -1,7 +1,6 @@
 """Weighs pairs of a source and a sink, and local prefill, against each other. Pure."""
 
 from collections.abc import Callable, Sequence
-from heapq import nsmallest
 from typing import NamedTuple, overload
 
 from cluster.scheduler.candidate import Candidate, Terms
@@ -17,7 +16,7 @@ NUM_LOCAL = 2  # decode replicas that local prefill is weighed on, in all
 class Sink(NamedTuple):
     """A decode replica."""
 
-    excess: float  # of the ITL over the SLO
+    excess: int  # tenths of the SLO that the ITL is beyond it
     wait_s: float  # until its batch takes the request in
     num_reserved: int
     itl_s: float  # with the request in its batch
@@ -27,14 +26,12 @@ class Sink(NamedTuple):
     site: Site
 
 
-# What decides, in this order: crosses zones, ITL beyond the SLO in tenths of it, TTFT to 0.1 ms, reservations, ids.
-Rank = tuple[bool, float, float, int, str, str]
-
-
 class Weighed(NamedTuple):
-    """A candidate."""
+    """A candidate. Ranks are integers, quick to compare; ids after them make a decision repeatable."""
 
-    rank: Rank
+    rank: int
+    prefill_id: str
+    decode_id: str
     reason: str
     source: Source
     sink: Sink
@@ -42,11 +39,32 @@ class Weighed(NamedTuple):
     itl_s: float
 
     @property
+    def crosses_zones(self) -> bool:
+        """Its ends lie in two zones, and that counts."""
+        return self.rank >= CROSSING
+
+    @property
     def terms(self) -> Terms:
         """Local prefill waits for no batch: it is its own."""
         queue_s, pull_s, restore_s, prefill_s = self.source[1:5]
         wait_s = self.sink.wait_s if self.reason == "pair" else 0.0
         return Terms(queue_s, pull_s, restore_s, prefill_s, self.transfer_s, wait_s, self.itl_s)
+
+
+# What decides, in this order: crosses zones, tenths of the SLO that the ITL is beyond it, TTFT, reservations.
+RESERVATION, TICK, TENTH, CROSSING = 1, 1 << 12, 1 << 44, 1 << 60
+TICKS_PER_S = 10_000  # differences below 0.1 ms are none
+MOST_TENTHS = (1 << 15) - 1
+
+
+def rank_of(ttft_s: float, excess: int, num_reserved: int) -> int:
+    """Of a candidate within one zone, the smallest is the best."""
+    return excess * TENTH + int(ttft_s * TICKS_PER_S + 0.5) * TICK + min(num_reserved, TICK - 1)
+
+
+def excess_of(itl_s: float, slo_s: float) -> int:
+    """Tenths of the SLO."""
+    return min(MOST_TENTHS, int(10 * itl_s / slo_s - 9.5)) if itl_s > slo_s else 0
 
 
 class Explained(Sequence[Candidate]):
@@ -67,17 +85,7 @@ class Explained(Sequence[Candidate]):
             return Explained(self._weighed[index])
         one = self._weighed[index]
         lender_id = one.source.lender.replica_id if one.source.lender is not None else ""
-        return Candidate(one.rank[4], one.rank[5], lender_id, one.reason, one.terms)
-
-
-def order_of_source(source: Source) -> tuple[float, int]:
-    """Ties go to the fewest reservations."""
-    return round(source.first_token_s, 4), source.site.num_reserved
-
-
-def order_of_sink(sink: Sink) -> tuple[float, float, int]:
-    """As of sources."""
-    return sink.excess, round(sink.wait_s, 4), sink.num_reserved
+        return Candidate(one.prefill_id, one.decode_id, lender_id, one.reason, one.terms)
 
 
 class Pairing:
@@ -94,53 +102,61 @@ class Pairing:
         """Those that may be and that no other one is sure to beat.
 
         Branch and bound (Land and Doig, 1960): the bound of a pair is what its ends cost by themselves, with the
-        fastest link there is. Both come ordered by that, so of equal ones the first is the one to take.
+        fastest link there is. Likely ones come first, and of equal ones that with the fewest reservations.
         """
         least_latency_s, least_byte_s = self._links.fastest
-        sources, sinks = sorted(sources, key=order_of_source), sorted(sinks, key=order_of_sink)
-        ends = [(round(s.first_token_s + s.last_bytes * least_byte_s, 4), s) for s in sources]
-        prunes = not self._exhaustive
+        sent, received = self._flights.sent, self._flights.received
+        ends = []
+        for number, one in enumerate(sources):
+            least = rank_of(one.first_token_s + one.last_bytes * least_byte_s, 0, one.site.num_reserved)
+            goes_s = max(one.first_piece_s, sent.get(one.site.replica_id, 0) * least_byte_s)
+            ends.append((least, number, goes_s, one))
+        ends.sort()
+        starts = sorted(
+            (rank_of(one.wait_s + one.num_bytes * least_byte_s, one.excess, one.num_reserved), number)
+            for number, one in enumerate(sinks)
+        )
         weighed: list[Weighed] = []
-        best: tuple[bool, float, float] | None = None
-        for sink in sinks:
-            excess, decode, num_bytes = sink.excess, sink.site, sink.num_bytes
-            if num_bytes:
-                least_s, wire_s = round(sink.wait_s + least_latency_s, 4), num_bytes * least_byte_s
-            else:
-                least_s, wire_s = round(sink.wait_s, 4), 0.0
-            for bound_s, source in ends:
-                prefill = source.site
-                if prunes and best is not None:
-                    if (False, excess, bound_s + least_s) >= best:
+        best = CROSSING << 1
+        for _, number in starts:
+            sink = sinks[number]
+            num_bytes, decode = sink.num_bytes, sink.site
+            latency_s = least_latency_s if num_bytes else 0.0
+            least = sink.excess * TENTH + int((sink.wait_s + latency_s) * TICKS_PER_S) * TICK + sink.num_reserved
+            wire_s, comes_s = num_bytes * least_byte_s, received.get(decode.replica_id, 0) * least_byte_s
+            for bound, _, goes_s, source in ends:
+                if not self._exhaustive:
+                    if bound + least >= best:
                         break
-                    bound_s = max(bound_s, round(source.first_piece_s + wire_s, 4))
-                    if (False, excess, bound_s + least_s) >= best:
+                    begins_s = goes_s if goes_s > comes_s else comes_s
+                    if num_bytes and int((begins_s + wire_s) * TICKS_PER_S) * TICK + least >= best:
                         continue
+                prefill = source.site
                 crosses = self._zones_count and prefill.zone != decode.zone
                 if (crosses and self._must_be_near) or prefill.kind != decode.kind:
                     continue
                 transfer_s = self._transfer_s(source, sink) if num_bytes else 0.0
-                ttft_s = round(source.first_token_s + transfer_s + sink.wait_s, 4)
-                num_reserved = prefill.num_reserved + decode.num_reserved
-                rank = (crosses, excess, ttft_s, num_reserved, prefill.replica_id, decode.replica_id)
-                weighed.append(Weighed(rank, "pair", source, sink, transfer_s, sink.itl_s))
-                if best is None or rank < best:
-                    best = rank[:3]
+                ttft_s = source.first_token_s + transfer_s + sink.wait_s
+                rank = rank_of(ttft_s, sink.excess, prefill.num_reserved + decode.num_reserved)
+                if crosses:
+                    rank += CROSSING
+                ids = prefill.replica_id, decode.replica_id
+                weighed.append(Weighed(rank, *ids, "pair", source, sink, transfer_s, sink.itl_s))
+                best = min(best, rank)
         return weighed
 
     def _transfer_s(self, source: Source, sink: Sink) -> float:
         prefill, decode = source.site, sink.site
         latency_s, byte_s = self._links.cost(prefill.view, decode.view)
-        backlog_bytes = self._flights.before(prefill.replica_id, decode.replica_id)
         before_s = source.first_token_s - source.prefill_s
         return latency_s + left_s(
-            num_bytes=sink.num_bytes,
-            last_bytes=min(source.last_bytes, sink.num_bytes),
-            backlog_bytes=backlog_bytes,
-            byte_s=byte_s,
-            before_s=before_s,
-            compute_s=source.prefill_s,
-            first_s=source.first_piece_s - before_s,
+            sink.num_bytes,
+            min(source.last_bytes, sink.num_bytes),
+            self._flights.before(prefill.replica_id, decode.replica_id),
+            byte_s,
+            before_s,
+            source.prefill_s,
+            source.first_piece_s - before_s,
         )
 
 
@@ -176,15 +192,18 @@ class LocalRules:
         return "local_idle" if is_idle else "local_saturated"
 
 
-def few_for_local(sinks: Sequence[Sink], num_tokens: int) -> list[Sink]:
+def few_for_local(sinks: Sequence[Sink], num_tokens: int) -> Sequence[Sink]:
     """Those on which local prefill is fastest, pulls left aside."""
-
-    def seconds(sink: Sink) -> float:
+    if len(sinks) <= NUM_LOCAL:
+        return sinks
+    ranked = []
+    for number, sink in enumerate(sinks):
         site = sink.site
         num_uncached = max(1, num_tokens - sink.depth * site.block_size)
-        return site.queue_s + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
-
-    return nsmallest(NUM_LOCAL, sinks, key=seconds) if len(sinks) > NUM_LOCAL else list(sinks)
+        seconds = site.queue_s + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
+        ranked.append((seconds, number))
+    ranked.sort()
+    return [sinks[number] for _, number in ranked[:NUM_LOCAL]]
 
 
 def weigh_local(sources: Sources, sink: Sink, num_tokens: int) -> tuple[Source, float]:

@@ -44,6 +44,8 @@ class Sources:
         prefill_s = site.prefill_s(num_uncached, num_tokens, beside_s)
         pull_s, best_lender = 0.0, None
         for lent, lender in self._lenders:
+            if lent <= depth:
+                break
             num_left = max(1, num_tokens - lent * block_size)
             if num_uncached - num_left < self._pull_min_tokens or lender is site or lender.kind != site.kind:
                 continue
