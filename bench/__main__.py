@@ -20,6 +20,7 @@ BENCHMARKS = {
     "weights": ("--rounds", "1"),
     "http": ("--rounds", "2"),
     "autoscaling": (),
+    "simulation": (),
     "scheduler": ("--blocks", "1000000"),
 }
 

@@ -22,8 +22,8 @@ class LinkCost(NamedTuple):
     byte_s: float
 
 
+LEAST = LinkCost(1e-6, 1e-13)
 GUESSED = LinkCost(LINK_LATENCY_S, 1 / LINK_BYTES_PER_S)
-LEAST = LinkCost(1e-6, 1e-13)  # 10 TB/s
 
 
 class LinkBook:
@@ -43,9 +43,8 @@ class LinkBook:
         """Transfers that came in there, and the zones of replicas by id."""
         to_id, to_zone = destination.info.replica_id, destination.info.zone
         if links := destination.status.links:
-            most_bytes_per_s = max(link.bytes_per_s for link in links)
-            if most_bytes_per_s * self.fastest.byte_s > 1:
-                self.fastest = self.fastest._replace(byte_s=1 / most_bytes_per_s)
+            most_bytes_per_s = max(1 / self.fastest.byte_s, *(link.bytes_per_s for link in links))
+            self.fastest = self.fastest._replace(byte_s=1 / most_bytes_per_s)
         for source_id, num_bytes, seconds in transfers:
             if num_bytes > 0 and seconds > 0:
                 self._add((source_id, to_id), (source_zones.get(source_id, ""), to_zone), num_bytes, seconds)
@@ -72,18 +71,15 @@ class LinkBook:
         features = (1, num_bytes)
         fit = self._fits.get(pair)
         if fit is None:
-            fit = self._fits[pair] = RobustFit(self._usual.get(zones, GUESSED))
+            # coefficients of a prior are positive, a fit's may be 0
+            prior = map(max, self._usual.get(zones, GUESSED), LEAST)
+            fit = self._fits[pair] = RobustFit(tuple(prior))
             for replica_id in pair:
                 self._pairs_of.setdefault(replica_id, set()).add(pair)
         fit.add(features, seconds)
-        cost = self._known[pair] = _cost_of(fit)
-        self.fastest = LinkCost(*map(min, self.fastest, cost))
+        cost = self._known[pair] = LinkCost(*fit.coefficients)
+        self.fastest = LinkCost(*map(min, self.fastest, map(max, cost, LEAST)))
         together = self._between_zones.setdefault(zones, RobustFit(GUESSED))
         together.add(features, seconds)
         if together.num_samples >= LEAST_SAMPLES:
-            self._usual[zones] = _cost_of(together)
-
-
-def _cost_of(fit: RobustFit) -> LinkCost:
-    """Positive: a fit may find that a feature costs nothing."""
-    return LinkCost(*map(max, fit.coefficients, LEAST))
+            self._usual[zones] = LinkCost(*together.coefficients)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from simulator.baselines.catalog import find_policy
 from simulator.traces.trace import Run, TracedRequest
 from simulator.twin import Twin
 from tests.simulator.costs import COSTS, AffineCost, small_fleet, traced
@@ -82,9 +83,10 @@ def test_those_who_wait_too_long_are_refused():
 
 
 def test_who_makes_room_goes_on_with_what_was_shown():
-    """Two answers outgrow the cache: the newer one is handed back, planned anew, and goes on where it was."""
+    """Two answers outgrow the cache, as the rule did not foresee: the newer one is handed back, and goes on."""
     spec = small_fleet(0, 1, decode__num_blocks=12, scheduler__max_decode_kv_usage=1.0)
-    records = alone(spec, traced(0, 1.0, tuple(range(8)), 24), traced(1, 1.0, tuple(range(20, 28)), 24))
+    twin = Twin(spec, COSTS, make_policy=find_policy("least-outstanding"))
+    records = twin.run([traced(0, 1.0, tuple(range(8)), 24), traced(1, 1.0, tuple(range(20, 28)), 24)]).records
     by_id = {record.request_id: record for record in records}
     assert by_id["r0"].num_attempts == 1 and by_id["r1"].num_attempts > 1
     assert all(record.num_output_tokens == 24 and record.outcome == "length" for record in records)
