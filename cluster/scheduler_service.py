@@ -13,9 +13,11 @@ from cluster.decision_record import DecisionRecorder, Event
 from cluster.scheduler.admission import Admission, Yielding
 from cluster.scheduler.asked_sizes import Asked
 from cluster.scheduler.fleet_signals import fleet_signals
+from cluster.scheduler.prefix_care import Copy
 from core.errors import BatonError, InvalidParameter
 from core.messages.fleet import Acknowledged, Empty, ReplicaInfo
 from core.messages.to_decode import MakeRoom
+from core.messages.to_lender import TakeOver
 from core.messages.to_scheduler import (
     Book,
     Decisions,
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 0.1
 CONTROL_TIMEOUT_S = 2.0
+COPY_TIMEOUT_S = 30.0
 MISSED_TICKS = 5  # of an autoscaler, after which nobody waits for what it has asked for
 
 
@@ -67,6 +70,7 @@ class SchedulerService:
         self._watches: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._housekeeping: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_copies = 0
 
     async def start(self, port: int = 0) -> str:
         """Listens; returns host:port."""
@@ -248,6 +252,8 @@ class SchedulerService:
                 self._finish(Finish(plan.request_id, plan.attempt))
         for yielding in self._admission.take_yields():
             self._spawn(self._have_room_made(yielding))
+        for copy in self._admission.take_copies():
+            self._spawn(self._have_copied(copy))
 
     async def _have_room_made(self, yielding: Yielding) -> None:
         message = MakeRoom(yielding.request_id, yielding.attempt)
@@ -255,6 +261,15 @@ class SchedulerService:
             await self._client.call(yielding.decode.address, methods.MAKE_ROOM, message, CONTROL_TIMEOUT_S)
         except BatonError as error:
             logger.info("%s did not make room: %s", yielding.decode.replica_id, error)
+
+    async def _have_copied(self, copy: Copy) -> None:
+        self._num_copies += 1
+        message = TakeOver(f"{self._id}.{self._num_copies}", copy.block_hashes, copy.source)
+        try:
+            await self._client.call(copy.taker.address, methods.TAKE_OVER, message, COPY_TIMEOUT_S)
+            logger.info("%d blocks of a busy prefix go to %s", len(copy.block_hashes), copy.taker.replica_id)
+        except BatonError as error:
+            logger.info("%s took no prefix over: %s", copy.taker.replica_id, error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -17,6 +17,7 @@ from core.messages.to_decode import (
     RenewLeases,
     Ticket,
 )
+from core.messages.to_lender import TakeOver
 from core.messages.to_rank import SlabHeader
 from core.messages.to_scheduler import ReplicaStatus
 from core.telemetry import request_id_var
@@ -68,6 +69,7 @@ class DecodeService:
         """Registers this role's calls."""
         server.unary(methods.OPEN, self.open)
         server.unary(methods.CANCEL, self.cancel)
+        server.unary(methods.TAKE_OVER, self.take_over)
         server.unary(methods.MAKE_ROOM, self.make_room)
         server.unary(methods.ANNOUNCE, self.announce)
         server.unary(methods.COMMIT, self.commit)
@@ -114,7 +116,7 @@ class DecodeService:
             await self._context.tiers.restore(message.sequence.block_hashes)
             if message.pull_from is not None:
                 name = f"{message.request_id}.{message.attempt}"
-                await self._sources.borrow(name, message.sequence, message.pull_from, message.due_s)
+                await self._sources.borrow(name, message.sequence.block_hashes, message.pull_from, message.due_s)
         handoff = self._handoffs.open(message, self._now())
         self._tasks.settle()
         if handoff.source is not None:
@@ -154,6 +156,14 @@ class DecodeService:
             return Acknowledged(False)
         self._handoffs.end(message.request_id, message.attempt, self._now())
         self._tasks.settle()
+        return Acknowledged()
+
+    async def take_over(self, message: TakeOver) -> Acknowledged:
+        """Copies a prefix that many requests begin with; answered when it is here, or will not come."""
+        if self.drainer.is_draining:
+            return Acknowledged(False)
+        await self._sources.borrow(message.name, message.block_hashes, message.source, 0.0)
+        self.drainer.changed()
         return Acknowledged()
 
     async def make_room(self, message: MakeRoom) -> Acknowledged:

@@ -4,13 +4,12 @@ import logging
 
 from core.errors import BatonError, TransferFailed
 from core.messages.fleet import ReplicaInfo
-from core.messages.to_decode import Sequence
 from core.messages.to_prefill import Release
 from core.messages.to_rank import Fetched
 from decode_worker.handoff import Fetch, Handoff
 from decode_worker.links import Links
 from rpc import methods
-from worker.borrower import Borrower
+from worker.borrower import Borrower, Hashes
 from worker.fetcher import BlockOrder, Fetcher
 from worker.rank_context import RankContext
 from worker.samples import Samples
@@ -53,9 +52,9 @@ class Sources:
         self._measured(source_id, fetched)
         return fetched
 
-    async def borrow(self, name: str, sequence: Sequence, source: ReplicaInfo, due_s: float) -> None:
+    async def borrow(self, name: str, hashes: Hashes, source: ReplicaInfo, due_s: float) -> None:
         """Returns when the prefix is cached here, or will not come. `name` is unique in the fleet."""
-        self._add(source, await self._borrower.borrow(name, sequence, source, due_s))
+        self._add(source, await self._borrower.borrow(name, hashes, source, due_s))
 
     async def borrow_owed(self, handoff: Handoff) -> None:
         """As `borrow`: what was to come with another request's transfer, which ended before."""
@@ -63,7 +62,9 @@ class Sources:
         assert source is not None
         name = f"{handoff.request_id}.{handoff.attempt}.owed"
         for group, blocks in handoff.owed_blocks():
-            borrowed = self._borrower.borrow_blocks(name, message.sequence, group, blocks, source, message.due_s)
+            borrowed = self._borrower.borrow_blocks(
+                name, message.sequence.block_hashes, group, blocks, source, message.due_s
+            )
             self._add(source, await borrowed)
 
     async def release(self, handoff: Handoff) -> None:

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from core.errors import BatonError, NoReplica, PeerLost, RequestTimeout, StaleMessage
-from core.messages.fleet import Acknowledged
+from core.messages.fleet import Acknowledged, ReplicaInfo
 from core.messages.to_decode import Abandon, Announce, Cancel, Commit
+from core.messages.to_lender import TakeOver
 from core.messages.to_prefill import FirstToken, Prefill, Release
 from core.messages.to_rank import SlabHeader
 from core.messages.to_scheduler import ReplicaStatus
@@ -19,7 +20,7 @@ from prefill_worker.deliveries import Deliveries, Outgoing
 from prefill_worker.scheduler import Prefilled, PrefillScheduler, PrefillStep
 from rpc import methods
 from rpc.server import RpcServer
-from worker.borrower import Borrower
+from worker.borrower import Borrower, Hashes
 from worker.drain import Held
 from worker.drainer import Drainer
 from worker.fetcher import Fetcher
@@ -68,6 +69,7 @@ class PrefillService:
     def bind(self, server: RpcServer) -> None:
         """Registers this role's calls."""
         server.unary(methods.PREFILL, self.prefill)
+        server.unary(methods.TAKE_OVER, self.take_over)
         server.unary(methods.CANCEL, self.cancel)
         server.unary(methods.RELEASE, self.release)
 
@@ -125,6 +127,14 @@ class PrefillService:
             del self._answers[key]
             self._cancel(*key)
             self.drainer.changed()
+
+    async def take_over(self, message: TakeOver) -> Acknowledged:
+        """Copies a prefix that many requests begin with; answered when it is here, or will not come."""
+        if self.drainer.is_draining:
+            return Acknowledged(False)
+        await self._bring(message.name, message.block_hashes, message.source)
+        self.drainer.changed()
+        return Acknowledged()
 
     async def cancel(self, message: Cancel) -> Acknowledged:
         """The ingress wants no more of this attempt and lower ones."""
@@ -189,9 +199,11 @@ class PrefillService:
         answer.set_result(FirstToken(prefilled.token_id, prefilled.logprobs, prefilled.finish_reason, cached, *times))
 
     async def _borrow(self, message: Prefill) -> None:
-        source, name = message.pull_from, f"{message.request_id}.{message.attempt}"
-        assert source is not None
-        fetched = await self._borrower.borrow(name, message.sequence, source, 0.0)
+        assert message.pull_from is not None
+        await self._bring(f"{message.request_id}.{message.attempt}", message.sequence.block_hashes, message.pull_from)
+
+    async def _bring(self, name: str, hashes: Hashes, source: ReplicaInfo) -> None:
+        fetched = await self._borrower.borrow(name, hashes, source, 0.0)
         if fetched is not None:
             self.samples.add_transfer(source.replica_id, fetched.num_bytes, fetched.seconds)
 

@@ -50,6 +50,7 @@ PREFILL = Unary("Prefill", to_prefill.Prefill, to_prefill.FirstToken)
 RELEASE = Unary("Release", to_prefill.Release, fleet.Acknowledged)
 
 BORROW = Unary("Borrow", to_lender.Borrow, to_lender.Lent)
+TAKE_OVER = Unary("TakeOver", to_lender.TakeOver, fleet.Acknowledged)
 GIVE_BACK = Unary("GiveBack", to_lender.GiveBack, fleet.Empty)
 BORROW_WEIGHTS = Unary("BorrowWeights", to_lender.BorrowWeights, to_lender.LentWeights)
 FILL_WINDOW = Unary("FillWindow", to_lender.FillWindow, fleet.Empty)

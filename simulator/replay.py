@@ -12,6 +12,7 @@ from cluster.scheduler.admission import Admission
 from cluster.scheduler.candidate import Decision, Terms
 from cluster.scheduler.decision import DecisionMaker
 from cluster.scheduler.policy import Choices, Policy
+from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
 from core.config import SchedulerConfig
@@ -114,6 +115,10 @@ class Shadow:
     def foresight(self) -> Foresight | None:
         """See Policy."""
         return self._judge.foresight()
+
+    def take_copies(self) -> list[Copy]:
+        """History had its own."""
+        return []
 
 
 def replay(events: Iterable[tuple[float, Event]], config: SchedulerConfig, other: Policy) -> list[Replayed]:

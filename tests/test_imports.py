@@ -72,6 +72,7 @@ PURE = [
     "cluster.scheduler.decision_log",
     "cluster.scheduler.fair_share",
     "cluster.scheduler.fleet_signals",
+    "cluster.scheduler.prefix_care",
     "cluster.scheduler.fleet_view",
     "cluster.scheduler.flights",
     "cluster.scheduler.generations",

@@ -5,11 +5,10 @@ import logging
 from collections.abc import Iterable
 from itertools import islice
 
-from core.block_hash import BlockKey, in_group
+from core.block_hash import BlockHash, BlockKey, in_group
 from core.errors import BatonError
 from core.kv_groups import chain_key, deepest_prefix
 from core.messages.fleet import ReplicaInfo
-from core.messages.to_decode import Sequence
 from core.messages.to_lender import Borrow, GiveBack, LentBlocks
 from core.messages.to_rank import Fetched
 from engine.block_pool import OutOfBlocks
@@ -18,6 +17,8 @@ from worker.arriving import ChainKey, arriving
 from worker.fetcher import BlockOrder, Fetcher
 from worker.once import Once
 from worker.rank_context import RankContext
+
+Hashes = tuple[BlockHash, ...]  # of a prompt's leading blocks
 
 logger = logging.getLogger(__name__)
 
@@ -34,41 +35,41 @@ class Borrower:
     def __len__(self) -> int:
         return len(self._coming) + len(self._giving_back)
 
-    async def borrow(self, name: str, sequence: Sequence, source: ReplicaInfo, due_s: float) -> Fetched | None:
+    async def borrow(self, name: str, hashes: Hashes, source: ReplicaInfo, due_s: float) -> Fetched | None:
         """Returns when the prefix is cached here, or will not come: what is missing then is computed.
 
         `name` is unique among the requests and attempts of the fleet. The result is the transfer, if this call made it.
         """
-        hashes, layout = sequence.block_hashes, self._context.info.layout
+        layout = self._context.info.layout
         num_here = deepest_prefix(layout.reaches, hashes, self._context.block_pool.__contains__)
         if num_here == len(hashes):
             return None
         borrow = Borrow(self._loan_id(name), hashes[num_here:], num_here)
-        return await self._coming.run(hashes[num_here], self._fetch(borrow, sequence, source, due_s))
+        return await self._coming.run(hashes[num_here], self._fetch(borrow, hashes, source, due_s))
 
     async def borrow_blocks(
-        self, name: str, sequence: Sequence, group: int, blocks: range, source: ReplicaInfo, due_s: float
+        self, name: str, hashes: Hashes, group: int, blocks: range, source: ReplicaInfo, due_s: float
     ) -> Fetched | None:
         """As `borrow`, but for these logical blocks of one KV group."""
-        keys = [in_group(block_hash, group) for block_hash in sequence.block_hashes[blocks.start : blocks.stop]]
+        keys = [in_group(block_hash, group) for block_hash in hashes[blocks.start : blocks.stop]]
         num_here = len(self._context.block_pool.match(keys))
         if num_here == len(keys):
             return None
         first = blocks.start + num_here
-        borrow = Borrow(self._loan_id(f"{name}.{group}"), sequence.block_hashes[first : blocks.stop], first, group)
-        return await self._coming.run(keys[num_here], self._fetch(borrow, sequence, source, due_s))
+        borrow = Borrow(self._loan_id(f"{name}.{group}"), hashes[first : blocks.stop], first, group)
+        return await self._coming.run(keys[num_here], self._fetch(borrow, hashes, source, due_s))
 
     def _loan_id(self, name: str) -> str:
         return f"{name}~{self._context.info.replica_id}"
 
-    async def _fetch(self, borrow: Borrow, sequence: Sequence, source: ReplicaInfo, due_s: float) -> Fetched | None:
+    async def _fetch(self, borrow: Borrow, hashes: Hashes, source: ReplicaInfo, due_s: float) -> Fetched | None:
         client, timeout_s = self._context.client, self._context.spec.transfer.control_timeout_s
         try:
             lent = await client.call(source.address, methods.BORROW, borrow, timeout_s)
             if not lent.source_blocks:
                 return None
             groups = lent.groups or (LentBlocks(0, borrow.first_block, lent.source_blocks),)
-            return await self._bring(borrow.loan_id, sequence, lent.source, groups, due_s)
+            return await self._bring(borrow.loan_id, hashes, lent.source, groups, due_s)
         except (BatonError, OutOfBlocks) as error:
             logger.info("%s lends nothing for %s: %s", source.replica_id, borrow.loan_id, error)
             return None
@@ -78,10 +79,10 @@ class Borrower:
             task.add_done_callback(self._giving_back.discard)
 
     async def _bring(
-        self, loan_id: str, sequence: Sequence, source: ReplicaInfo, lent: tuple[LentBlocks, ...], due_s: float
+        self, loan_id: str, hashes: Hashes, source: ReplicaInfo, lent: tuple[LentBlocks, ...], due_s: float
     ) -> Fetched:
         """Raises BatonError, and OutOfBlocks when there is no room; blocks that came can be found by content."""
-        layout, hashes = self._context.info.layout, sequence.block_hashes
+        layout = self._context.info.layout
         groups, before, coming = layout.kv_groups, list[BlockKey](), list[ChainKey]()
         for of_group in lent:
             group, first = groups[of_group.group], of_group.first_block

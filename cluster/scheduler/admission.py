@@ -20,6 +20,7 @@ from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.policy import Choices, Policy
+from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.rules import has_free_slot
@@ -177,6 +178,10 @@ class Admission:
         """Batch requests that others now wait for, since the last call. The caller has their decode replicas let go."""
         yields, self._yields = self._yields, []
         return yields
+
+    def take_copies(self) -> list[Copy]:
+        """Prefixes to be copied from one replica to another, since the last call; the caller has the takers do it."""
+        return self.policy.take_copies()
 
     def progress(self, message: Progress, now: float) -> None:
         """A request's first token is out."""

@@ -33,6 +33,7 @@ from cluster.scheduler.pairing import (
     weigh_local,
 )
 from cluster.scheduler.policy import Choices
+from cluster.scheduler.prefix_care import Copy, PrefixCare
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
 from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, without
@@ -60,6 +61,8 @@ class DecisionMaker:
         self._batch_headroom = Headroom(max(0.0, config.max_decode_kv_usage - config.max_batch_kv_usage))
         self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
         self._local_rules = LocalRules(config.local_prefill_max_tokens, config.itl_slo_s)
+        self._care = PrefixCare(config.pull_min_tokens)
+        self._decided: tuple[Reserve, Choices] | None = None  # the last question that had an answer
         self._shortlists: dict[tuple[Role, str], Shortlist] = {}
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
@@ -80,7 +83,9 @@ class DecisionMaker:
             weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
         if request.placement != "pair" or not weighed:
             weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))
-        return _best(request, weighed, num_new)
+        best = _best(request, weighed, num_new)
+        self._decided = (request, choices) if best is not None else None
+        return best
 
     # ---- what it is told ----------------------------------------------------------------------------------------
 
@@ -96,9 +101,10 @@ class DecisionMaker:
             shortlist.remove(replica_id)
         self._sites.remove(replica_id)
 
-    def booked(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
+    def booked(self, reservation: Reservation, now: float) -> None:
         """The loads of its replicas have changed."""
         self.learned.booked(reservation)
+        self._take_care(reservation, now)
         self._replicas_changed(reservation)
 
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
@@ -114,6 +120,10 @@ class DecisionMaker:
     def foresight(self) -> Foresight:
         """How predictions compare with what came."""
         return self.learned.foresight()
+
+    def take_copies(self) -> list[Copy]:
+        """See PrefixCare."""
+        return self._care.take_copies()
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -198,6 +208,24 @@ class DecisionMaker:
                     if len(found) == NUM_LENDERS:
                         return tuple(found)
         return tuple(found)
+
+    def _take_care(self, reservation: Reservation, now: float) -> None:
+        decided, self._decided = self._decided, None
+        if decided is None or decided[0] is not reservation.request:
+            return
+        request, choices = decided
+        if not choices.cached.segments:
+            return
+        depth, terms = choices.cached.segments[0].depth, reservation.decision.terms
+        num_tokens = depth * reservation.decision.decode.info.layout.block_size
+        rest_s = max(0.0, terms.prefill_s)
+        if self._care.used(request.block_hashes[depth - 1], num_tokens, rest_s, now):
+            pool = choices.decodes if reservation.prefill_id is None else choices.prefills
+            deep = choices.cached.segments[0]
+            have = {*choices.cached.names(deep)}
+            holders = [view for view in choices.everyone.values() if view.usable and view.info.replica_id in have]
+            others = [view for view in pool if view.usable and view.info.replica_id not in have]
+            self._care.held(request.block_hashes[:depth], holders, others, now)
 
     def _replicas_changed(self, reservation: Reservation) -> None:
         decision = reservation.decision

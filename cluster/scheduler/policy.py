@@ -6,6 +6,7 @@ from typing import Protocol
 
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.matches import Matches
+from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
 from core.messages.to_scheduler import Foresight, Report, Reserve
@@ -57,6 +58,10 @@ class Policy(Protocol):
         """How its predictions compare with what came, if it predicts."""
         ...
 
+    def take_copies(self) -> list[Copy]:
+        """Prefixes that replicas shall take over from others, beside all requests, since the last call."""
+        ...
+
 
 class Memoryless:
     """The part of policies that learn nothing."""
@@ -79,3 +84,7 @@ class Memoryless:
     def foresight(self) -> Foresight | None:
         """Nothing is predicted that could be compared."""
         return None
+
+    def take_copies(self) -> list[Copy]:
+        """Requests alone spread prefixes."""
+        return []

@@ -21,6 +21,15 @@ class Borrow:
 
 
 @dataclass(frozen=True)
+class TakeOver:
+    """From the scheduler: bring these leading blocks of many prompts into your cache, from a replica that has them."""
+
+    name: str  # unique in the fleet
+    block_hashes: tuple[BlockHash, ...]
+    source: ReplicaInfo
+
+
+@dataclass(frozen=True)
 class LentBlocks:
     """Consecutive blocks of one KV group."""
 

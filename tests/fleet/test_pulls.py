@@ -11,7 +11,7 @@ from cluster.scheduler.policy import Choices, Memoryless
 from core.block_hash import hash_blocks
 from core.config import PoolConfig
 from core.errors import PeerLost
-from core.messages.to_lender import Borrow
+from core.messages.to_lender import Borrow, TakeOver
 from core.sampling import SamplingParams
 from rpc import methods
 from tests.fleet.in_process_fleet import FleetHandle, generate, running_fleet
@@ -133,3 +133,25 @@ async def test_loans_that_nobody_gives_back_expire(tiny_llama):
         assert lender.give_back_expired(29.0) == []
         assert lender.give_back_expired(31.0) == ["lost"]
         assert replica.pool.num_held == 0
+
+
+@pytest.mark.parametrize("taker", ["p1", "d1"])
+async def test_a_replica_takes_a_prefix_over_before_anybody_asks_it_for_that(tiny_llama, taker):
+    path, model = tiny_llama
+    shared, tail = random_prompts(9, (96, 12))
+    async with running_fleet(path, 2, 2) as fleet:
+        steer(fleet, "p0", "d0")
+        await generate(fleet, "first", shared + random_prompts(10, (7,))[0], 2)
+        hashes, source = hash_blocks(shared, 16), fleet.replicas["p0"].info
+        taking = fleet.replicas[taker]
+
+        async def copy(message: TakeOver) -> None:
+            await fleet._plane.client.call(taking.info.address, methods.TAKE_OVER, message, 5)
+
+        await asyncio.gather(*(copy(TakeOver(f"s.{number}", hashes, source)) for number in range(3)))
+        assert all(key in taking.pool for key in hashes)
+        steer(fleet, taker if taker == "p1" else None, "d1")
+        assert await cached_tokens(fleet, "next", shared + tail, 8) == (reference(model, shared + tail, 8), 96)
+        await fleet.stop("p0")
+        await copy(TakeOver("s.gone", hash_blocks(random_prompts(11, (96,))[0], 16), source))  # nobody lends: no harm
+        await fleet.until_quiet()
