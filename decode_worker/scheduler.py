@@ -2,6 +2,11 @@
 
 Decoding comes before prompt chunks, older sequences before newer. When blocks run out, the newest sequence is
 preempted: its client-visible rest is planned anew elsewhere ("resume"), so the oldest always gets through.
+
+Tokens are drawn on the last stage of a pipeline, where the first stage cannot go on with them before they are known. A
+step then takes a part of the sequences, and while one part is on its way through the stages, others follow it:
+
+    2 parts, sequences a b c d       steps  [ a b ] [ c d ] [ a b ] ...
 """
 
 from collections import deque
@@ -63,6 +68,7 @@ class DecodeScheduler:
     pool: BlockPool
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_parts: int = 1  # steps that may be in flight through the stages of a pipeline
     waiting: deque[DecodeJob] = field(default_factory=deque)
     running: list[DecodeJob] = field(default_factory=list)
     preempted: list[DecodeJob] = field(default_factory=list)
@@ -71,6 +77,11 @@ class DecodeScheduler:
     def num_waiting_tokens(self) -> int:
         """Prompt tokens that local prefill still has to compute."""
         return sum(job.sequence.num_uncomputed - 1 for job in (*self.waiting, *self.running))
+
+    @property
+    def num_steps_at_once(self) -> int:
+        """Steps that advance all running sequences by a token."""
+        return max(1, min(self.num_parts, len(self.running)))
 
     @property
     def num_kv_tokens(self) -> int:
@@ -91,11 +102,13 @@ class DecodeScheduler:
         """The next step, or None when nothing runs. Preemptions that it needed are reported by `take_preempted`."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             self.running.append(self.waiting.popleft())
-        budget = self.max_num_batched_tokens
+        budget, num_jobs = self.max_num_batched_tokens, -(-len(self.running) // self.num_parts)
         advances: list[Advance] = []
-        decoding_first = sorted(self.running, key=lambda job: job.sequence.num_to_launch > 1)
+        decoding_first = sorted(self.running, key=lambda job: self._num_to_launch(job) > 1)
         for job in decoding_first:
-            num_tokens = min(job.sequence.num_to_launch, budget)
+            if len(advances) == num_jobs:
+                break
+            num_tokens = min(self._num_to_launch(job), budget)
             if num_tokens == 0 or job.cancelled or not self._make_room(job, num_tokens, advances):
                 continue
             budget -= num_tokens
@@ -134,6 +147,9 @@ class DecodeScheduler:
         """Jobs that lost their blocks since the last call."""
         preempted, self.preempted = self.preempted, []
         return [Outcome(job, job.sequence.num_outputs, None, None, "resume") for job in preempted]
+
+    def _num_to_launch(self, job: DecodeJob) -> int:
+        return job.sequence.num_to_launch if self.num_parts == 1 else job.sequence.num_known_to_launch
 
     def _make_room(self, job: DecodeJob, num_tokens: int, advances: list[Advance]) -> bool:
         """Grows the sequence, preempting the newest others that this step does not advance yet, or itself."""

@@ -32,7 +32,7 @@ class DecodeSteps:
         self._outbox = outbox
         self._drainer = drainer
         self._hand_over = hand_over
-        self.step_s = MovingAverage()  # of steps that only decode
+        self.step_s = MovingAverage()  # of steps that only decode, until all sequences have a token
         self.tokens_per_s = MovingAverage()  # of steps that also prefill
 
     def next_step(self) -> DecodeStep | None:
@@ -47,7 +47,7 @@ class DecodeSteps:
     def step_done(self, step: DecodeStep, result: StepResult, seconds: float) -> None:
         """Sends the step's tokens, one frame per ingress."""
         if all(advance.num_tokens == 1 for advance in step.advances):
-            self.step_s.add(seconds)
+            self.step_s.add(seconds * self._scheduler.num_steps_at_once)
         else:
             self.tokens_per_s.add(step.batch.num_tokens / seconds)
         self._deliver(self._scheduler.finish(step, result))

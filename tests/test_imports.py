@@ -39,7 +39,7 @@ HOMES = {
     "ray": ("cluster/", "bench/"),
     "grpc": ("rpc/",),
     "msgpack": ("rpc/",),
-    "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py"),
+    "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py", "engine/rank_store.py"),
     "tokenizers": ("cluster/ingress/", "models/"),
     "flashinfer": ("engine/flashinfer_library.py",),
 }

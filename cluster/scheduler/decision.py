@@ -15,11 +15,12 @@ from cluster.scheduler.fleet_view import ReplicaView
 from core.config import SchedulerConfig
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import Reserve
+from core.version import PIPELINE_PROTOCOL
 
 LINK_BYTES_PER_S = 1.5e9  # until links are measured
 LINK_LATENCY_S = 0.002
 HIDDEN_SHARE = 0.8  # of a transfer, by the compute of later layers and chunks
-STEPS_HELD = 2  # a worker holds about this many steps of work; the rest waits at the scheduler
+STEPS_HELD = 1  # beside one for each of its stages, a worker holds about so many steps; the rest waits at the scheduler
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class DecisionMaker:
         pull = self._pull(request, prefill, everyone, cached)
         blocks = self._decode_blocks(request, decode, cached)
         layout = decode.info.layout
-        num_bytes = blocks * layout.block_bytes_per_rank * layout.tensor_parallel
+        num_bytes = blocks * layout.block_bytes
         bytes_per_s = decode.bytes_per_s_from(prefill.info.replica_id) or LINK_BYTES_PER_S
         return Decision(
             prefill,
@@ -162,7 +163,7 @@ class DecisionMaker:
         if num_saved < self._config.pull_min_tokens:
             return alone
         num_blocks = layout.num_blocks_missing(held, depth * layout.block_size)
-        num_bytes = num_blocks * layout.block_bytes_per_rank * layout.tensor_parallel
+        num_bytes = num_blocks * layout.block_bytes
         bytes_per_s = taker.bytes_per_s_from(lender.info.replica_id) or LINK_BYTES_PER_S
         pull_s = 2 * LINK_LATENCY_S + num_bytes / bytes_per_s
         return _Pull(lender, pull_s, num_uncached) if pull_s < num_saved / taker.prefill_tokens_per_s else alone
@@ -189,14 +190,16 @@ class DecisionMaker:
 
 
 def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
-    """KV blocks of one mean the same to the other, and both are of one generation."""
+    """KV blocks of one mean the same to the other, which finds them, and both are of one generation."""
     means_the_same = prefill.compatibility == decode.compatibility and prefill.layout.groups == decode.layout.groups
-    return means_the_same and prefill.generation == decode.generation
+    finds_stages = prefill.layout.pipeline_parallel == 1 or decode.protocol >= PIPELINE_PROTOCOL
+    return means_the_same and finds_stages and prefill.generation == decode.generation
 
 
 def takes_more(prefill: ReplicaView) -> bool:
-    """Whether the replica holds less than about two steps of work."""
-    return prefill.outstanding_prefill_tokens < STEPS_HELD * prefill.info.max_num_batched_tokens
+    """Whether the replica holds less than about two steps of work, or as many more as it has more stages."""
+    num_steps = prefill.info.layout.pipeline_parallel + STEPS_HELD
+    return prefill.outstanding_prefill_tokens < num_steps * prefill.info.max_num_batched_tokens
 
 
 def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:

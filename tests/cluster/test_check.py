@@ -275,7 +275,10 @@ def test_packed_weights_are_counted_as_they_will_be_held(tmp_path):
     plain, packed = make_checkpoint(tmp_path / "plain", "gpt_oss"), make_mxfp4_checkpoint(tmp_path / "packed")
     assert count_parameters(packed) == count_parameters(plain)
     geometry = read_geometry(packed)
-    assert (geometry.dtype, geometry.weight_bytes_per_rank(2)) == ("bfloat16", read_geometry(plain).num_parameters)
+    assert (geometry.dtype, geometry.weight_bytes_per_rank(geometry.kv_layout(2, 16))) == (
+        "bfloat16",
+        read_geometry(plain).num_parameters,
+    )
 
 
 def test_a_config_json_without_sizes_is_refused(tmp_path):

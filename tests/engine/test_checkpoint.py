@@ -16,7 +16,6 @@ from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.model_parameters import Share, list_parameters
 from engine.parsed_config import parsed_config
-from engine.rank_group import SingleRank
 from engine.rope import inverse_frequencies
 from tests.checkpoints import make_checkpoint
 
@@ -31,7 +30,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def load(folder: Path) -> None:
     spec = load_model_spec(folder)
-    parameters = list_parameters(spec, Share(0, spec.kv_layout(SingleRank.size, 16)))
+    parameters = list_parameters(spec, Share(0, spec.kv_layout(1, 16)))
     for _ in CheckpointReader(folder, spec, CPU).read(parameters):
         pass
 
