@@ -12,8 +12,6 @@ from engine.rank_store import RankStore
 from engine.stage_links import StageLinks
 from engine.tensor_parallel import TensorParallelGroup
 
-_STEPS_PENDING = 8  # messages of about as many steps that a stage may be ahead of the next
-
 
 @dataclass(frozen=True)
 class RankLinks:
@@ -45,7 +43,7 @@ def connect_ranks(
             group = TensorParallelGroup(store, name, part, layout.tensor_parallel, device)
         pipeline: Pipeline = SingleStage()
         if layout.pipeline_parallel > 1:
-            pipeline = StageLinks(store, rank, layout, device, timeout_s, _STEPS_PENDING)
+            pipeline = StageLinks(store, rank, layout, device, timeout_s)
     except (RuntimeError, PeerLost) as error:
         raise PeerLost(
             f"rank {rank} of {layout.num_ranks} could not meet the others at {store_address}: {error}"

@@ -17,6 +17,7 @@ from engine.int_frames import from_frames, new_frame, room_for_rest, to_frames
 from engine.rank_store import Group, RankStore
 
 _TAG = 0
+_MOST_NOTICES = 16  # orders and reports on their way; of activations, as many as there may be steps in flight
 
 
 class _Link:
@@ -24,7 +25,7 @@ class _Link:
     are kept, with what they send, for a while.
     """
 
-    def __init__(self, group: Group, *, sends: bool, most_pending: int = 0) -> None:
+    def __init__(self, group: Group, *, sends: bool, most_pending: int) -> None:
         self._group = group
         self._peer = 1 if sends else 0
         self._most_pending = most_pending
@@ -57,10 +58,8 @@ class _Link:
 class StageLinks:
     """A Pipeline of several processes. After a PeerLost it is of no more use."""
 
-    def __init__(
-        self, store: RankStore, rank: int, layout: KVLayout, device: torch.device, timeout_s: float, most_pending: int
-    ) -> None:
-        """`most_pending` sends of a link before the next waits. Raises RuntimeError when a neighbour does not come.
+    def __init__(self, store: RankStore, rank: int, layout: KVLayout, device: torch.device, timeout_s: float) -> None:
+        """Raises RuntimeError when a neighbour does not come.
 
         What a stage waits for has passed all those before it, each of which may take `timeout_s`.
         """
@@ -69,15 +68,15 @@ class StageLinks:
         part = layout.part_of(rank)
         patience_s = timeout_s * self.num_stages
 
-        def pair(name: str, *, sends: bool, on_device: bool = False) -> _Link:
-            ours = 0 if sends else 1
-            made = store.nccl(name, ours, 2, device) if on_device else store.gloo(name, ours, 2, patience_s)
-            return _Link(made, sends=sends, most_pending=most_pending)
+        def pair(name: str, *, sends: bool) -> _Link:
+            return _Link(store.gloo(name, 0 if sends else 1, 2, patience_s), sends=sends, most_pending=_MOST_NOTICES)
 
         def neighbours(stage: int, *, sends: bool) -> tuple[_Link, _Link]:
-            name = f"stage{stage}/part{part}"
-            orders = pair(f"{name}/orders", sends=sends)
-            return orders, pair(f"{name}/activations", sends=sends, on_device=device.type == "cuda")
+            name, ours = f"stage{stage}/part{part}", 0 if sends else 1
+            orders, data = pair(f"{name}/orders", sends=sends), f"{name}/activations"
+            on_device = device.type == "cuda"
+            group = store.nccl(data, ours, 2, device) if on_device else store.gloo(data, ours, 2, patience_s)
+            return orders, _Link(group, sends=sends, most_pending=self.num_stages)
 
         self._before = neighbours(self.stage, sends=False) if self.stage > 0 else None
         self._next = neighbours(self.stage + 1, sends=True) if self.stage + 1 < self.num_stages else None
