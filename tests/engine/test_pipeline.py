@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from core.errors import ConfigurationError, PeerLost
 from core.kv_groups import KVGroup
@@ -14,6 +15,8 @@ from engine.backend import torch_backend
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.checkpoint import load_model_spec
 from engine.model_parameters import Share, list_parameters
+from engine.pipeline import SingleStage
+from engine.stage_reports import await_drawn, await_reports
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import BLOCK_SIZE, PlainEngine, greedy, make_runner
 from tests.engine.rank_threads import rank_threads
@@ -91,6 +94,31 @@ def test_layer_groups_are_told_in_order_those_of_later_stages_when_collected(tmp
             assert told == [(0, 2)], "the second group ends on the second stage"
             runner.collect(step)
             assert told == [(0, 2), (2, 2), (4, 1)]
+
+
+class Reporting(SingleStage):
+    """Later stages that report what is in `notices`."""
+
+    num_stages = 3
+
+    def __init__(self, notices: list[tuple[int, list[int]]]) -> None:
+        self.notices, self.events = notices, list[tuple[str, int]]()
+
+    def reported(self, stage, tensors) -> None:
+        for tensor in tensors:
+            expected, notice = self.notices.pop(0)
+            assert stage == expected
+            tensor.copy_(torch.tensor(notice))
+            self.events.append(("reported", stage))
+
+
+def test_nothing_is_told_of_a_later_stage_before_that_has_reported_it():
+    """Stages of 2 layers; the first group ends on the first stage, two on the second, none on the last."""
+    layout = KVLayout(6, 2, 8, 16, "float32", 1, pipeline_parallel=3)
+    pipeline = Reporting([(1, [0, 3]), (1, [0, 4]), (2, [1, 0])])
+    await_reports(pipeline, layout, {2: 2, 3: 1, 4: 1}, lambda first, _: pipeline.events.append(("told", first)))
+    assert pipeline.events == [("reported", 1), ("told", 2), ("reported", 1), ("told", 3)]
+    assert await_drawn(pipeline, ()) is None and pipeline.notices == []
 
 
 @pytest.mark.parametrize("idle", [False, True])

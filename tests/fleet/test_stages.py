@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import threading
 
 import pytest
 
 from bench.rank_processes import RankProcess, rank_processes
 from core.config import PoolConfig, SchedulerConfig, TiersConfig, TransferConfig
 from core.messages.fleet import Role
+from core.messages.to_rank import SlabHeader, Span
 from core.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import PlainEngine, make_runner
@@ -97,6 +99,50 @@ async def test_chunks_and_decode_steps_follow_each_other_through_the_stages(tiny
         assert outputs == [reference(model, prompt, 40) for prompt in prompts]
         assert most == {"p0": 2, "d0": 2}
         assert max(sizes) == 2, "half of four sequences at a time"
+        await fleet.until_quiet()
+
+
+async def test_a_stage_gives_no_places_but_those_of_its_layers(tiny_llama):
+    """Three layers: places 0 and 1 of the first stage, place 0 of the second, whose pool has room for one more."""
+    async with running_fleet(tiny_llama[0], 0, 0) as fleet:
+        replica = await fleet.add("d0", Role.DECODE, **TWO_STAGES)
+        (last,) = replica.others
+        assert last._serving.agent._pool.shape[0] == 2
+
+        def may_read(first: int, number: int, group: int = 0) -> bool:
+            return last._may_read(SlabHeader(0, "r", 0, Span(first, number, (0,), 0, 1), group=group))
+
+        assert may_read(0, 1)
+        assert not (may_read(0, 2) or may_read(1, 1) or may_read(0, 1, group=1) or may_read(0, 1, group=-1))
+
+
+async def test_layers_of_the_first_stage_arrive_while_the_second_computes(tiny_llama, monkeypatch):
+    path, model = tiny_llama
+    (prompt,) = random_prompts(9, (60,))
+    async with running_fleet(path, 0, 1) as fleet:
+        prefill = await fleet.add("p0", Role.PREFILL, **TWO_STAGES)
+        await fleet.until_ready(2)
+        second, may_compute = prefill.others[0]._serving.engine.runner, threading.Event()
+        execute = second.execute_launched
+
+        def held(orders) -> None:
+            assert may_compute.wait(30)
+            execute(orders)
+
+        monkeypatch.setattr(second, "execute_launched", held)
+        stream = asyncio.create_task(generate(fleet, "r", prompt, 8))
+        try:
+            async with asyncio.timeout(20):
+                while True:
+                    leases = [handoff.lease for handoff in fleet.replicas["d0"].service._handoffs]
+                    arrived = [layers for lease in leases for layers in lease.arrived_layers.values()]
+                    if arrived == [{0, 1}] * 4:
+                        break
+                    await asyncio.sleep(0.01)
+            assert leases[0].commit is None and not stream.done()
+        finally:
+            may_compute.set()
+        assert await stream == reference(model, prompt, 8)
         await fleet.until_quiet()
 
 
