@@ -6,6 +6,7 @@ import torch
 
 from core.errors import PeerLost
 from core.kv_layout import KVLayout
+from engine.orders import STEP
 from engine.pipeline import Pipeline, SingleStage
 from engine.rank_group import RankGroup, SingleRank
 from engine.rank_store import RankStore
@@ -19,6 +20,38 @@ class RankLinks:
 
     group: RankGroup = field(default_factory=SingleRank)
     pipeline: Pipeline = field(default_factory=SingleStage)
+
+    @property
+    def rank(self) -> int:
+        """Of the replica."""
+        return self.pipeline.stage * self.group.size + self.group.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the replica."""
+        return self.pipeline.num_stages * self.group.size
+
+    def tell(self, values: list[int]) -> None:
+        """From the first rank to all others: through its stage, then from stage to stage.
+
+        Returns at once where that is a step to compute, which the next stage takes when it can; else when it has.
+        Raises PeerLost, as all do.
+        """
+        if self.group.size > 1:
+            self.group.broadcast(values)
+        self.pipeline.pass_on(values, wait=values[0] != STEP)
+
+    def hear(self, timeout_s: float | None = None) -> list[int]:
+        """What the first rank tells, on another one, which passes it on."""
+        is_first_stage = self.pipeline.stage == 0
+        values = self.group.broadcast(None, timeout_s) if is_first_stage else self.pipeline.orders(timeout_s)
+        self.pipeline.pass_on(values, wait=values[0] != STEP)
+        return values
+
+    def close(self) -> None:
+        """Leaves; the others' next call raises PeerLost."""
+        self.group.close()
+        self.pipeline.close()
 
 
 def connect_ranks(

@@ -11,7 +11,6 @@ pipeline compute a step one after the other, so that several steps in flight kee
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,33 +22,18 @@ from core.weight_budget import num_resident_layers
 from engine.attention import AttentionStep
 from engine.backend import Backend, torch_backend
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch, StepResult
-from engine.batch_codec import decode_batch, encode_batch
 from engine.decode_graphs import DecodeGraphs
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
 from engine.model_parameters import Share, list_parameters
 from engine.model_spec import ModelSpec
+from engine.orders import KEEP_ALIVE, STEP, STOP, Orders, decode_orders
 from engine.parameters import Parameter, ReadParameters
 from engine.rank_links import RankLinks
 from engine.sampler import Drawn, draw_tokens, logprobs_on_host
 from engine.stage_reports import OnLayers, StageReports, await_drawn, await_reports
 from engine.step_inputs import DrawAt, StepInputs, int_tensor, lay_out
 from engine.weights import assemble
-
-_STOP, _KEEP_ALIVE, _STEP = range(3)
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What all ranks of a replica know of a step. `layer_groups` as for `launch`."""
-
-    batch: StepBatch
-    layer_groups: tuple[int, ...] = ()
-
-    @property
-    def group_sizes(self) -> dict[int, int]:
-        """By the layer after the group."""
-        return dict(zip(accumulate(self.layer_groups), self.layer_groups, strict=True))
 
 
 @dataclass
@@ -85,9 +69,8 @@ class ModelRunner:
         backend: Backend | None = None,
     ) -> None:
         """`backend` None: torch alone."""
-        self._group, self._pipeline = links.group, links.pipeline
+        self._links, self._group, self._pipeline = links, links.group, links.pipeline
         assert (layout.tensor_parallel, layout.pipeline_parallel) == (self._group.size, self._pipeline.num_stages)
-        self._rank = self._pipeline.stage * self._group.size + self._group.rank
         torch.set_num_threads(num_threads)
         self.spec = spec
         self.layout = layout
@@ -96,13 +79,13 @@ class ModelRunner:
         self._device = device
         self._require_agreement()
         with torch.inference_mode():
-            self._share = share = Share(self._rank, layout, whole_experts)
+            self._share = share = Share(links.rank, layout, whole_experts)
             parameters = list_parameters(spec, share)
             named = zip((parameter.name for parameter in parameters), read(parameters), strict=True)
             num_resident = _num_resident(spec, share, parameters, backend.device_weight_bytes)
             self.weights = assemble(spec, share, device, named, backend.kernels, num_resident)
         self._decoder = Decoder(spec, share, self.weights, self._group, device, backend.kernels)
-        self.kv_cache = KVCache(layout, self._rank, num_blocks, device)
+        self.kv_cache = KVCache(layout, links.rank, num_blocks, device)
         self._last: InFlightStep | None = None
         groups = layout.groups_of_stage(self._pipeline.stage)
         self._attention = backend.attention(self.kv_cache.tensor, groups)
@@ -126,8 +109,8 @@ class ModelRunner:
         `layer_groups`: the sizes of groups that are told of, in order; layers beyond them are not.
         """
         orders = Orders(batch, tuple(layer_groups) if on_layers is not None else ())
-        if self.layout.num_ranks > 1:
-            self._tell([_STEP, len(orders.layer_groups), *orders.layer_groups, *encode_batch(batch)])
+        if self._links.num_ranks > 1:
+            self._links.tell(orders.encode())
         return self._execute(orders, on_layers)
 
     def collect(self, step: InFlightStep) -> StepResult:
@@ -171,30 +154,19 @@ class ModelRunner:
 
     def keep_alive(self) -> None:
         """Tells waiting ranks that the first one lives. While idle, call it more often than `max_silence_s`."""
-        if self.layout.num_ranks > 1:
-            self._tell([_KEEP_ALIVE])
-
-    def _tell(self, values: list[int]) -> None:
-        """All other ranks; returns at once where that is an order to compute, else when the next stage has heard it."""
-        if self._group.size > 1:
-            self._group.broadcast(values)
-        self._pipeline.pass_on(values, wait=values[0] != _STEP)
+        if self._links.num_ranks > 1:
+            self._links.tell([KEEP_ALIVE])
 
     # ---- the other ranks ----------------------------------------------------------------------------------------
 
     def launches(self, max_silence_s: float = 30.0) -> Iterator[Orders]:
         """What the first rank launches, until that closes. Raises PeerLost, also when that is silent."""
         while True:
-            if self._pipeline.stage == 0:
-                values = self._group.broadcast(None, max_silence_s)
-            else:
-                values = self._pipeline.orders(max_silence_s)
-            self._pipeline.pass_on(values, wait=values[0] != _STEP)
-            if values[0] == _STOP:
+            values = self._links.hear(max_silence_s)
+            if values[0] == STOP:
                 return
-            if values[0] == _STEP:
-                num_groups = values[1]
-                yield Orders(decode_batch(values[2 + num_groups :]), tuple(values[2 : 2 + num_groups]))
+            if values[0] == STEP:
+                yield decode_orders(values)
 
     def execute_launched(self, orders: Orders) -> None:
         """This rank's part of a step that the first rank launched."""
@@ -204,27 +176,22 @@ class ModelRunner:
 
     def close(self) -> None:
         """The first rank ends the others' `launches`; every rank frees its cache."""
-        if self.layout.num_ranks > 1 and self._rank == 0:
+        if self._links.num_ranks > 1 and self._links.rank == 0:
             with suppress(PeerLost):  # then nobody waits
-                self._tell([_STOP])
+                self._links.tell([STOP])
         if self._reports is not None:
             self._reports.close()
-        self._group.close()
-        self._pipeline.close()
+        self._links.close()
         self.kv_cache.close()
         if self.weights.stream is not None:
             self.weights.stream.close()
 
     def _require_agreement(self) -> None:
-        if self.layout.num_ranks > 1:
-            ours = [self.num_blocks, int(self.spec.revision[:15], 16), self.layout.block_size]
-            if self._pipeline.stage > 0:
-                theirs = self._pipeline.orders()
-            else:
-                theirs = self._group.broadcast(ours if self._rank == 0 else None)
-            self._pipeline.pass_on(theirs)
-            if ours != theirs:
-                raise ConfigurationError(f"rank {self._rank} has blocks, revision, block size {ours}, not {theirs}")
+        rank, ours = self._links.rank, [self.num_blocks, int(self.spec.revision[:15], 16), self.layout.block_size]
+        if self._links.num_ranks > 1 and rank == 0:
+            self._links.tell([STEP, *ours])
+        elif rank > 0 and (theirs := self._links.hear()[1:]) != ours:
+            raise ConfigurationError(f"rank {rank} has blocks, revision, block size {ours}, not {theirs}")
 
     @torch.inference_mode()
     def _execute(self, orders: Orders, on_layers: OnLayers | None) -> InFlightStep:

@@ -88,6 +88,7 @@ PURE = [
     "engine.block_pool",
     "engine.group_blocks",
     "engine.layer_groups",
+    "engine.orders",
     "engine.sequence",
     "kv_transfer.channels.borrowed_time",
     "kv_transfer.flow_control",

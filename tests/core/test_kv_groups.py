@@ -54,6 +54,22 @@ def test_every_layer_has_one_place_and_few_places_are_empty(windows):
     assert [group.window is not None for group in groups] == sorted(group.window is not None for group in groups)
 
 
+@given(SMALL_WINDOWS, st.integers(1, 6))
+def test_every_stage_of_a_pipeline_has_its_share_of_every_group(windows, stages):
+    layout = replace(PLAIN, num_layers=len(windows), groups=group_layers(windows), pipeline_parallel=stages)
+    for stage in range(stages):
+        layers = layout.layers_of_stage(stage)
+        for window in {*windows}:
+            sizes = [len(group.layers) for group in layout.groups_of_stage(stage) if group.window == window]
+            assert sum(sizes) == sum(windows[layer] == window for layer in layers)
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_stage_of_gemma_3_27b_holds_half_of_the_kv():
+    whole = replace(PLAIN, num_layers=62, groups=group_layers(every(6, 62)))
+    assert (whole.places_per_rank, replace(whole, pipeline_parallel=2).places_per_rank) == (11, 6)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
