@@ -52,12 +52,14 @@ def test_two_stages_draw_what_one_draws(tmp_path: Path, name: str):
     assert follower.exitcode == STOPPED
 
 
-def test_two_stages_of_two_ranks_each_draw_what_one_draws(tmp_path: Path):
+@pytest.mark.parametrize("degrees", [(2, 2), (1, 3)])
+def test_more_ranks_draw_what_one_draws(tmp_path: Path, degrees: tuple[int, int]):
+    """Two stages of two ranks each; three stages."""
     checkpoint = make_checkpoint(tmp_path, "llama")
-    with ranks(checkpoint, (2, 2)) as (runner, followers):
+    with ranks(checkpoint, degrees) as (runner, followers):
         runner.keep_alive()
         assert [tokens for tokens, _ in draw(runner)] == [tokens for tokens, _ in draw_alone(checkpoint)]
-    assert [follower.exitcode for follower in followers] == [STOPPED] * 3
+    assert {follower.exitcode for follower in followers} == {STOPPED}
 
 
 def chunks_of(prompt: list[int], size: int) -> list[StepBatch]:
@@ -142,6 +144,18 @@ def test_a_stage_that_dies_with_a_step_in_flight_is_noticed(tmp_path: Path):
         with pytest.raises(PeerLost, match="stage is lost"):
             for _ in range(2):  # the first may have been over before
                 runner.collect(step)
+        runner.close()
+
+
+def test_the_death_of_a_later_stage_is_passed_on_to_the_leader(tmp_path: Path):
+    with ranks(make_checkpoint(tmp_path, "llama"), (1, 3)) as (runner, (second, third)):
+        third.kill()
+        third.join()
+        runner.keep_alive()  # the second stage passes it on, and ends
+        second.join(20)
+        assert second.exitcode == LOST
+        with pytest.raises(PeerLost, match="stage is lost"):
+            runner.keep_alive()
         runner.close()
 
 

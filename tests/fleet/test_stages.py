@@ -8,9 +8,12 @@ import pytest
 
 from bench.rank_processes import RankProcess, rank_processes
 from core.config import PoolConfig, SchedulerConfig, TiersConfig, TransferConfig
-from core.messages.fleet import Role
+from core.messages.fleet import Empty, Role
 from core.messages.to_rank import SlabHeader, Span
 from core.sampling import SamplingParams
+from core.security import UNGUARDED
+from rpc.client import RpcClient
+from rpc.methods import HEALTH
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import PlainEngine, make_runner
 from tests.fleet.in_process_fleet import generate, run, running_fleet
@@ -210,9 +213,11 @@ async def test_a_killed_stage_ends_its_replica_and_requests_go_on_elsewhere(tiny
             fleet.register(info)
         await fleet.until_ready(3)
         streams = [asyncio.create_task(generate(fleet, f"r{i}", prompt, 60)) for i, prompt in enumerate(prompts)]
-        while fleet.scheduler._admission.fleet.get(name).status.num_running == 0:
-            await asyncio.sleep(0.01)
+        client = RpcClient(UNGUARDED)
+        while (await client.call(infos[name].address, HEALTH, Empty(), 2)).num_steps == 0:
+            await asyncio.sleep(0.001)
         ranks[name, 1].kill()
+        await client.close()
         for prompt, output in zip(prompts, await asyncio.gather(*streams), strict=True):
             assert len(output) == 60 and are_greedy(model, prompt, output)
         assert await ranks[name, 0].wait() != 0, "the first stage must not outlive the second"
