@@ -42,7 +42,7 @@ from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.model_spec import ModelSpec
 from engine.parameters import ReadParameters
-from engine.rank_group import SingleRank
+from engine.rank_links import RankLinks
 from engine.runner import ModelRunner
 from engine.weights import TORCH_DTYPES
 
@@ -132,7 +132,7 @@ def what_waits(runner: ModelRunner) -> str:
 
 def seen_bytes(layout: KVLayout, context: float) -> float:
     """KV that the token after `context` others attends to, in all layers."""
-    bytes_per_token = layout.block_bytes_per_rank / layout.num_places / layout.block_size  # of one layer
+    bytes_per_token = layout.cell_bytes / layout.block_size  # of one layer
     seen = (len(group.layers) * min(context, group.window or context) for group in layout.kv_groups)
     return bytes_per_token * sum(seen)
 
@@ -167,8 +167,8 @@ class EngineBench:
         )
         config = BY[by].model_copy(update={"device_weights_mib": args.device_weights_mib})
         backend = choose_backend(config, spec, self._layout, self._device, max(args.decode, default=1))
-        group, threads = SingleRank(), args.threads
-        self._runner = ModelRunner(spec, read, self._layout, num_blocks, group, self._device, threads, backend=backend)
+        links, threads = RankLinks(), args.threads
+        self._runner = ModelRunner(spec, read, self._layout, num_blocks, links, self._device, threads, backend=backend)
         started = time.perf_counter()
         self._runner.warm_up(max(args.prefill, default=0))
         self.warm_up_s = time.perf_counter() - started

@@ -75,7 +75,7 @@ def last_piece_bytes(layout: KVLayout, num_tokens: int, pool: PoolConfig, transf
     for group in layout.kv_groups:
         first = max((num_tokens - chunk) // layout.block_size, group.first_needed(num_tokens, layout.block_size))
         num_cells += len(group.places(layers)) * (end - first)
-    return num_cells * layout.block_bytes_per_rank // layout.num_places
+    return num_cells * layout.cell_bytes
 
 
 async def run_request(plane: ControlPlane, name: str, prompt: Sequence[int], num_output: int, placement: str) -> Seen:

@@ -34,7 +34,7 @@ from cluster.settings import resolve_config
 from core.config import BatonConfig, PoolConfig
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
-from engine.rank_group import SingleRank
+from engine.rank_links import RankLinks
 from engine.runner import ModelRunner
 
 WARM_UP_ROUNDS = 2
@@ -83,7 +83,7 @@ class BareEngine:
             CheckpointReader(Path(config.model.path), spec, device).read,
             layout,
             -(-max(args.streams) // self._num_decodes) * blocks_each,
-            SingleRank(),
+            RankLinks(),
             device,
             config.decode.resources_per_rank.num_threads,
         )

@@ -50,13 +50,13 @@ def load_bare(checkpoint: str, dtype: str | None) -> None:
 
     from engine.checkpoint import load_model_spec
     from engine.checkpoint_reader import CheckpointReader
-    from engine.rank_group import SingleRank
+    from engine.rank_links import RankLinks
     from engine.runner import ModelRunner
 
     spec, device = load_model_spec(Path(checkpoint), dtype), torch.device("cpu")
     layout = spec.kv_layout(1, 16)
     read = CheckpointReader(Path(checkpoint), spec, device).read
-    runner = ModelRunner(spec, read, layout, 16, SingleRank(), device, 1)
+    runner = ModelRunner(spec, read, layout, 16, RankLinks(), device, 1)
     runner.warm_up()
     runner.close()
 

@@ -62,7 +62,7 @@ def _pool(role: Role, pool: PoolConfig, transfer: TransferConfig) -> Any:
         **_common({}),
         name=POOL_NAMES[role],
         num_replicas=max(1, pool.min_replicas),  # Serve starts no deployment at 0; the autoscaler may go there
-        placement_group_bundles=[bundle] * pool.tensor_parallel,
+        placement_group_bundles=[bundle] * pool.num_ranks,
         placement_group_strategy="STRICT_PACK",
         graceful_shutdown_timeout_s=leave_timeout_s(pool, transfer),
     )(Supervisor)

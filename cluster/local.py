@@ -121,7 +121,7 @@ def _resources_needed(config: BatonConfig) -> dict[str, float]:
     for pool in (config.prefill, config.decode):
         rank = pool.resources_per_rank
         for name, amount in {"CPU": rank.num_cpus, "GPU": rank.num_gpus, **rank.custom}.items():
-            needed[name] = needed.get(name, 0.0) + pool.max_replicas * pool.tensor_parallel * amount
+            needed[name] = needed.get(name, 0.0) + pool.max_replicas * pool.num_ranks * amount
     return needed
 
 

@@ -152,7 +152,7 @@ class Supervisor:
         group = ray.util.get_current_placement_group()
         assert group is not None, "the deployment declares placement_group_bundles"
         resources = pool.resources_per_rank
-        for rank in range(pool.tensor_parallel):
+        for rank in range(pool.num_ranks):
             options = {
                 "name": f"{self._replica_id}-rank{rank}",
                 "namespace": RANK_NAMESPACE,
@@ -189,7 +189,7 @@ class Supervisor:
                 tenant_salt=self._config.tenant_salt,
                 weight_lenders=lenders[rank],
             )
-            for rank in range(pool.tensor_parallel)
+            for rank in range(pool.num_ranks)
         ]
         starts = [rank.start.remote(spec) for rank, spec in zip(self._ranks, specs, strict=True)]
         infos: list[ReplicaInfo] = await asyncio.gather(*starts)
@@ -200,9 +200,9 @@ class Supervisor:
         try:
             fleet = await self._client.call(await self._scheduler_address(), FLEET, Empty(), CALL_TIMEOUT_S)
         except BatonError:
-            return ((),) * pool.tensor_parallel
+            return ((),) * pool.num_ranks
         name = self._config.model.served_name
-        return weight_lenders(fleet.replicas, name, pool.tensor_parallel, pool.zone, random.Random())
+        return weight_lenders(fleet.replicas, name, pool, pool.zone, random.Random())
 
     def _node_zone(self) -> str:
         """The label of this node that names its rack or zone, or nothing."""

@@ -68,7 +68,8 @@ class PoolConfig(Section):
 
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
-    tensor_parallel: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)  # ranks that share every layer of a stage
+    pipeline_parallel: int = Field(default=1, ge=1)  # stages of a replica, each with layers of its own
     whole_experts: bool = False  # ranks share experts out, instead of splitting each: expert parallel
     dtype: Dtype | None = None  # None takes the model section's; pools that hand KV over must agree
     device: Device = "cpu"
@@ -77,7 +78,7 @@ class PoolConfig(Section):
     kv_cache_mib: int = Field(default=256, ge=1)  # per rank, on CPU
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=512, ge=1)
-    steps_in_flight: int = Field(default=1, ge=1, le=2)  # 2: the next step is launched while one is computed
+    steps_in_flight: int = Field(default=1, ge=1)  # launched at a time: 1, 2, or up to one for each stage
     tiers: TiersConfig = TiersConfig()
     queue_limit: int = Field(default=64, ge=1)  # requests accepted beyond those that run
     cache_floors: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
@@ -94,14 +95,22 @@ class PoolConfig(Section):
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         if sum(self.cache_floors.values()) > 1:
             raise ValueError(f"cache_floors add up to {sum(self.cache_floors.values()):g} of the cache")
+        most_steps = max(2, self.pipeline_parallel)
+        if self.steps_in_flight > most_steps:
+            raise ValueError(f"steps_in_flight {self.steps_in_flight} is above {most_steps}: 2, or one for each stage")
         if self.steps_in_flight > 1 and self.device == "cuda" and self.engine.attention != "torch":
-            raise ValueError("steps_in_flight 2 needs engine.attention torch: FlashInfer has one plan at a time")
+            raise ValueError("steps_in_flight above 1 needs engine.attention torch: FlashInfer has one plan at a time")
         return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Of one replica."""
+        return self.pipeline_parallel * self.tensor_parallel
 
     @property
     def replica_cost(self) -> float:
         """GPUs of one replica; without GPUs a rank counts as one, so that budgets can be tried on CPUs."""
-        return self.tensor_parallel * (self.resources_per_rank.num_gpus or 1.0)
+        return self.num_ranks * (self.resources_per_rank.num_gpus or 1.0)
 
 
 class TransferConfig(Section):

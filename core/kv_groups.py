@@ -5,8 +5,10 @@ group; each of its layers has a place in it, and all groups have as many places,
 
     7 layers, windows  [ w w w - w w w ]      - : none, all tokens
     3 places           group 0 [ 3 . . ]      . : padding
-                       group 1 [ 0 1 2 ]
-                       group 2 [ 4 5 6 ]
+                       group 1 [ 0 2 5 ]
+                       group 2 [ 1 4 6 ]
+
+Layers are dealt out in turn, so that any stretch of the model, a stage of a pipeline, has its share of every group.
 
 The published relatives are vLLM's hybrid KV cache manager, whose groups have as many places as its smallest kind has
 layers, and Jenga (Zhang et al., 2025), whose pages are a common multiple of what the kinds need.
@@ -55,16 +57,17 @@ def places_of(groups: Sequence[KVGroup]) -> dict[int, tuple[int, int]]:
 def group_layers(windows: Sequence[int | None]) -> tuple[KVGroup, ...]:
     """The groups of a model, given each layer's window: those without one first, then larger windows before smaller.
 
-    Layers of one window are cut into groups of p places in their order. Of all p whose padding keeps within
+    Layers of one window are dealt out to as few groups of p places as hold them. Of all p whose padding keeps within
     MOST_PADDING, that with the fewest groups is taken, then the one with the least padding, then the largest.
     """
     kinds = sorted(set(windows), key=lambda window: (window is not None, -(window or 0)))
     layers = {kind: [layer for layer, window in enumerate(windows) if window == kind] for kind in kinds}
     num_places = min(range(1, len(windows) + 1), key=lambda p: _cost([*layers.values()], len(layers.get(None, ())), p))
     return tuple(
-        KVGroup(tuple(found[start : start + num_places]), kind)
+        KVGroup(tuple(found[number::num_groups]), kind)
         for kind, found in layers.items()
-        for start in range(0, len(found), num_places)
+        for num_groups in [-(-len(found) // num_places)]
+        for number in range(num_groups)
     )
 
 

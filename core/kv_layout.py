@@ -4,10 +4,16 @@ A pool is a tensor [places, num_blocks, planes, num_kv_heads_of_rank, block_size
 KV group (see kv_groups), a place those of one of its layers. Keys and values are two planes (0 = K, 1 = V); head-major,
 so that a range of heads of one block is one contiguous run for K and one for V. Latents of multi-head latent attention
 (DeepSeek-V2) are one plane of one head, whole on every rank.
+
+The ranks of a replica are stages of a pipeline, each with consecutive layers, and parts of a stage, each with heads:
+
+    pipeline_parallel 2, tensor_parallel 2, 5 layers       rank      0    1    2    3
+                                                           layers  [ 0 1 2 ] [  3 4  ]
+                                                           part      0    1    0    1
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from core.errors import Incompatible
@@ -34,6 +40,7 @@ class KVLayout:
     tensor_parallel: int
     latent: bool = False
     groups: tuple[KVGroup, ...] = ()  # empty: one, with all layers and no window
+    pipeline_parallel: int = 1
 
     def __post_init__(self) -> None:
         wider, narrower = (
@@ -42,6 +49,35 @@ class KVLayout:
         )
         assert wider % narrower == 0, "tensor_parallel must divide num_kv_heads or be a multiple of it"
 
+    @property
+    def num_ranks(self) -> int:
+        """Of the replica."""
+        return self.pipeline_parallel * self.tensor_parallel
+
+    def stage_of(self, rank: int) -> int:
+        """The rank's number along the pipeline."""
+        return rank // self.tensor_parallel
+
+    def part_of(self, rank: int) -> int:
+        """The rank's number within its stage."""
+        return rank % self.tensor_parallel
+
+    def layers_of_stage(self, stage: int) -> range:
+        """The model's layers of a stage; where they cannot be equally many, the first stages have one more."""
+        first, stop = (-(-self.num_layers * number // self.pipeline_parallel) for number in (stage, stage + 1))
+        return range(first, stop)
+
+    def places_of_stage(self, stage: int, group: int) -> range:
+        """Places in blocks of a KV group, as numbered for the whole model, whose layers a stage has."""
+        return self.kv_groups[group].places(self.layers_of_stage(stage))
+
+    def groups_of_stage(self, stage: int) -> tuple[KVGroup, ...]:
+        """All KV groups with the stage's layers alone: their places are those in the pools of its ranks."""
+        return tuple(
+            replace(group, layers=tuple(group.layers[place] for place in self.places_of_stage(stage, number)))
+            for number, group in enumerate(self.kv_groups)
+        )
+
     @cached_property
     def kv_groups(self) -> tuple[KVGroup, ...]:
         """At least one."""
@@ -49,8 +85,14 @@ class KVLayout:
 
     @property
     def num_places(self) -> int:
-        """Layers that a block has room for."""
-        return max((len(group.layers) for group in self.groups), default=self.num_layers)
+        """Layers that a block has room for, over all stages."""
+        return max(len(group.layers) for group in self.kv_groups)
+
+    @cached_property
+    def places_per_rank(self) -> int:
+        """Layers that a block has room for in one rank's pool: alike in all stages, as the number of blocks is."""
+        groups = range(len(self.kv_groups))
+        return max(len(self.places_of_stage(stage, g)) for stage in range(self.pipeline_parallel) for g in groups)
 
     @property
     def reaches(self) -> tuple[int | None, ...]:
@@ -69,14 +111,23 @@ class KVLayout:
 
     def heads_of_rank(self, rank: int) -> range:
         """Model-wide indices of the KV heads that `rank` holds."""
-        first = rank * self.num_kv_heads // self.tensor_parallel
+        first = self.part_of(rank) * self.num_kv_heads // self.tensor_parallel
         return range(first, first + self.heads_per_rank)
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one place of one block in one rank's pool."""
+        return self.num_planes * self.heads_per_rank * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes_per_rank(self) -> int:
         """Bytes of one block over all its places in one rank's pool."""
-        per_token = self.num_planes * self.heads_per_rank * self.head_dim * DTYPE_BYTES[self.dtype]
-        return self.num_places * self.block_size * per_token
+        return self.places_per_rank * self.cell_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block that is full in all its places, over all ranks."""
+        return self.num_places * self.tensor_parallel * self.cell_bytes
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Logical blocks that `num_tokens` tokens are cut into; each KV group has its own of each."""
@@ -111,7 +162,7 @@ class KVLayout:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What must be equal on both sides of a transfer. Layouts may differ in tensor parallel degree and block size."""
+    """What must be equal on both sides of a transfer. Layouts may differ in parallel degrees and block size."""
 
     model: str
     weights_revision: str

@@ -99,43 +99,68 @@ class ModelGeometry:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, biases and norms left out."""
+        num_tables = 1 if self.tie_word_embeddings else 2
+        return self._layer_parameters(range(self.num_layers)) + num_tables * self._table_parameters
+
+    @property
+    def _table_parameters(self) -> int:
+        """Of the embedding, and of the head."""
+        return self.vocab_size * self.hidden_size
+
+    def _layer_parameters(self, layers: range) -> int:
         if self.latents is None:
             attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         else:
             attention = self.latents.num_parameters(self.hidden_size, self.num_heads)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * attention + self._mlp_parameters + embeddings
+        return len(layers) * attention + self._mlp_parameters(layers)
 
-    @property
-    def _mlp_parameters(self) -> int:
+    def _mlp_parameters(self, layers: range) -> int:
         dense = 3 * self.hidden_size * self.intermediate_size
         if self.experts is None:
-            return self.num_layers * dense
+            return len(layers) * dense
         found = self.experts
         inner = found.num_experts * found.intermediate_size + found.shared_intermediate_size
         mixture = self.hidden_size * (3 * inner + found.num_experts)
-        return found.num_dense_layers * dense + (self.num_layers - found.num_dense_layers) * mixture
+        num_dense = len(range(layers.start, min(layers.stop, found.num_dense_layers)))
+        return num_dense * dense + (len(layers) - num_dense) * mixture
 
-    def weight_bytes_per_rank(self, tensor_parallel: int) -> int:
-        """Bytes of one rank's share, what ranks replicate left out."""
-        return self.num_parameters * DTYPE_BYTES[self.dtype] // tensor_parallel
+    def num_parameters_of_stage(self, layout: KVLayout, stage: int) -> int:
+        """Weights of one stage of a pipeline: the first has the embedding, the last the head, or that embedding too."""
+        is_first, is_last = stage == 0, stage == layout.pipeline_parallel - 1
+        num_tables = 1 if is_first and is_last and self.tie_word_embeddings else is_first + is_last
+        return self._layer_parameters(layout.layers_of_stage(stage)) + num_tables * self._table_parameters
 
-    def kv_layout(self, tensor_parallel: int, block_size: int) -> KVLayout:
-        """Raises ConfigurationError when the model cannot be split that way."""
+    def weight_bytes_per_rank(self, layout: KVLayout) -> int:
+        """Bytes of one rank's share in the largest stage, what ranks replicate left out."""
+        largest = max(self.num_parameters_of_stage(layout, stage) for stage in range(layout.pipeline_parallel))
+        return largest * DTYPE_BYTES[self.dtype] // layout.tensor_parallel
+
+    def kv_layout(self, tensor_parallel: int, block_size: int, pipeline_parallel: int = 1) -> KVLayout:
+        """Raises ConfigurationError, with the field at fault, when the model cannot be split that way."""
+        if pipeline_parallel > self.num_layers:
+            raise ConfigurationError(
+                f"pipeline_parallel {pipeline_parallel} is above the {self.num_layers} layers of the model",
+                field="pipeline_parallel",
+            )
         if self.num_heads % tensor_parallel:
-            raise ConfigurationError(f"tensor_parallel {tensor_parallel} must divide {self.num_heads} attention heads")
+            raise ConfigurationError(
+                f"tensor_parallel {tensor_parallel} must divide {self.num_heads} attention heads",
+                field="tensor_parallel",
+            )
         for size in self._inner_sizes():
             if size % tensor_parallel:
                 raise ConfigurationError(
-                    f"tensor_parallel {tensor_parallel} must divide an intermediate size of {size}"
+                    f"tensor_parallel {tensor_parallel} must divide an intermediate size of {size}",
+                    field="tensor_parallel",
                 )
         if max(tensor_parallel, self.num_kv_heads) % min(tensor_parallel, self.num_kv_heads):
             raise ConfigurationError(
-                f"tensor_parallel {tensor_parallel} must divide {self.num_kv_heads} KV heads, or be a multiple of them"
+                f"tensor_parallel {tensor_parallel} must divide {self.num_kv_heads} KV heads, or be a multiple of them",
+                field="tensor_parallel",
             )
         is_latent = self.latents is not None
         sizes = self.num_layers, self.num_kv_heads, self.head_dim
-        return KVLayout(*sizes, block_size, self.dtype, tensor_parallel, is_latent, self.kv_groups)
+        return KVLayout(*sizes, block_size, self.dtype, tensor_parallel, is_latent, self.kv_groups, pipeline_parallel)
 
     def _inner_sizes(self) -> Iterator[int]:
         if self.experts is None or self.experts.num_dense_layers:

@@ -5,6 +5,11 @@ preempted: its client-visible rest is planned anew elsewhere ("resume"), so the 
 
 Quiet steps, which advance all by a token and preempt none, can be counted ahead and skipped: the state afterwards is
 that of scheduling and finishing each of them.
+
+Tokens are drawn on the last stage of a pipeline, where the first stage cannot go on with them before they are known. A
+step then takes a part of the sequences, and while one part is on its way through the stages, others follow it:
+
+    2 parts, sequences a b c d       steps  [ a b ] [ c d ] [ a b ] ...
 """
 
 from collections import deque
@@ -67,6 +72,7 @@ class DecodeScheduler:
     pool: BlockPool
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_parts: int = 1  # steps that may be in flight through the stages of a pipeline
     waiting: deque[DecodeJob] = field(default_factory=deque)
     running: list[DecodeJob] = field(default_factory=list)
     preempted: list[DecodeJob] = field(default_factory=list)
@@ -75,6 +81,11 @@ class DecodeScheduler:
     def num_waiting_tokens(self) -> int:
         """Prompt tokens that local prefill still has to compute."""
         return sum(job.sequence.num_uncomputed - 1 for job in (*self.waiting, *self.running))
+
+    @property
+    def num_steps_at_once(self) -> int:
+        """Steps that advance all running sequences by a token."""
+        return max(1, min(self.num_parts, len(self.running)))
 
     @property
     def num_kv_tokens(self) -> int:
@@ -103,11 +114,13 @@ class DecodeScheduler:
 
     def launch(self) -> DecodeStep | None:
         """As `schedule`, of those that run already."""
-        budget = self.max_num_batched_tokens
+        budget, num_jobs = self.max_num_batched_tokens, -(-len(self.running) // self.num_parts)
         advances: list[Advance] = []
-        decoding_first = sorted(self.running, key=lambda job: job.sequence.num_to_launch > 1)
+        decoding_first = sorted(self.running, key=lambda job: self._num_to_launch(job) > 1)
         for job in decoding_first:
-            num_tokens = min(job.sequence.num_to_launch, budget)
+            if len(advances) == num_jobs:
+                break
+            num_tokens = min(self._num_to_launch(job), budget)
             if num_tokens == 0 or job.cancelled or not self._make_room(job, num_tokens, advances):
                 continue
             budget -= num_tokens
@@ -147,6 +160,9 @@ class DecodeScheduler:
         preempted, self.preempted = self.preempted, []
         return [Outcome(job, job.sequence.num_outputs, None, None, "resume") for job in preempted]
 
+    def _num_to_launch(self, job: DecodeJob) -> int:
+        return job.sequence.num_to_launch if self.num_parts == 1 else job.sequence.num_known_to_launch
+
     # ---- skipping -----------------------------------------------------------------------------------------------
 
     def num_quiet_steps(self, limit: int) -> int:
@@ -155,7 +171,7 @@ class DecodeScheduler:
         0: a prompt is computed, blocks may run out, or nothing runs. No step may be in flight. Only ends by length
         are foreseen.
         """
-        if not 0 < len(self.running) <= self.max_num_batched_tokens:
+        if not 0 < len(self.running) <= self.max_num_batched_tokens or self.num_parts > 1:
             return 0
         num_steps = limit
         for job in self.running:

@@ -49,7 +49,8 @@ class DecodeService:
         pool = context.spec.pool
         self._context = context
         self._config = context.spec.transfer
-        self._scheduler = DecodeScheduler(context.block_pool, pool.max_num_seqs, pool.max_num_batched_tokens)
+        num_parts = pool.steps_in_flight if pool.pipeline_parallel > 1 else 1
+        self._scheduler = DecodeScheduler(context.block_pool, pool.max_num_seqs, pool.max_num_batched_tokens, num_parts)
         book = LeaseBook(context.info.layout.kv_groups, self._config.lease_ttl_s)
         limit = pool.max_num_seqs + pool.queue_limit
         self._handoffs = Handoffs(context.block_pool, context.info.layout, book, self._scheduler, limit)

@@ -35,7 +35,7 @@ class DecodeSteps:
         self._drainer = drainer
         self._hand_over = hand_over
         self._samples = samples
-        self.step_s = MovingAverage()  # of steps that only decode
+        self.step_s = MovingAverage()  # of steps that only decode, until all sequences have a token
         self.tokens_per_s = MovingAverage()  # of steps that also prefill
 
     def next_step(self) -> DecodeStep | None:
@@ -51,7 +51,7 @@ class DecodeSteps:
         """Sends the step's tokens, one frame per ingress."""
         self._samples.add_step(step.batch, seconds)
         if all(advance.num_tokens == 1 for advance in step.advances):
-            self.step_s.add(seconds)
+            self.step_s.add(seconds * self._scheduler.num_steps_at_once)
         else:
             self.tokens_per_s.add(step.batch.num_tokens / seconds)
         self._deliver(self._scheduler.finish(step, result))

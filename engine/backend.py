@@ -77,16 +77,18 @@ def choose_backend(
     if takes_attention:
         attention = partial(FlashInferLatentAttention if layout.latent else FlashInferAttention, library)
     sizes = config.graph_ladder(max_num_seqs)
-    reason = _why_no_graphs(takes_attention, config)
+    reason = _why_no_graphs(takes_attention, config, layout)
     if sizes and reason:
         logger.info("decode steps are launched kernel by kernel: %s", reason)
     record = CudaRecorder() if sizes and not reason else None
     return Backend(kernels, attention, sizes if record else (), record, config.device_weight_bytes)
 
 
-def _why_no_graphs(has_flashinfer: bool, config: EngineConfig) -> str:
+def _why_no_graphs(has_flashinfer: bool, config: EngineConfig, layout: KVLayout) -> str:
     if not has_flashinfer:
         return "graphs need attention by FlashInfer, which reads the cache in place"
+    if layout.pipeline_parallel > 1:
+        return "a stage of a pipeline waits for the one before"
     return "weights stream in from the host" if config.device_weights_mib is not None else ""
 
 

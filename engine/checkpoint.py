@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,29 @@ def weight_files(path: Path) -> list[Path]:
 def checkpoint_revision(path: Path) -> str:
     """Cheap digest of config.json and, of each weight file, name, size, header and evenly spaced pages.
 
-    Raises ConfigurationError for a file that is cut short.
+    Raises ConfigurationError for a file that is cut short or cannot be read.
     """
     digest = hashlib.blake2b((path / "config.json").read_bytes(), digest_size=16)
     for file in weight_files(path):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if header_bytes > size - 8:
-                raise ConfigurationError(f"cannot read {file}: it is cut short or no safetensors file")
-            digest.update(stream.read(header_bytes))
-            for page in range(_SAMPLED_PAGES):
-                stream.seek(8 + header_bytes + (size - 8 - header_bytes) * page // _SAMPLED_PAGES)
-                digest.update(stream.read(_PAGE_BYTES))
+        try:
+            for piece in _samples(file):
+                digest.update(piece)
+        except OSError as error:
+            raise ConfigurationError(f"cannot read {file}: {error}") from error
     return digest.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    yield f"{file.name}:{size}".encode()
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > size - 8:
+            raise ConfigurationError(f"cannot read {file}: it is cut short or no safetensors file")
+        yield stream.read(header_bytes)
+        for page in range(_SAMPLED_PAGES):
+            stream.seek(8 + header_bytes + (size - 8 - header_bytes) * page // _SAMPLED_PAGES)
+            yield stream.read(_PAGE_BYTES)
 
 
 def _supported_architecture(config: Any) -> str:
@@ -89,7 +98,10 @@ def _eos_token_ids(path: Path, from_config: int | list[int] | None) -> frozenset
     found = from_config
     generation_config = path / "generation_config.json"
     if generation_config.is_file():
-        found = json.loads(generation_config.read_text()).get("eos_token_id", found)
+        try:
+            found = json.loads(generation_config.read_text()).get("eos_token_id", found)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigurationError(f"cannot read {generation_config}: {error}") from error
     if found is None:
         return frozenset()
     return frozenset([found] if isinstance(found, int) else found)

@@ -1,4 +1,4 @@
-"""The forward pass of a decoder-only transformer on one rank: embedding, layers, logits.
+"""The forward pass of a decoder-only transformer on one rank: embedding, the layers of its stage, logits.
 
 Shapes: T rows (tokens of the step), N of them draw; V rows of the vocabulary on this rank.
 """
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from core.kv_layout import KVLayout
 from engine.arithmetic import arithmetic_dtype
 from engine.attention import AttentionStep
 from engine.attention_math import AttentionRule
 from engine.kernels import Angles, Kernels, Norm
+from engine.model_parameters import Share
 from engine.model_spec import AttentionSpec, LayerSpec, ModelSpec
 from engine.rank_group import RankGroup
 from engine.rope import inverse_frequencies
-from engine.weights import AttentionWeights, LatentAttentionWeights, LayerWeights, ModelWeights
+from engine.weights import TORCH_DTYPES, AttentionWeights, LatentAttentionWeights, LayerWeights, ModelWeights
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]  # see AttentionStep
 
@@ -26,43 +26,49 @@ class Decoder:
     """One rank's share of the model. Every layer ends both of its halves with an all-reduce."""
 
     def __init__(
-        self, spec: ModelSpec, layout: KVLayout, weights: ModelWeights, group: RankGroup, kernels: Kernels
+        self,
+        spec: ModelSpec,
+        share: Share,
+        weights: ModelWeights,
+        group: RankGroup,
+        device: torch.device,
+        kernels: Kernels,
     ) -> None:
         self._spec = spec
         self._decoder = spec.decoder
         self._weights = weights
         self._group = group
         self._kernels = kernels
-        self._num_query_heads = spec.decoder.num_heads // layout.tensor_parallel
-        self._num_kv_heads = layout.heads_per_rank
-        device, scale = weights.embedding.device, spec.decoder.embedding_scale
-        self._arithmetic = arithmetic_dtype(device, weights.embedding.dtype)
-        self._embedding_scale = (
-            None if scale == 1.0 else torch.tensor(scale, dtype=weights.embedding.dtype, device=device)
-        )
-        ropes = dict.fromkeys(layer.attention.rope for layer in spec.decoder.layers)
+        self._num_query_heads = spec.decoder.num_heads // share.layout.tensor_parallel
+        self._num_kv_heads = share.layout.heads_per_rank
+        dtype, scale = TORCH_DTYPES[spec.dtype], spec.decoder.embedding_scale
+        self._device = device
+        self._arithmetic = arithmetic_dtype(device, dtype)
+        self._embedding_scale = None if scale == 1.0 else torch.tensor(scale, dtype=dtype, device=device)
+        self._layers = {index: spec.decoder.layers[index] for index in share.layers}
+        ropes = dict.fromkeys(layer.attention.rope for layer in self._layers.values())
         self._frequencies = {rope: inverse_frequencies(rope).to(device) for rope in ropes}
-        self._rules = [_rule(layer, own) for layer, own in zip(spec.decoder.layers, weights.layers, strict=True)]
+        rules = map(_rule, self._layers.values(), weights.layers)
+        self._rules = dict(zip(self._layers, rules, strict=True))
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: AttentionStep, layer_done: Callable[[int], None]
+        self, hidden: Tensor, positions: Tensor, attention: AttentionStep, layer_done: Callable[[int], None]
     ) -> Tensor:
-        """What all layers make of the rows [T], [T, hidden].
+        """What the stage's layers make of the rows [T, hidden] that `embed` or the stage before gives, alike in shape.
 
-        `layer_done(layer)` is called when that layer's KV is written on all ranks (queued, on CUDA).
+        `layer_done(layer)` is called when that layer's KV is written on all ranks of the stage (queued, on CUDA).
         """
-        kernels = self._kernels
-        hidden, fed = self._embed(token_ids), None
+        kernels, fed = self._kernels, None
         angles = {
             rope: kernels.angles(positions, frequencies, rope, hidden.dtype)
             for rope, frequencies in self._frequencies.items()
         }
-        for index, layer in enumerate(self._weights.in_turn()):
+        for index, layer in zip(self._layers, self._weights.in_turn(), strict=True):
             if fed is None:
                 x = kernels.norm(hidden, layer.attention_norm)
             else:
                 hidden, x = kernels.add_norm(hidden, fed, layer.attention_norm)
-            turned = angles[self._decoder.layers[index].attention.rope]
+            turned = angles[self._layers[index].attention.rope]
             attended = self._attend(index, layer.attention, x, turned, attention)
             layer_done(index)
             hidden, x = kernels.add_norm(hidden, self._norm_if(attended, layer.attention_norm_after), layer.mlp_norm)
@@ -70,13 +76,20 @@ class Decoder:
         return hidden if fed is None else hidden + fed
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """Of rows [N, hidden]: [N, vocabulary] in float32 on the first rank, None elsewhere."""
+        """Of rows [N, hidden] of the last stage: [N, vocabulary] in float32 on its first rank, None elsewhere."""
+        assert self._weights.final_norm is not None and self._weights.head is not None
         normed = self._kernels.norm(hidden, self._weights.final_norm)
         logits = self._group.gather_columns(self._weights.head(normed))
         return None if logits is None else self._capped(logits[:, : self._spec.vocab_size].float())
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def room(self, num_rows: int) -> Tensor:
+        """For what the stage before gives, [num_rows, hidden]."""
+        return torch.empty(num_rows, self._spec.hidden_size, dtype=self._arithmetic, device=self._device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Of token ids [T] on the first stage: [T, hidden]."""
         table = self._weights.embedding
+        assert table is not None
         if self._group.size == 1:
             rows = embedding(token_ids, table)
         else:

@@ -1,4 +1,4 @@
-"""One rank's paged KV memory: [num_places, num_blocks, num_planes, heads_per_rank, block_size, head_dim]."""
+"""One rank's paged KV memory: [places_per_rank, num_blocks, num_planes, heads_per_rank, block_size, head_dim]."""
 
 from pathlib import Path
 
@@ -19,7 +19,9 @@ class KVCache:
         self.heads = layout.heads_of_rank(rank)
         self._memory = SharedMemory(num_blocks * layout.block_bytes_per_rank, device, "KV cache")
         block = (layout.num_planes, layout.heads_per_rank, layout.block_size, layout.head_dim)
-        self.tensor = self._memory.bytes.view(TORCH_DTYPES[layout.dtype]).view(layout.num_places, num_blocks, *block)
+        self.tensor = self._memory.bytes.view(TORCH_DTYPES[layout.dtype]).view(
+            layout.places_per_rank, num_blocks, *block
+        )
 
     @property
     def path(self) -> Path | None:
@@ -49,7 +51,7 @@ def decide_num_blocks(
     if device.type == "cpu":
         budget_bytes = kv_cache_mib << 20
     else:
-        weight_bytes = spec.geometry.weight_bytes_per_rank(layout.tensor_parallel)
+        weight_bytes = spec.geometry.weight_bytes_per_rank(layout)
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
         budget_bytes = gpu_kv_bytes(memory_bytes, memory_fraction, weight_bytes)
     return blocks_within(layout, budget_bytes)

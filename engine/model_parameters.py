@@ -3,6 +3,7 @@
 Column-split matrices (QKV, gate/up, embedding, head) are cut along their outputs, row-split ones (attention output,
 MLP down) along their inputs. KV heads are replicated when there are more ranks than heads; what comes down to latents
 is the same on every rank. Experts are split like other MLPs, or, as whole experts, shared out between the ranks.
+All of this is between the ranks of one stage of a pipeline; a stage has its own layers alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,34 @@ from engine.stored_names import StoredNames
 class Share:
     """Which part of a model one rank holds."""
 
-    rank: int
+    rank: int  # of the replica
     layout: KVLayout
     whole_experts: bool = False
+
+    @property
+    def part(self) -> int:
+        """The rank's number within its stage."""
+        return self.layout.part_of(self.rank)
+
+    @property
+    def layers(self) -> range:
+        """Of the rank's stage."""
+        return self.layout.layers_of_stage(self.layout.stage_of(self.rank))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the rank embeds tokens."""
+        return self.layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the rank makes logits."""
+        return self.layers.stop == self.layout.num_layers
 
     def of(self, total: int) -> range:
         """The rank's part of so many rows, columns or experts."""
         size = self.layout.tensor_parallel
-        return range(total * self.rank // size, total * (self.rank + 1) // size)
+        return range(total * self.part // size, total * (self.part + 1) // size)
 
     def experts(self, total: int) -> range:
         """Those that the rank has a part of."""
@@ -35,16 +56,18 @@ class Share:
 
 
 def list_parameters(spec: ModelSpec, share: Share) -> tuple[Parameter, ...]:
-    """All of one rank, the largest last. Embedding and head hold the rows [rank * rows, (rank + 1) * rows) of the
-    vocabulary.
+    """All of one rank, the largest last. Embedding and head hold the rows [part * rows, (part + 1) * rows) of the
+    vocabulary. Where the embedding is the head, the last stage has it as well as the first.
     """
     names = FAMILIES[spec.architecture].names
     found: list[Parameter] = []
-    for index in range(spec.num_layers):
+    for index in share.layers:
         found += _Layer(spec, share, names, index).parameters()
-    found.append(stacked("final_norm", Part("model.norm.weight", (spec.hidden_size,))))
-    found.append(_vocabulary("embedding", "model.embed_tokens.weight", spec, share))
-    if not spec.tie_word_embeddings:
+    if share.is_last:
+        found.append(stacked("final_norm", Part("model.norm.weight", (spec.hidden_size,))))
+    if share.is_first or (share.is_last and spec.tie_word_embeddings):
+        found.append(_vocabulary("embedding", "model.embed_tokens.weight", spec, share))
+    if share.is_last and not spec.tie_word_embeddings:
         found.append(_vocabulary("head", "lm_head.weight", spec, share))
     return tuple(found)
 
@@ -75,7 +98,7 @@ class _Layer:
             yield from self._mixture(layer.mlp)
         else:
             inner = self._share.of(layer.mlp.intermediate_size)
-            yield from self._mlp("", names.gate_up, names.down, layer.mlp, inner, self._share.rank == 0)
+            yield from self._mlp("", names.gate_up, names.down, layer.mlp, inner, self._share.part == 0)
         if layer.norms_after:
             yield self._vector("mlp_norm_after", f"{names.mlp_norm_after}.weight", hidden)
 
@@ -91,7 +114,7 @@ class _Layer:
             yield self._vector("key_norm", f"{names.key_norm}.weight", head_dim)
         if attention.has_sinks:
             yield self._vector("sinks", names.sinks, decoder.num_heads, share.of(decoder.num_heads))
-        has_bias = attention.output_bias and share.rank == 0
+        has_bias = attention.output_bias and share.part == 0
         yield from self._row_split("output", names.output, query_size, query_rows, has_bias)
 
     def _latent_attention(self, attention: LatentAttentionSpec) -> Iterator[Parameter]:
@@ -121,7 +144,7 @@ class _Layer:
             yield replace(correction, dtype="float32")
         size = mixture.expert.intermediate_size
         inner = range(size) if share.whole_experts else share.of(size)
-        adds_bias = share.whole_experts or share.rank == 0
+        adds_bias = share.whole_experts or share.part == 0
         for expert in share.experts(router.num_experts):
             if names.fused_gate_up:
                 yield from self._fused_expert(expert, mixture, inner, adds_bias)
@@ -132,7 +155,7 @@ class _Layer:
         if mixture.shared is not None:
             inner = share.of(mixture.shared.intermediate_size)
             yield from self._mlp(
-                "shared.", names.shared_gate_up, names.shared_down, mixture.shared, inner, share.rank == 0
+                "shared.", names.shared_gate_up, names.shared_down, mixture.shared, inner, share.part == 0
             )
 
     def _fused_expert(self, expert: int, mixture: MoeSpec, inner: range, adds_bias: bool) -> Iterator[Parameter]:
@@ -195,6 +218,6 @@ class _Layer:
 
 def _vocabulary(name: str, stored: str, spec: ModelSpec, share: Share) -> Parameter:
     num_rows = -(-spec.vocab_size // share.layout.tensor_parallel)
-    rows = range(min(share.rank * num_rows, spec.vocab_size), min((share.rank + 1) * num_rows, spec.vocab_size))
+    rows = range(min(share.part * num_rows, spec.vocab_size), min((share.part + 1) * num_rows, spec.vocab_size))
     parts = (Part(stored, (spec.vocab_size, spec.hidden_size), rows),) if rows else ()
     return Parameter(name, (num_rows, spec.hidden_size), parts)

@@ -118,6 +118,6 @@ class ModelSpec:
         """Weights of the whole model, biases and norms left out."""
         return self.geometry.num_parameters
 
-    def kv_layout(self, tensor_parallel: int, block_size: int) -> KVLayout:
+    def kv_layout(self, tensor_parallel: int, block_size: int, pipeline_parallel: int = 1) -> KVLayout:
         """Raises ConfigurationError when the model cannot be split that way."""
-        return self.geometry.kv_layout(tensor_parallel, block_size)
+        return self.geometry.kv_layout(tensor_parallel, block_size, pipeline_parallel)

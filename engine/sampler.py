@@ -40,6 +40,16 @@ class Drawn:
         return (self.token_ids, *(self.logprobs or ()))
 
 
+def room_for_drawn(draws: Sequence[DrawAt]) -> Drawn:
+    """On the host, for what another rank makes of these draws."""
+    rows = _logprob_rows(draws)
+    token_ids = torch.empty(len(draws), dtype=torch.int64)
+    if not rows:
+        return Drawn(token_ids)
+    shape = (len(rows), _num_best(draws, rows))
+    return Drawn(token_ids, rows, (torch.empty(len(rows)), torch.empty(shape), torch.empty(shape, dtype=torch.int64)))
+
+
 def draw_tokens(logits: Tensor, draws: Sequence[DrawAt]) -> Drawn:
     """Draws one token per row of `logits` [N, V] float32. Never waits for the device."""
     token_ids = logits.argmax(dim=-1)
@@ -50,14 +60,22 @@ def draw_tokens(logits: Tensor, draws: Sequence[DrawAt]) -> Drawn:
         temperatures = device_tensor([at.draw.temperature for at in chosen], torch.float32, logits.device)
         scaled = _filter(logits.index_select(0, rows) / temperatures[:, None], chosen)
         token_ids.index_copy_(0, rows, scaled.sub_(exponential_noise(chosen, logits).log_()).argmax(dim=-1))
-    logprob_rows = tuple(row for row, at in enumerate(draws) if at.draw.num_logprobs is not None)
+    logprob_rows = _logprob_rows(draws)
     if not logprob_rows:
         return Drawn(token_ids)
     rows = int_tensor(logprob_rows, logits.device)
     logprobs = logits.index_select(0, rows).log_softmax(dim=-1)
-    best = logprobs.topk(max(draws[row].draw.num_logprobs or 0 for row in logprob_rows), dim=-1)
+    best = logprobs.topk(_num_best(draws, logprob_rows), dim=-1)
     of_chosen = logprobs.gather(1, token_ids.index_select(0, rows)[:, None])[:, 0]
     return Drawn(token_ids, logprob_rows, (of_chosen, best.values, best.indices))
+
+
+def _logprob_rows(draws: Sequence[DrawAt]) -> tuple[int, ...]:
+    return tuple(row for row, at in enumerate(draws) if at.draw.num_logprobs is not None)
+
+
+def _num_best(draws: Sequence[DrawAt], rows: Sequence[int]) -> int:
+    return max(draws[row].draw.num_logprobs or 0 for row in rows)
 
 
 def logprobs_on_host(drawn: Drawn, tensors: Sequence[Tensor], draws: Sequence[DrawAt]) -> list[TokenLogprobs | None]:

@@ -12,11 +12,22 @@ from engine.parameters import Part
 OpenSlice = Callable[[str], Any]  # a stored tensor by its name, to be sliced; raises ConfigurationError when absent
 Decode = Callable[[Part, OpenSlice], Tensor]
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8_BLOCK = 128  # rows, and columns
 
 
 def read_plain(part: Part, open_slice: OpenSlice) -> Tensor:
-    """As it is stored. Raises ConfigurationError naming a misshapen tensor, as all do."""
+    """As it is stored. Raises ConfigurationError naming a misshapen tensor, as all do, or one that holds no floats: of
+    quantised weights whose config does not say so, the scales would be missed.
+    """
+    if (dtype := open_slice(part.name).get_dtype()) not in _FLOATS:
+        raise ConfigurationError(
+            f"tensor {part.name!r} holds {dtype}; without a quantization_config it must hold floats"
+        )
+    return _as_stored(part, open_slice)
+
+
+def _as_stored(part: Part, open_slice: OpenSlice) -> Tensor:
     return _take(part, open_slice, "", part.shape, part.rows, part.columns)
 
 
@@ -39,7 +50,7 @@ def read_fp8_blocks(part: Part, open_slice: OpenSlice) -> Tensor:
     factors = read_plain(scales, open_slice).float().repeat_interleave(_FP8_BLOCK, dim=1)
     skipped = columns.start % _FP8_BLOCK
     factors = factors[:, skipped : skipped + len(columns)]
-    matrix = read_plain(part, open_slice).float()
+    matrix = _as_stored(part, open_slice).float()
     for block, factor in zip(scales.rows, factors, strict=True):  # a factor per element would take as much memory again
         start, stop = block * _FP8_BLOCK - rows.start, (block + 1) * _FP8_BLOCK - rows.start
         matrix[max(start, 0) : stop] *= factor

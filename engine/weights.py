@@ -72,14 +72,14 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All weights of one rank. `embedding` and `head` hold the rows [rank * rows, (rank + 1) * rows) of the vocabulary,
+    """All weights of one rank. `embedding` and `head` hold the rows [part * rows, (part + 1) * rows) of the vocabulary,
     zero beyond its end.
     """
 
-    embedding: Tensor  # [rows, hidden]
-    layers: tuple[LayerWeights, ...]
-    final_norm: Norm
-    head: Linear  # hidden -> rows
+    embedding: Tensor | None  # [rows, hidden]; of the first stage
+    layers: tuple[LayerWeights, ...]  # of the stage
+    final_norm: Norm | None  # of the last stage
+    head: Linear | None  # hidden -> rows; of the last stage
     parameters: tuple[StoredAs, ...]  # in the order of `list_parameters`
     stream: WeightStream | None = None  # brings the last layers, in their order
 
@@ -106,23 +106,28 @@ def assemble(
     loading = _Loading(named, device, spec.decoder, kernels)
     layers: list[LayerWeights] = []
     hosted: HostedLayers[tuple[LayerWeights, list[StoredAs]]] = HostedLayers(device)
-    for index, layer in enumerate(spec.decoder.layers):
+    for number, index in enumerate(share.layers):
         num_taken = len(loading.taken)
-        loading.may_pack = num_resident is None or index < num_resident
-        made = _layer(loading, layer, share, f"layers.{index}.")
+        loading.may_pack = num_resident is None or number < num_resident
+        made = _layer(loading, spec.decoder.layers[index], share, f"layers.{index}.")
         if loading.may_pack:
             layers.append(made)
         else:  # what others borrow is read from the host, since it is not always on the device
             _, loading.taken[num_taken:] = hosted.add((made, loading.taken[num_taken:]))
     loading.may_pack = True
-    final_norm, embedding = loading.norm("final_norm"), loading.tensor("embedding")
-    head = Linear(embedding) if spec.tie_word_embeddings else loading.linear("head", has_bias=False)
+    is_tied = share.is_last and spec.tie_word_embeddings
+    final_norm = loading.norm("final_norm") if share.is_last else None
+    embedding = loading.tensor_if(share.is_first or is_tied, "embedding")
+    head = None
+    if share.is_last:
+        head = Linear(embedding) if is_tied and embedding is not None else loading.linear("head", has_bias=False)
     assert next(named, None) is None, "parameters are left over"
     stream = None
     if hosted:
         stream, streamed = hosted.stream()
         layers += (layer for layer, _ in streamed)
-    return ModelWeights(embedding, tuple(layers), final_norm, head, tuple(loading.taken), stream)
+    table = embedding if share.is_first else None
+    return ModelWeights(table, tuple(layers), final_norm, head, tuple(loading.taken), stream)
 
 
 class _Loading:
@@ -196,7 +201,7 @@ def _layer(loading: _Loading, layer: LayerSpec, share: Share, name: str) -> Laye
         mlp_norm=loading.norm(f"{name}mlp_norm"),
         mlp=_mixture(loading, layer.mlp, share, name)
         if isinstance(layer.mlp, MoeSpec)
-        else _mlp(loading, layer.mlp, name, share.rank == 0),
+        else _mlp(loading, layer.mlp, name, share.part == 0),
         mlp_norm_after=loading.norm_if(layer.norms_after, f"{name}mlp_norm_after"),
     )
 
@@ -207,7 +212,7 @@ def _attention(loading: _Loading, attention: AttentionSpec, share: Share, name: 
         query_norm=loading.norm_if(attention.qk_norm, f"{name}query_norm"),
         key_norm=loading.norm_if(attention.qk_norm, f"{name}key_norm"),
         sinks=loading.tensor_if(attention.has_sinks, f"{name}sinks"),
-        output=loading.linear(f"{name}output", attention.output_bias and share.rank == 0),
+        output=loading.linear(f"{name}output", attention.output_bias and share.part == 0),
     )
 
 
@@ -241,14 +246,14 @@ def _mixture(loading: _Loading, mixture: MoeSpec, share: Share, name: str) -> Mi
         loading.tensor_if(spec.bias, f"{name}router_bias"),
         loading.tensor_if(spec.has_correction, f"{name}correction"),
     )
-    numbers, adds_bias = share.experts(spec.num_experts), share.whole_experts or share.rank == 0
+    numbers, adds_bias = share.experts(spec.num_experts), share.whole_experts or share.part == 0
     experts: Experts | GroupedExperts
     if multiplies_in_groups(loading.device):
         experts = _grouped(loading, mixture.expert, f"{name}experts.", numbers, adds_bias)
     else:
         own = [_mlp(loading, mixture.expert, f"{name}experts.{number}.", adds_bias) for number in numbers]
         experts = Experts(numbers.start, own)
-    shared = None if mixture.shared is None else _mlp(loading, mixture.shared, f"{name}shared.", share.rank == 0)
+    shared = None if mixture.shared is None else _mlp(loading, mixture.shared, f"{name}shared.", share.part == 0)
     return MixtureOfExperts(router, experts, shared)
 
 

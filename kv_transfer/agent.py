@@ -66,7 +66,7 @@ class TransferAgent:
         closes them.
         """
         assert pool.is_contiguous()
-        assert (pool.shape[0], *pool.shape[2:4]) == (layout.num_places, layout.num_planes, layout.heads_per_rank)
+        assert (pool.shape[0], *pool.shape[2:4]) == (layout.places_per_rank, layout.num_planes, layout.heads_per_rank)
         assert tuple(pool.shape[4:]) == (layout.block_size, layout.head_dim)
         self.timeline = Timeline()
         self._identity = Identity(address, incarnation, compatibility, layout)

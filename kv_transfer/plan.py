@@ -5,6 +5,12 @@ Heads are model-wide numbers until the last moment. With 4 KV heads, a source of
     source rank 0   [ 0 1 ]           destination rank 0 [ 0 ]   reads head 0 of rank 0 (its local head 0)
     source rank 1       [ 2 3 ]       destination rank 1 [ 1 ]   reads head 1 of rank 0 (its local head 1)
                                       ...
+
+Places of layers are model-wide as well, until then. 5 layers, 2 pipeline stages at the source and 3 at the destination:
+
+    source rank 0   [ 0 1 2 ]         destination rank 0 [ 0 1 ]   reads places 0 and 1 of rank 0
+    source rank 1         [ 3 4 ]     destination rank 1 [ 2 3 ]   reads place 2 of rank 0 and place 0 of rank 1
+                                      destination rank 2 [ 4 ]     reads place 1 of rank 1
 """
 
 from collections.abc import Iterator
@@ -23,7 +29,8 @@ _MUST_MATCH = ("num_layers", "num_kv_heads", "head_dim", "latent", "dtype", "gro
 class Move:
     """Layers of some blocks of one KV group, from one replica to another.
 
-    Layers are places in the blocks; block ids are physical and the same in all ranks of a replica.
+    Layers are places in the group's blocks, as numbered for the whole model; block ids are physical and the same in all
+    ranks of a replica.
     """
 
     source: KVLayout
@@ -32,6 +39,7 @@ class Move:
     source_blocks: tuple[int, ...]
     destination_blocks: tuple[int, ...]
     tokens: range | None = None  # see `match_pieces`
+    group: int = 0
 
     def pieces(self) -> Pieces:
         """The blocks of both sides in pieces of one size."""
@@ -53,7 +61,7 @@ class Stages:
 def require_exchangeable(ours: KVLayout, theirs: KVLayout) -> None:
     """Raises Incompatible naming the first field that keeps two layouts from exchanging KV.
 
-    Tensor parallel degrees may differ, and block sizes of which one divides the other.
+    Parallel degrees may differ, and block sizes of which one divides the other.
     """
     for name in _MUST_MATCH:
         here, there = getattr(ours, name), getattr(theirs, name)
@@ -69,35 +77,44 @@ def require_exchangeable(ours: KVLayout, theirs: KVLayout) -> None:
 
 
 def source_ranks(source: KVLayout, destination: KVLayout, destination_rank: int) -> tuple[int, ...]:
-    """The ranks of a source that hold the heads of one rank, in order of heads; of latents, those that it takes its
+    """The ranks of a source that hold layers and heads of one rank, in their order; of latents, those that it takes its
     share from (see plan_stages). Raises Incompatible.
     """
     require_exchangeable(source, destination)
+    layers = destination.layers_of_stage(destination.stage_of(destination_rank))
+    stages = [s for s in range(source.pipeline_parallel) if _overlap(source.layers_of_stage(s), layers)]
+    part = destination.part_of(destination_rank)
     if source.latent:
         apart = gcd(source.tensor_parallel, destination.tensor_parallel)
-        return tuple(range(destination_rank % apart, source.tensor_parallel, apart))
-    wanted = destination.heads_of_rank(destination_rank)
-    return tuple(rank for rank, _ in _runs_of_heads(source, wanted, destination_rank))
+        parts = [*range(part % apart, source.tensor_parallel, apart)]
+    else:
+        parts = [found for found, _ in _runs_of_heads(source, destination.heads_of_rank(destination_rank), part)]
+    return tuple(stage * source.tensor_parallel + found for stage in stages for found in parts)
 
 
 def plan_copies(move: Move, destination_rank: int) -> tuple[Copy, ...]:
-    """Copies that fill one rank's destination blocks with the content of the source blocks, in order of heads.
+    """Copies that fill one rank's destination blocks with what the source blocks hold, in order of layers and heads.
 
-    Every head is read from exactly one source rank, and a source rank occurs at most once. Raises Incompatible.
+    Every head of a layer is read from exactly one source rank, and a source rank occurs at most once; there are none
+    where the rank has none of the layers. Raises Incompatible.
     """
     source, destination = move.source, move.destination
     require_exchangeable(source, destination)
-    first_layer, num_layers = move.layers.start, len(move.layers)
-    assert first_layer >= 0 and first_layer + num_layers <= source.num_places
+    assert 0 <= move.layers.start < move.layers.stop <= source.num_places
+    part, heads = destination.part_of(destination_rank), destination.heads_of_rank(destination_rank)
+    here = destination.places_of_stage(destination.stage_of(destination_rank), move.group)
+    wanted = _overlap(here, move.layers)
     pieces = move.pieces()
     copies = []
-    wanted = destination.heads_of_rank(destination_rank)
-    for source_rank, heads in _runs_of_heads(source, wanted, destination_rank):
-        held = source.heads_of_rank(source_rank)
-        taken = Span(first_layer, num_layers, pieces.source, heads.start - held.start, len(heads), pieces.num_tokens)
-        first_head = heads.start - wanted.start
-        filled = Span(first_layer, num_layers, pieces.destination, first_head, len(heads), pieces.num_tokens)
-        copies.append(Copy(source_rank, taken, filled))
+    for stage in range(source.pipeline_parallel):
+        there = source.places_of_stage(stage, move.group)
+        places = _overlap(there, wanted)
+        for source_part, run in _runs_of_heads(source, heads, part) if places else ():
+            first_held = source.heads_of_rank(source_part).start
+            shape = len(places), len(run), pieces.num_tokens
+            taken = _span(places.start - there.start, pieces.source, run.start - first_held, *shape)
+            filled = _span(places.start - here.start, pieces.destination, run.start - heads.start, *shape)
+            copies.append(Copy(stage * source.tensor_parallel + source_part, taken, filled))
     return tuple(copies)
 
 
@@ -105,29 +122,32 @@ def plan_stages(move: Move, destination_rank: int) -> Stages:
     """As `plan_copies`, with what all ranks need alike taken from the source replica once. Raises Incompatible.
 
     Heads differ from rank to rank and have no second stage. Latents do not: piece q of the sequence goes from source
-    rank q % TP there to destination rank q % TP here, and from there to its siblings. So each rank sends, receives and
-    hands on the same share, however a sequence is announced.
+    part q % TP there to destination part q % TP here, and from there to its siblings, the other parts with the same
+    layers. So each rank sends, receives and hands on the same share, however a sequence is announced.
     """
     whole = plan_copies(move, destination_rank)
     if not move.destination.latent:
         return Stages(whole)
     pieces = move.pieces()
-    (copy,) = whole
     num_sources, num_siblings = move.source.tensor_parallel, move.destination.tensor_parallel
-    ours = pieces.share(destination_rank, num_siblings)
-    siblings = [(destination_rank + turn) % num_siblings for turn in range(1, num_siblings)]
-    return Stages(
-        tuple(
-            _latents(copy, rank, share.source, share.destination)
-            for rank in range(num_sources)
-            if (share := ours.share(rank, num_sources)).source
-        ),
-        tuple(
-            _latents(copy, rank, share.destination, share.destination)
-            for rank in siblings
-            if (share := pieces.share(rank, num_siblings)).source
-        ),
-    )
+    part = move.destination.part_of(destination_rank)
+    first_sibling = destination_rank - part
+    ours = pieces.share(part, num_siblings)
+    siblings = [(part + turn) % num_siblings for turn in range(1, num_siblings)]
+    from_source, from_siblings = list[Copy](), list[Copy]()
+    for copy in whole:
+        first_source = copy.source_rank - move.source.part_of(copy.source_rank)
+        from_source += (
+            _latents(first_source + source, copy.source, share.source, copy.destination, share.destination)
+            for source in range(num_sources)
+            if (share := ours.share(source, num_sources)).source
+        )
+        from_siblings += (
+            _latents(first_sibling + sibling, copy.destination, there, copy.destination, there)
+            for sibling in siblings
+            if (there := pieces.share(sibling, num_siblings).destination)
+        )
+    return Stages(tuple(from_source), tuple(from_siblings))
 
 
 def split_into_slabs(copy: Copy, layout: KVLayout, slab_bytes: int) -> tuple[Copy, ...]:
@@ -152,27 +172,39 @@ def split_into_slabs(copy: Copy, layout: KVLayout, slab_bytes: int) -> tuple[Cop
     )
 
 
-def _runs_of_heads(source: KVLayout, wanted: range, destination_rank: int) -> Iterator[tuple[int, range]]:
-    """(source rank, model-wide heads) covering `wanted`; neighbouring heads of one rank come as one run."""
+def _overlap(ours: range, theirs: range) -> range:
+    return range(max(ours.start, theirs.start), min(ours.stop, theirs.stop))
+
+
+def _span(
+    first_layer: int, blocks: tuple[int, ...], first_head: int, num_layers: int, num_heads: int, block_tokens: int
+) -> Span:
+    return Span(first_layer, num_layers, blocks, first_head, num_heads, block_tokens)
+
+
+def _runs_of_heads(source: KVLayout, wanted: range, destination_part: int) -> Iterator[tuple[int, range]]:
+    """(part of a source stage, model-wide heads) covering `wanted`; neighbouring heads of one part come as one run."""
     start = wanted.start
     while start < wanted.stop:
-        rank = _source_rank(source, start, destination_rank)
-        stop = min(source.heads_of_rank(rank).stop, wanted.stop)
-        yield rank, range(start, stop)
+        part = _source_part(source, start, destination_part)
+        stop = min(source.heads_of_rank(part).stop, wanted.stop)
+        yield part, range(start, stop)
         start = stop
 
 
-def _source_rank(source: KVLayout, head: int, destination_rank: int) -> int:
-    """The rank to read `head` from; where several replicate it, destination ranks take turns."""
+def _source_part(source: KVLayout, head: int, destination_part: int) -> int:
+    """The part to read `head` from; where several replicate it, those of the destination take turns."""
     num_replicas = max(1, source.tensor_parallel // source.num_kv_heads)
     if num_replicas == 1:
         return head // source.heads_per_rank
-    return head * num_replicas + destination_rank % num_replicas
+    return head * num_replicas + destination_part % num_replicas
 
 
-def _latents(copy: Copy, source_rank: int, taken: tuple[int, ...], filled: tuple[int, ...]) -> Copy:
-    """The same layers of other pieces from another rank."""
-    return Copy(source_rank, replace(copy.source, blocks=taken), replace(copy.destination, blocks=filled))
+def _latents(
+    source_rank: int, source: Span, taken: tuple[int, ...], destination: Span, filled: tuple[int, ...]
+) -> Copy:
+    """The same layers of other pieces, perhaps from another rank."""
+    return Copy(source_rank, replace(source, blocks=taken), replace(destination, blocks=filled))
 
 
 def _part(span: Span, layer: int, num_layers: int, block: int, num_blocks: int) -> Span:

@@ -52,9 +52,9 @@ def require_inside(pool: Tensor | HostPool, span: Span) -> None:
 
 
 def require_same_shape(copy: Copy) -> None:
-    """Raises TransferFailed when a copy's two spans differ in layers, number or size of pieces, or number of heads."""
+    """Raises TransferFailed when a copy's two spans differ in number of layers, pieces or heads, or size of pieces."""
     source, destination = (
-        (span.first_layer, span.num_layers, len(span.blocks), span.block_tokens, span.num_heads)
+        (span.num_layers, len(span.blocks), span.block_tokens, span.num_heads)
         for span in (copy.source, copy.destination)
     )
     if source != destination:

@@ -73,6 +73,7 @@ WEIGHT_CALLS = AgentCalls(
 PREPARE_PAIRS = Unary("PreparePairs", to_rank.PreparePairs, fleet.Empty)
 READ_TIMELINE = Unary("ReadTimeline", to_rank.ReadTimeline, to_rank.TimelineEvents)
 FETCH_BLOCKS = Unary("FetchBlocks", to_rank.FetchBlocks, to_rank.Fetched)
+HOLDS = Unary("Holds", to_rank.SlabHeader, fleet.Acknowledged)
 MOVE_BLOCKS = Unary("MoveBlocks", to_rank.TierMove, fleet.Empty)
 HEALTH = Unary("Health", fleet.Empty, fleet.RankHealth)
 

@@ -39,7 +39,7 @@ HOMES = {
     "ray": ("cluster/", "bench/"),
     "grpc": ("rpc/",),
     "msgpack": ("rpc/",),
-    "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py"),
+    "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py", "engine/rank_store.py"),
     "tokenizers": ("cluster/ingress/", "models/"),
     "flashinfer": ("engine/flashinfer_library.py",),
 }
@@ -118,6 +118,7 @@ PURE = [
     "engine.eviction_order",
     "engine.group_blocks",
     "engine.layer_groups",
+    "engine.orders",
     "engine.sequence",
     "kv_transfer.channels.borrowed_time",
     "kv_transfer.flow_control",

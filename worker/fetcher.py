@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from core.errors import BatonError, TransferFailed
 from core.messages.fleet import ReplicaInfo
-from core.messages.to_rank import Copy, FetchBlocks, Fetched, PreparePairs, SlabHeader
+from core.messages.to_rank import Copy, FetchBlocks, Fetched, PreparePairs, SlabHeader, Span
+from core.version import PIPELINE_PROTOCOL
 from kv_transfer.plan import Move, plan_stages, source_ranks
 from rpc import methods
 from worker.rank_context import RankContext
@@ -17,7 +18,7 @@ from worker.rank_context import RankContext
 class BlockOrder:
     """Layers of some blocks of one KV group, from a source that lets this name and attempt read them.
 
-    Layers are places in these blocks; blocks are physical.
+    Layers are places in these blocks, as numbered for the whole model; blocks are physical.
     """
 
     name: str  # of the request, or of the loan
@@ -34,7 +35,8 @@ class BlockOrder:
 
 
 class Fetcher:
-    """Plans each rank's copies and has them all done; each rank receives from the source ranks that hold its heads.
+    """Plans each rank's copies and has them all done; each rank receives from the source ranks that hold its layers
+    and heads.
 
     Latents, which every rank needs alike, come once from the source; the ranks then hand them on to each other.
     """
@@ -48,7 +50,7 @@ class Fetcher:
         """Bytes of all ranks, seconds of the slowest. Raises a BatonError only when no rank writes any more."""
         layout = self._context.info.layout
         move = self._move(order)
-        stages = [plan_stages(move, rank) for rank in range(layout.tensor_parallel)]
+        stages = [plan_stages(move, rank) for rank in range(layout.num_ranks)]
         timeout_s = self._context.spec.transfer.data_timeout_s
         fetch = FetchBlocks(
             order.name,
@@ -64,6 +66,8 @@ class Fetcher:
             order.group,
         )
         fetched = await self._on_all_ranks(fetch, [stage.from_source for stage in stages])
+        if not any(copy.source_rank == 0 for stage in stages for copy in stage.from_source):
+            await self._require_held(order)
         if not any(stage.from_siblings for stage in stages):
             return fetched
         fetch = replace(
@@ -96,7 +100,7 @@ class Fetcher:
         self._prepared[source.replica_id] = source.incarnation
         context, layout = self._context, self._context.info.layout
         timeout_s = context.spec.transfer.control_timeout_s
-        for rank in range(layout.tensor_parallel):
+        for rank in range(layout.num_ranks):
             peers = source_ranks(source.layout, layout, rank)
             addresses = tuple(source.rank_addresses[peer] for peer in peers)
             if rank == context.spec.rank:
@@ -122,11 +126,27 @@ class Fetcher:
             order.source_blocks,
             order.destination_blocks,
             range(first_token, first_token + num_tokens),
+            order.group,
         )
 
+    async def _require_held(self, order: BlockOrder) -> None:
+        """Of the ranks of a replica the first one alone knows what may be read: where it gave nothing, it is asked
+        whether all was still held when it had come. Raises TransferFailed when it was not.
+        """
+        if order.source.protocol < PIPELINE_PROTOCOL:
+            return
+        blocks = order.source_blocks
+        span = Span(order.first_layer, order.num_layers, blocks, 0, 1)
+        logical = tuple(range(order.first_block, order.first_block + len(blocks)))
+        header = SlabHeader(0, order.name, order.attempt, span, order.lease_id, logical, order.group)
+        timeout_s = self._context.spec.transfer.control_timeout_s
+        answer = await self._context.client.call(order.source.address, methods.HOLDS, header, timeout_s)
+        if not answer.known:
+            raise TransferFailed(f"{order.source.replica_id} no longer held the blocks of request {order.name}")
+
     async def _on_all_ranks(self, fetch: FetchBlocks, copies: Sequence[tuple[Copy, ...]]) -> Fetched:
-        """The order with each rank's copies; returns or raises when every rank is done."""
-        fetches = (self._fetch_on(rank, replace(fetch, copies=part)) for rank, part in enumerate(copies))
+        """The order with each rank's copies, if it has any; returns or raises when every rank is done."""
+        fetches = (self._fetch_on(rank, replace(fetch, copies=part)) for rank, part in enumerate(copies) if part)
         results = await asyncio.gather(*fetches, return_exceptions=True)
         num_bytes, seconds, num_digests = 0, 0.0, 0
         for result in results:

@@ -14,8 +14,8 @@ from engine.backend import choose_backend
 from engine.checkpoint import load_model_spec
 from engine.kv_cache import decide_num_blocks
 from engine.model_spec import ModelSpec
+from engine.rank_links import connect_ranks
 from engine.runner import ModelRunner
-from engine.tensor_parallel import connect_ranks
 from worker.rank_weights import RankWeights
 from worker.spec import RankSpec
 
@@ -38,13 +38,13 @@ def load_engine(spec: RankSpec, weights: RankWeights) -> LoadedEngine:
     pool = spec.pool
     device = torch.device(pool.device)
     model = load_model_spec(Path(spec.model.path), pool.dtype or spec.model.dtype, spec.model.max_model_len)
-    layout = model.kv_layout(pool.tensor_parallel, spec.block_size)
+    layout = model.kv_layout(pool.tensor_parallel, spec.block_size, pool.pipeline_parallel)
     backend = choose_backend(pool.engine, model, layout, device, pool.max_num_seqs)
     num_blocks = _num_blocks(pool, model, layout, device)
-    group = connect_ranks(spec.store_address, spec.rank, pool.tensor_parallel, device, spec.group_host)
+    links = connect_ranks(spec.store_address, spec.rank, layout, device, spec.group_host)
     num_threads = pool.resources_per_rank.num_threads
     with weights.reading(model, layout) as read:
-        runner = ModelRunner(model, read, layout, num_blocks, group, device, num_threads, pool.whole_experts, backend)
+        runner = ModelRunner(model, read, layout, num_blocks, links, device, num_threads, pool.whole_experts, backend)
     if spec.rank != 0:
         return LoadedEngine(model, runner, 0.0)
     started = time.monotonic()
@@ -59,6 +59,6 @@ def _num_blocks(pool: PoolConfig, model: ModelSpec, layout: KVLayout, device: to
     budget_bytes = pool.engine.device_weight_bytes
     if device.type == "cpu" or budget_bytes is None or pool.num_blocks is not None:
         return decide_num_blocks(model, layout, device, pool.num_blocks, pool.kv_cache_mib, pool.memory_fraction)
-    weight_bytes = min(budget_bytes, model.geometry.weight_bytes_per_rank(layout.tensor_parallel))
+    weight_bytes = min(budget_bytes, model.geometry.weight_bytes_per_rank(layout))
     memory_bytes = torch.cuda.get_device_properties(device).total_memory
     return blocks_within(layout, gpu_kv_bytes(memory_bytes, pool.memory_fraction, weight_bytes))

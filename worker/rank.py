@@ -15,7 +15,7 @@ import torch
 from core.block_hash import HASH_SCHEME, BlockHash, chain_seed, salt_of
 from core.errors import PeerLost, TransferFailed
 from core.kv_layout import DTYPE_BYTES, Compatibility
-from core.messages.fleet import Drain, Empty, RankHealth, ReplicaInfo, Role
+from core.messages.fleet import Acknowledged, Drain, Empty, RankHealth, ReplicaInfo, Role
 from core.messages.to_lender import Borrow, GiveBack, Lent
 from core.messages.to_rank import PreparePairs, ReadTimeline, SlabHeader, TierMove, TimelineEvents
 from core.version import PROTOCOL, VERSION
@@ -173,6 +173,9 @@ class Rank:
         role.bind(self._server)
         self._server.stream(methods.WATCH, Reporter(info, pool, books, role.status, role.samples).watch)
 
+        async def holds(header: SlabHeader) -> Acknowledged:
+            return Acknowledged(role.may_read(header))
+
         async def drain(message: Drain) -> Empty:
             await role.drainer.drain(message.timeout_s)
             return Empty()
@@ -188,6 +191,7 @@ class Rank:
             role.drainer.changed()
             return Empty()
 
+        self._server.unary(methods.HOLDS, holds)
         self._server.unary(methods.DRAIN, drain)
         self._server.unary(methods.BORROW, borrow)
         self._server.unary(methods.GIVE_BACK, give_back)
@@ -224,9 +228,16 @@ class Rank:
         self._server.unary(methods.FETCH_BLOCKS, agent.fetch)
 
     def _may_read(self, header: SlabHeader) -> bool:
-        """The first rank knows its shares; the others rely on it, since decode fetches from all or none."""
-        role = self._require_serving().role
-        return role is None or role.may_read(header)
+        """The first rank knows its shares; the others rely on it, since decode fetches from all or none, or asks the
+        first one afterwards. Every rank knows which places its stage has of a KV group.
+        """
+        serving, span = self._require_serving(), header.source
+        layout, role = serving.info.layout, serving.role
+        groups = layout.groups_of_stage(layout.stage_of(self._spec.rank))
+        is_here = 0 <= header.group < len(groups) and (
+            span.first_layer + span.num_layers <= len(groups[header.group].layers)
+        )
+        return is_here and (role is None or role.may_read(header))
 
     def _require_serving(self) -> _Serving:
         if self._serving is None:

@@ -96,7 +96,7 @@ class RankWeights:
     def _describe(self, model: ModelSpec, layout: KVLayout) -> tuple[WeightImage, Compatibility]:
         """Equal compatibility means equal images of equal bytes."""
         parameters = list_parameters(model, Share(self._spec.rank, layout, self._spec.pool.whole_experts))
-        image = f"rank {self._spec.rank} of {layout.tensor_parallel}, {fingerprint(parameters)}"
+        image = f"rank {self._spec.rank} of {layout.num_ranks}, {fingerprint(parameters)}"
         return WeightImage(parameters, model.dtype), Compatibility(
             self._spec.model.served_name, model.revision, model.dtype, 1, image
         )

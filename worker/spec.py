@@ -26,7 +26,7 @@ class RankSpec:
     incarnation: int
     rank: int
     rank_addresses: tuple[str, ...]  # host:port where each rank serves and is reached; port 0 for a lone rank: any
-    store_address: str  # host:port, unused at tensor parallel 1
+    store_address: str  # host:port, unused by a lone rank
     model: ModelConfig
     pool: PoolConfig
     transfer: TransferConfig

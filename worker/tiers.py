@@ -46,7 +46,7 @@ class Tiers:
         self._pool = pool
         self._names = ("device", *names)
         self._layout = layout
-        self._block_bytes = layout.block_bytes_per_rank * layout.tensor_parallel
+        self._block_bytes = layout.block_bytes_per_rank * layout.num_ranks
         self._make_move = make_move
         self._spilling = asyncio.Lock()
         self._lost = asyncio.Event()

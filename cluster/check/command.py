@@ -10,7 +10,7 @@ from cluster.check.checkpoint_size import count_parameters
 from cluster.check.node_types import read_node_types
 from cluster.check.plan import Hardware, Plan, make_plan
 from cluster.settings import laptop_config_path, resolve_config
-from core.config import read_yaml
+from core.config import PoolConfig, read_yaml
 from core.errors import ConfigurationError
 from core.model_geometry import read_geometry
 from core.serve_file import require_same_http
@@ -43,7 +43,7 @@ def _table(plan: Plan) -> Table:
         rank = pool.rank
         table.add_row(
             f"{pool.name} on {pool.pool.device}",
-            f"{pool.pool.max_replicas} x TP {pool.pool.tensor_parallel}",
+            f"{pool.pool.max_replicas} x {_degrees(pool.pool)}",
             _gib(rank.weight_bytes),
             _gib(rank.kv_bytes),
             f"{rank.num_blocks}",
@@ -54,6 +54,11 @@ def _table(plan: Plan) -> Table:
             _gib(pool.memory_bytes),
         )
     return table
+
+
+def _degrees(pool: PoolConfig) -> str:
+    stages = f"PP {pool.pipeline_parallel} x " if pool.pipeline_parallel > 1 else ""
+    return f"{stages}TP {pool.tensor_parallel}"
 
 
 def _gib(num_bytes: int) -> str:

@@ -46,8 +46,8 @@ def require_room(pools: Mapping[str, PoolConfig], types: Sequence[NodeType]) -> 
             if node is None:
                 nodes = ", ".join(f"{node_type.max_nodes} x {node_type.name}" for node_type in types)
                 raise ConfigurationError(
-                    f"the nodes of the cluster ({nodes}) hold {placed} replicas of tensor_parallel "
-                    f"{pool.tensor_parallel}, not max_replicas {pool.max_replicas}",
+                    f"the nodes of the cluster ({nodes}) hold {placed} replicas of "
+                    f"{degrees_of(pool)}, not max_replicas {pool.max_replicas}",
                     field=f"{name}.max_replicas",
                 )
             for what, much in demand.items():
@@ -60,4 +60,10 @@ def _demand(pool: PoolConfig) -> dict[str, float]:
     per_rank = {"CPU": asked.num_cpus, "GPU": asked.num_gpus, **asked.custom}
     if asked.accelerator_type:
         per_rank[f"accelerator_type:{asked.accelerator_type}"] = 0.001
-    return {what: much * pool.tensor_parallel for what, much in per_rank.items() if much}
+    return {what: much * pool.num_ranks for what, much in per_rank.items() if much}
+
+
+def degrees_of(pool: PoolConfig) -> str:
+    """How a replica is split, for people."""
+    pipeline = f" x pipeline_parallel {pool.pipeline_parallel}" if pool.pipeline_parallel > 1 else ""
+    return f"tensor_parallel {pool.tensor_parallel}{pipeline}"

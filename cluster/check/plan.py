@@ -55,7 +55,7 @@ class PoolPlan:
     @property
     def num_ranks(self) -> int:
         """With all replicas up."""
-        return self.pool.max_replicas * self.pool.tensor_parallel
+        return self.pool.max_replicas * self.pool.num_ranks
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _channels(config: BatonConfig, layouts: dict[str, KVLayout]) -> dict[str, in
 def _layout(name: str, pool: PoolConfig, config: BatonConfig, geometry: ModelGeometry) -> KVLayout:
     typed = replace(geometry, dtype=dtype_of(pool, config, geometry))
     try:
-        return typed.kv_layout(pool.tensor_parallel, config.block_size)
+        return typed.kv_layout(pool.tensor_parallel, config.block_size, pool.pipeline_parallel)
     except ConfigurationError as error:
-        raise ConfigurationError(error.message, field=f"{name}.tensor_parallel") from error
+        raise ConfigurationError(error.message, field=f"{name}.{error.field}") from error
 
 
 def _memory_bytes(pool: PoolConfig, hardware: Hardware) -> int:
@@ -169,10 +169,10 @@ def _no_room(pools: dict[str, PoolConfig], hardware: Hardware) -> list[Configura
         return []
     return [
         ConfigurationError(
-            f"{pool.tensor_parallel} GPUs, but a replica lies on one node, taken to have {GPUS_PER_NODE}; "
+            f"{pool.num_ranks} GPUs, but a replica lies on one node, taken to have {GPUS_PER_NODE}; "
             "--cluster-file names others",
-            field=f"{name}.tensor_parallel",
+            field=f"{name}.{'pipeline' if pool.pipeline_parallel > 1 else 'tensor'}_parallel",
         )
         for name, pool in pools.items()
-        if pool.device == "cuda" and pool.tensor_parallel > GPUS_PER_NODE
+        if pool.device == "cuda" and pool.num_ranks > GPUS_PER_NODE
     ]

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+from cluster.check.node_types import degrees_of
 from core.channel_kinds import Device, offered_kinds
 from core.config import PoolConfig, TransferConfig
 from core.errors import ConfigurationError
 from core.kv_budget import ACTIVATION_MARGIN_BYTES, blocks_within, channel_bytes, gpu_kv_bytes
-from core.kv_layout import DTYPE_BYTES, KVLayout
+from core.kv_layout import KVLayout
 from core.model_geometry import ModelGeometry
 from kv_transfer.plan import source_ranks
 
@@ -43,16 +44,15 @@ def size_rank(
 
     Raises ConfigurationError when the weights alone do not fit, or fewer than two blocks do.
     """
-    weight_bytes = geometry.weight_bytes_per_rank(layout.tensor_parallel)
-    found_bytes = (num_parameters or 0) * DTYPE_BYTES[layout.dtype] // layout.tensor_parallel or weight_bytes
+    weight_bytes = geometry.weight_bytes_per_rank(layout)
+    found_bytes = weight_bytes * (num_parameters or geometry.num_parameters) // geometry.num_parameters
     budget_bytes = pool.engine.device_weight_bytes
     if budget_bytes is not None:  # layers beyond it stay on the host
         weight_bytes, found_bytes = min(weight_bytes, budget_bytes), min(found_bytes, budget_bytes)
     limit_bytes = int(memory_bytes * (pool.memory_fraction if pool.device == "cuda" else 1))
     if found_bytes > limit_bytes:
         raise ConfigurationError(
-            f"{gib(found_bytes)} of weights per rank at tensor_parallel {layout.tensor_parallel} exceed "
-            f"{gib(limit_bytes)} of its memory",
+            f"{gib(found_bytes)} of weights per rank at {degrees_of(pool)} exceed {gib(limit_bytes)} of its memory",
             field="tensor_parallel",
         )
     if pool.num_blocks is not None:
@@ -79,23 +79,22 @@ def _process_bytes(pool: PoolConfig) -> int:
 
 def largest_channel_bytes(transfer: TransferConfig, layout: KVLayout, device: Device) -> int:
     """One end of one channel; of a transport that is chosen per pair of ranks, the largest that may be."""
-    cell_bytes = layout.block_bytes_per_rank // layout.num_places
-    slab_bytes = max(int(transfer.slab_mib * 2**20), cell_bytes)  # one layer of one block is never cut
+    slab_bytes = max(int(transfer.slab_mib * 2**20), layout.cell_bytes)  # one layer of one block is never cut
     kinds = offered_kinds(transfer.channel, device)
     return max((channel_bytes(kind, slab_bytes) for kind in kinds), default=0)
 
 
 def count_channels(prefill: KVLayout, decode: KVLayout) -> tuple[int, int]:
     """Channels of the busiest prefill rank to one decode replica, and of the busiest decode rank to one prefill
-    replica: pairs of ranks whose KV heads, or shares of latents, overlap.
+    replica: pairs of ranks whose layers and KV heads, or shares of latents, overlap.
     """
-    sources = [set(source_ranks(prefill, decode, rank)) for rank in range(decode.tensor_parallel)]
-    senders = [sum(rank in found for found in sources) for rank in range(prefill.tensor_parallel)]
+    sources = [set(source_ranks(prefill, decode, rank)) for rank in range(decode.num_ranks)]
+    senders = [sum(rank in found for found in sources) for rank in range(prefill.num_ranks)]
     return max(senders), max(map(len, sources))
 
 
 def count_sibling_channels(layout: KVLayout) -> int:
-    """Channels of a rank to and from the others of its replica, among which latents are handed on."""
+    """Channels of a rank to and from the others of its stage, among which latents are handed on."""
     return 2 * (layout.tensor_parallel - 1) if layout.latent else 0
 
 

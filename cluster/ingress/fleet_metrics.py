@@ -1,4 +1,7 @@
-"""The fleet in Prometheus' format: pools, replicas, and the link of every pair that has exchanged KV."""
+"""The fleet in Prometheus' format: pools, replicas and their tiers, the link of every pair that has exchanged KV."""
+
+from collections.abc import Callable
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
@@ -57,4 +60,25 @@ def fleet_exposition(fleet: FleetStatus) -> bytes:
         hits.labels("missed").set(fleet.foresight.num_hits_missed)
         missed_tokens = gauge("routed_hit_missed_tokens", "Tokens computed that plans took for cached.")
         missed_tokens.set(fleet.foresight.num_tokens_missed)
+    _tell_of_tiers(gauge, fleet)
     return generate_latest(registry)
+
+
+def _tell_of_tiers(gauge: Callable[..., Gauge], fleet: FleetStatus) -> None:
+    of_tier = ("pool", "replica", "tier")
+    tier_gauges = {
+        "num_slots": gauge("tier_slots", "Blocks that a tier has room for.", *of_tier),
+        "num_cached": gauge("tier_cached_blocks", "Blocks that a tier holds.", *of_tier),
+        "num_wanted": gauge("tier_wanted_blocks", "Prefix blocks of prompts that no tier above had.", *of_tier),
+        "num_found": gauge("tier_found_blocks", "Those of them that this tier had.", *of_tier),
+        "bytes_in": gauge("tier_bytes_in", "From other tiers, over all ranks.", *of_tier),
+        "bytes_out": gauge("tier_bytes_out", "To other tiers, over all ranks.", *of_tier),
+    }
+    hit_ratio = gauge("tier_hit_ratio", "Found of wanted since the replica started.", *of_tier)
+    for replica in fleet.replicas:
+        for tier in replica.status.tiers:
+            labels = replica.info.role.value, replica.info.replica_id, tier.name
+            for field, tier_gauge in tier_gauges.items():
+                tier_gauge.labels(*labels).set(asdict(tier)[field])
+            if tier.num_wanted:
+                hit_ratio.labels(*labels).set(tier.num_found / tier.num_wanted)

@@ -5,14 +5,16 @@ from collections.abc import Collection, Sequence
 from cluster.scheduler.replica_view import ReplicaView
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import Reserve
+from core.version import PIPELINE_PROTOCOL
 
-STEPS_HELD = 2  # a worker holds about this many steps of work; the rest waits at the scheduler
+STEPS_HELD = 1  # beside one for each of its stages, a worker holds about so many steps; the rest waits at the scheduler
 
 
 def can_pair(prefill: ReplicaInfo, decode: ReplicaInfo) -> bool:
-    """KV blocks of one mean the same to the other, and both are of one generation."""
+    """KV blocks of one mean the same to the other, which finds them, and both are of one generation."""
     means_the_same = prefill.compatibility == decode.compatibility and prefill.layout.groups == decode.layout.groups
-    return means_the_same and prefill.generation == decode.generation
+    finds_stages = prefill.layout.pipeline_parallel == 1 or decode.protocol >= PIPELINE_PROTOCOL
+    return means_the_same and finds_stages and prefill.generation == decode.generation
 
 
 def fits_prefill(request: Reserve, prefill: ReplicaInfo) -> bool:
@@ -21,9 +23,12 @@ def fits_prefill(request: Reserve, prefill: ReplicaInfo) -> bool:
 
 
 def takes_more(prefill: ReplicaView, *, is_batch: bool = False) -> bool:
-    """Whether the replica holds less than about two steps of work; batch work waits until it holds none."""
-    held = prefill.outstanding_prefill_tokens
-    return held == 0 if is_batch else held < STEPS_HELD * prefill.info.max_num_batched_tokens
+    """Whether the replica holds less than about two steps of work, or as many more as it has more stages.
+
+    Batch work waits until it holds none.
+    """
+    held, num_steps = prefill.outstanding_prefill_tokens, prefill.info.layout.pipeline_parallel + STEPS_HELD
+    return held == 0 if is_batch else held < num_steps * prefill.info.max_num_batched_tokens
 
 
 def has_free_slot(decode: ReplicaView, max_kv_usage: float) -> bool:

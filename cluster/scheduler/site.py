@@ -52,7 +52,7 @@ class Site:
         self.kind = kind
         self.layout = layout
         self.block_size = layout.block_size
-        self.block_bytes = layout.block_bytes_per_rank * layout.tensor_parallel
+        self.block_bytes = layout.block_bytes
         self.kv_layer_bytes = kv_bytes_per_token(layout) / layout.num_layers  # of one token
         self.num_layers = layout.num_layers
         self.reaches = layout.reaches

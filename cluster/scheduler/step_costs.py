@@ -74,4 +74,4 @@ def roofline(info: ReplicaInfo) -> StepCosts:
 def kv_bytes_per_token(layout: KVLayout) -> float:
     """Of all layers and ranks, windows left aside."""
     num_groups = len(layout.kv_groups)
-    return num_groups * layout.block_bytes_per_rank * layout.tensor_parallel / layout.block_size
+    return num_groups * layout.block_bytes / layout.block_size

@@ -12,7 +12,8 @@ from core.kv_layout import Compatibility, KVLayout
 class Span:
     """A rectangle of one rank's KV pool: layers x pieces of blocks x KV heads. Heads are rank-local.
 
-    Layers are places in the pool's blocks, see core.kv_groups: the model's own numbers where that has one KV group.
+    Layers are places in the pool's blocks, see core.kv_groups: the model's own numbers where that has one KV group and
+    the replica one pipeline stage.
 
     A piece is a whole block, or one of the equal parts of `block_tokens` tokens that blocks are cut into where the
     other side's blocks are smaller. Blocks of 32 tokens in pieces of 16:

@@ -67,6 +67,6 @@ class Mooncake(Memoryless):
         if not fetches:
             return queue_s + uncached_tokens(request, own, taker) / rate, taker, None
         layout = taker.info.layout
-        num_bytes = (most - own) * layout.block_bytes_per_rank * layout.tensor_parallel
+        num_bytes = (most - own) * layout.block_bytes
         transfer_s = num_bytes / (taker.bytes_per_s_from(best.info.replica_id) or self._bytes_per_s)
         return transfer_s + queue_s + uncached_tokens(request, most, taker) / rate, taker, best

@@ -110,7 +110,7 @@ def make_decision(
         num_blocks,
         float(request.max_new_tokens),
         lender,
-        num_transfer_bytes=num_blocks * layout.block_bytes_per_rank * layout.tensor_parallel if prefill else 0,
+        num_transfer_bytes=num_blocks * layout.block_bytes if prefill else 0,
         num_cached_tokens=depth * taker.info.layout.block_size,
     )
 

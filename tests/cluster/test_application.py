@@ -1,6 +1,7 @@
 """The application on Ray Serve, over real HTTP with the official client: answers, failures under load, scale-down.
 
-One fleet serves all tests of this file: two prefill replicas, two decode replicas at tensor parallel 2.
+One fleet serves all tests of this file: two prefill replicas of two pipeline stages, two decode replicas at tensor
+parallel 2.
 """
 
 import asyncio
@@ -42,7 +43,9 @@ def fleet(tmp_path_factory):
     config = parse_config(
         {
             "model": {"path": str(demo_model_path()), "name": DEMO_MODEL_NAME, "dtype": "float32"},
-            "prefill": {"min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "drain_timeout_s": 5},
+            "prefill": {
+                "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "pipeline_parallel": 2, "drain_timeout_s": 5,
+            },
             "decode": {
                 "min_replicas": 2, "max_replicas": 2, "num_blocks": 256, "tensor_parallel": 2, "drain_timeout_s": 0,
             },

@@ -85,6 +85,30 @@ def test_a_rank_is_weights_kv_channels_and_a_reserve():
     assert prefill.num_ranks == 2 and decode.num_ranks == 6
 
 
+def test_a_stage_has_its_layers_weights_and_kv_and_one_table():
+    stages = {"pipeline_parallel": 2, "max_replicas": 2, "steps_in_flight": 2, "engine": {"attention": "torch"}}
+    plan = make_plan(on_gpus(stages, {"tensor_parallel": 2}), LLAMA_8B, None, Hardware(host_bytes=24 * GIB))
+    assert plan.problems == ()
+    prefill, decode = plan.pools
+    assert prefill.rank.weight_bytes == 8_029_995_008, "half of the layers, and either the embedding or the head"
+    budget = int(int(79.1 * GIB) * 0.9) - prefill.rank.weight_bytes - GIB
+    assert prefill.rank.num_blocks == budget // (16 * 65536)
+    assert prefill.rank.kv_bytes == prefill.rank.num_blocks * 2**20
+    assert prefill.num_ranks == 4
+    # every stage has layers that both decode ranks want; these are fed by both stages of two replicas
+    assert (prefill.rank.num_channels, decode.rank.num_channels) == (2, 4)
+
+
+def test_the_largest_stage_counts():
+    """61 layers, 3 of them dense, in 4 stages: 16, 15, 15, 15; the last has the head, the first the dense ones."""
+    layout = DEEPSEEK_V3.kv_layout(8, 16, 4)
+    sizes = [DEEPSEEK_V3.num_parameters_of_stage(layout, stage) for stage in range(4)]
+    assert sum(sizes) == DEEPSEEK_V3.num_parameters
+    assert [round(size / 1e9, 1) for size in sizes] == [152.3, 172.6, 172.6, 173.5]
+    assert DEEPSEEK_V3.weight_bytes_per_rank(layout) == sizes[3] * 2 // 8
+    assert layout.block_bytes_per_rank == 16 * 16 * 576 * 2
+
+
 @pytest.mark.parametrize("channel", ["auto", "measured", "nixl"])
 def test_a_channel_that_is_chosen_in_service_fits_any_device(channel):
     on_cpus = parse_config({"transfer": {"channel": channel}})
@@ -125,6 +149,8 @@ def test_channels_join_ranks_whose_heads_or_shares_of_latents_overlap(prefill, d
     [
         (on_gpus({"tensor_parallel": 3}), "prefill.tensor_parallel", "3 must divide 32 attention heads"),
         (on_gpus({"tensor_parallel": 16}), "prefill.tensor_parallel", "16 GPUs"),
+        (on_gpus({"pipeline_parallel": 33}), "prefill.pipeline_parallel", "33 is above the 32 layers of the model"),
+        (on_gpus({}, {"pipeline_parallel": 2, "tensor_parallel": 8}), "decode.pipeline_parallel", "16 GPUs"),
         (on_gpus({"num_blocks": 64}), "prefill.num_blocks", "64 blocks hold 1024 tokens, fewer than the 8192"),
         (on_gpus({}, {"memory_fraction": 0.18}), "decode.tensor_parallel", "15.0 GiB of weights per rank at"),
         (on_gpus({}, {"memory_fraction": 0.2}), "decode.memory_fraction", "0 MiB for the KV cache hold 0 blocks"),
@@ -250,6 +276,13 @@ def test_pools_without_a_role_share_a_node():
     config = on_gpus({"tensor_parallel": 2, "max_replicas": 3}, {"tensor_parallel": 4})
     with pytest.raises(ConfigurationError, match="hold 2 replicas"):
         require_room({"prefill": config.prefill, "decode": config.decode}, one_host)
+    stages = on_gpus({"tensor_parallel": 2, "pipeline_parallel": 2, "max_replicas": 2}, {"tensor_parallel": 1})
+    with pytest.raises(ConfigurationError, match="hold 0 replicas of tensor_parallel 1") as raised:
+        require_room({"prefill": stages.prefill, "decode": stages.decode}, one_host)
+    assert raised.value.field == "decode.max_replicas"
+    stages = on_gpus({"tensor_parallel": 2, "pipeline_parallel": 2, "max_replicas": 3})
+    with pytest.raises(ConfigurationError, match="hold 2 replicas of tensor_parallel 2 x pipeline_parallel 2, not"):
+        require_room({"prefill": stages.prefill, "decode": stages.decode}, one_host)
 
 
 def test_own_hosts_have_no_node_types():
@@ -275,7 +308,10 @@ def test_packed_weights_are_counted_as_they_will_be_held(tmp_path):
     plain, packed = make_checkpoint(tmp_path / "plain", "gpt_oss"), make_mxfp4_checkpoint(tmp_path / "packed")
     assert count_parameters(packed) == count_parameters(plain)
     geometry = read_geometry(packed)
-    assert (geometry.dtype, geometry.weight_bytes_per_rank(2)) == ("bfloat16", read_geometry(plain).num_parameters)
+    assert (geometry.dtype, geometry.weight_bytes_per_rank(geometry.kv_layout(2, 16))) == (
+        "bfloat16",
+        read_geometry(plain).num_parameters,
+    )
 
 
 def test_a_config_json_without_sizes_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.scheduler.admission import Admission
+from cluster.scheduler.decision import can_pair
 from cluster.scheduler.index import PrefixIndex
 from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
@@ -12,6 +13,7 @@ from core.errors import NoReplica, Overloaded, StaleMessage
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import LinkStatus, ReplicaStatus, Report, Reserve
+from core.version import PIPELINE_PROTOCOL
 
 BLOCK = 16
 
@@ -301,3 +303,29 @@ def test_a_prompt_that_fills_an_empty_cache_to_the_last_token_is_planned(admissi
     small = replica("d2", Role.DECODE, num_blocks=4)
     admission.report(report(small, snapshot=True, num_free_blocks=4), 0.0)
     assert plan_one(admission, reserve("r", tokens=tuple(range(63)))).decode.replica_id == "d2"
+
+
+def staged(info: ReplicaInfo, **changes) -> ReplicaInfo:
+    return replace(info, layout=replace(info.layout, pipeline_parallel=2), **changes)
+
+
+def test_only_who_knows_of_stages_fetches_from_them():
+    prefill, decode = replica("p0", Role.PREFILL), replica("d0", Role.DECODE)
+    old, new = (replace(decode, protocol=PIPELINE_PROTOCOL - age) for age in (1, 0))
+    assert can_pair(prefill, old) and can_pair(staged(prefill), new)
+    assert not can_pair(staged(prefill), old), "its plan would know of one rank"
+    assert can_pair(prefill, staged(new)), "an old source serves what it is asked for"
+
+
+def test_prefill_of_two_stages_holds_a_step_more():
+    """512 tokens a step: of prompts of 600, two for one stage, three for two of them."""
+    for stages, num_planned in ((1, 2), (2, 3)):
+        admission = Admission(SchedulerConfig(queue_limit=9, local_prefill_max_tokens=0))
+        prefill = replica("p0", Role.PREFILL)
+        layout = replace(prefill.layout, pipeline_parallel=stages)
+        for info in (replace(prefill, layout=layout), replace(replica("d0", Role.DECODE), protocol=PIPELINE_PROTOCOL)):
+            admission.report(report(info, snapshot=True), 0.0)
+        for number in range(4):
+            tokens = tuple(range(number * 1000, number * 1000 + 600))
+            admission.reserve(reserve(f"r{number}", tokens, placement="pair"), 0.0)
+        assert len(admission.dispatch(0.0)) == num_planned

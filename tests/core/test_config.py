@@ -28,6 +28,10 @@ from core.errors import ConfigurationError
         ({"block_size": "many"}, "block_size"),
         ({"autoscaling": {"ttft_target_s": 0}}, "autoscaling.ttft_target_s"),
         ({"autoscaling": {"max_gpus": 3}, "decode": {"tensor_parallel": 4}}, r"max_gpus 3 is below the 5 of min_rep"),
+        ({"autoscaling": {"max_gpus": 3}, "decode": {"pipeline_parallel": 4}}, r"max_gpus 3 is below the 5 of min_rep"),
+        ({"prefill": {"pipeline_parallel": 0}}, "prefill.pipeline_parallel"),
+        ({"prefill": {"steps_in_flight": 3}}, "prefill: .*steps_in_flight 3 is above 2"),
+        ({"prefill": {"steps_in_flight": 5, "pipeline_parallel": 4}}, "steps_in_flight 5 is above 4"),
         ({"autoscaling": {"forecast": {"bin_s": 7000}}}, "autoscaling.forecast.bin_s"),
         ({"autoscaling": {"schedule": [{"at": "8 am", "until": "18:00"}]}}, "autoscaling.schedule.0.at: .*'8 am'"),
         ({"autoscaling": {"schedule": [{"at": 750, "until": "18:00"}]}}, "autoscaling.schedule.0.at: .*in quotes"),
@@ -40,6 +44,12 @@ from core.errors import ConfigurationError
 def test_what_is_wrong_is_named(tree, named):
     with pytest.raises(ConfigurationError, match=named):
         parse_config(tree)
+
+
+def test_ranks_are_stages_times_the_ranks_of_a_stage():
+    tree = {"tensor_parallel": 2, "pipeline_parallel": 3, "steps_in_flight": 3, "resources_per_rank": {"num_gpus": 1}}
+    pool = parse_config({"prefill": tree}).prefill
+    assert (pool.num_ranks, pool.replica_cost) == (6, 6.0)
 
 
 @pytest.mark.parametrize(

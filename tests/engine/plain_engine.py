@@ -15,7 +15,7 @@ from engine.batch import StepBatch
 from engine.block_pool import BlockPool
 from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
-from engine.rank_group import RankGroup, SingleRank
+from engine.rank_links import RankLinks
 from engine.runner import ModelRunner
 from engine.sequence import ActiveSequence
 
@@ -26,18 +26,19 @@ BLOCK_SIZE = 16
 def make_runner(
     checkpoint: Path,
     *,
-    group: RankGroup | None = None,
+    links: RankLinks | None = None,
+    layout: KVLayout | None = None,
     num_blocks: int = 4096,
     dtype: str | None = None,
     num_threads: int = 1,
     make_backend: Callable[[KVLayout], Backend] = torch_backend,
 ) -> ModelRunner:
-    group = group or SingleRank()
+    """Of a lone rank, unless told otherwise."""
     spec = load_model_spec(checkpoint, dtype)
-    layout = spec.kv_layout(group.size, BLOCK_SIZE)
+    layout = layout or spec.kv_layout(1, BLOCK_SIZE)
     reader = CheckpointReader(checkpoint, spec, CPU)
     backend = make_backend(layout)
-    return ModelRunner(spec, reader.read, layout, num_blocks, group, CPU, num_threads, backend=backend)
+    return ModelRunner(spec, reader.read, layout, num_blocks, links or RankLinks(), CPU, num_threads, backend=backend)
 
 
 @dataclass

@@ -16,7 +16,6 @@ from engine.checkpoint import load_model_spec
 from engine.checkpoint_reader import CheckpointReader
 from engine.model_parameters import Share, list_parameters
 from engine.parsed_config import parsed_config
-from engine.rank_group import SingleRank
 from engine.rope import inverse_frequencies
 from tests.checkpoints import make_checkpoint
 
@@ -31,7 +30,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def load(folder: Path) -> None:
     spec = load_model_spec(folder)
-    parameters = list_parameters(spec, Share(0, spec.kv_layout(SingleRank.size, 16)))
+    parameters = list_parameters(spec, Share(0, spec.kv_layout(1, 16)))
     for _ in CheckpointReader(folder, spec, CPU).read(parameters):
         pass
 
@@ -128,6 +127,42 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path):
         load(tmp_path)
     file.write_bytes(b"x" * 100)
     with pytest.raises(ConfigurationError, match="cannot read"):
+        load(tmp_path)
+
+
+def test_a_file_that_ends_within_its_tensors_is_refused(tmp_path: Path):
+    make_checkpoint(tmp_path, "qwen2")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ConfigurationError, match=r"cannot read .*model\.safetensors"):
+        load(tmp_path)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path):
+    """A shard that is a link to nowhere, as interrupted downloads leave them; a generation_config.json that is no JSON,
+    a config.json that is none.
+    """
+    make_checkpoint(tmp_path, "qwen2")
+    (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigurationError, match=r"cannot read .*model-2\.safetensors: .*No such file"):
+        load(tmp_path)
+    (tmp_path / "model-2.safetensors").unlink()
+    for text in ("{", "[7]"):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigurationError, match=r"cannot read .*generation_config\.json"):
+            load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"cannot read .*config\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_without_a_quantisation_in_the_config_are_refused(tmp_path: Path, dtype: torch.dtype):
+    make_checkpoint(tmp_path, "qwen2")
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(file)
+    save_file(weights | {name: weights[name].to(dtype)}, file)
+    with pytest.raises(ConfigurationError, match=f"tensor '{name}' holds (I8|F8_E4M3); without a quantization_config"):
         load(tmp_path)
 
 

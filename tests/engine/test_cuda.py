@@ -29,7 +29,7 @@ from engine.flashinfer_library import find_flashinfer
 from engine.kernels import Norm, TorchKernels
 from engine.latent_attention import LatentAttention
 from engine.latent_up import LatentUp
-from engine.rank_group import SingleRank
+from engine.rank_links import RankLinks
 from engine.rope import inverse_frequencies
 from engine.rope_spec import Rope
 from engine.runner import ModelRunner
@@ -165,7 +165,7 @@ def make_runner(folder: Path, config: EngineConfig) -> ModelRunner:
     layout = spec.kv_layout(1, BLOCK_SIZE)
     backend = choose_backend(config, spec, layout, CUDA, 8)
     read = CheckpointReader(folder, spec, CUDA).read
-    return ModelRunner(spec, read, layout, NUM_BLOCKS, SingleRank(), CUDA, 1, backend=backend)
+    return ModelRunner(spec, read, layout, NUM_BLOCKS, RankLinks(), CUDA, 1, backend=backend)
 
 
 def logprobs(runner: ModelRunner) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.plain_engine import PlainEngine, greedy, make_runner
+from tests.engine.rank_threads import rank_threads
 
 NUM_PROMPTS, NUM_TOKENS = 32, 48
 TIE = 1e-4
@@ -88,3 +89,9 @@ def test_prefix_hits_change_nothing(checkpoint, prompts, expected):
     assert outputs(engine, prompts, expected) == expected
     assert engine.num_cached_tokens == sum((len(prompt) - 1) // 16 * 16 for prompt in prompts)
     runner.close()
+
+
+@pytest.mark.parametrize(("size", "stages"), [(1, 2), (1, 3), (2, 2)])
+def test_stages_of_a_pipeline_change_nothing(checkpoint, prompts, expected, size, stages):
+    with rank_threads(checkpoint, size, stages=stages) as runner:
+        assert outputs(PlainEngine(runner, max_num_batched_tokens=256), prompts, expected) == expected

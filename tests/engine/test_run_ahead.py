@@ -71,12 +71,17 @@ class PretendedEngine:
         return StepResult(tuple(drawn), (None,) * len(drawn))
 
 
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(30))
-def test_what_is_decoded_does_not_depend_on_how_many_steps_are_in_flight(seed: int):
-    """Stop tokens, limits, cancelled and preempted sequences, prompts prefilled here; nothing is held at the end."""
+def test_what_is_decoded_does_not_depend_on_how_many_steps_are_in_flight(seed: int, num_parts: int):
+    """Stop tokens, limits, cancelled and preempted sequences, prompts prefilled here; nothing is held at the end.
+
+    Of several parts, which follow each other through stages, none needs a token that is still being drawn.
+    """
     rng = random.Random(seed)
     pool, engine = BlockPool(24), PretendedEngine()
-    scheduler = DecodeScheduler(pool, max_num_seqs=4, max_num_batched_tokens=9)
+    scheduler = DecodeScheduler(pool, max_num_seqs=4, max_num_batched_tokens=9, num_parts=num_parts)
+    most_in_flight = max(2, num_parts)
     prompts = {f"r{i}": [rng.randrange(1, 50) for _ in range(rng.randrange(1, 12))] for i in range(12)}
     limits = {name: rng.randrange(1, 20) for name in prompts}
     outputs: dict[str, list[int]] = {name: [] for name in prompts}
@@ -94,11 +99,12 @@ def test_what_is_decoded_does_not_depend_on_how_many_steps_are_in_flight(seed: i
                 over[outcome.job.request_id] = outcome.finish_reason
 
     while in_flight or scheduler.running or scheduler.waiting:
-        step = scheduler.schedule() if len(in_flight) < 2 else None
+        step = scheduler.schedule() if len(in_flight) < most_in_flight else None
         deliver(scheduler.take_preempted())
         if step is not None:
+            assert num_parts == 1 or all(DRAWN not in sequence.token_ids for sequence in step.batch.sequences)
             in_flight.append((step, engine.execute(step.batch)))
-        if step is None or len(in_flight) == 2:
+        if step is None or len(in_flight) == most_in_flight:
             deliver(scheduler.finish(*in_flight.pop(0)))
         if rng.random() < 0.02:
             victim = rng.choice([name for name in prompts if name not in over] or ["none"])

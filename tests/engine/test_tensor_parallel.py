@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigurationError, PeerLost
+from core.kv_layout import KVLayout
 from core.sampling import SamplingParams
 from engine.batch import BlockTable, Draw, SequenceStep, StepBatch
 from engine.batch_codec import decode_batch, encode_batch
 from engine.checkpoint import load_model_spec
-from engine.tensor_parallel import connect_ranks
+from engine.rank_links import connect_ranks
 from tests.checkpoints import make_checkpoint
 from tests.engine.plain_engine import CPU, PlainEngine, greedy, make_runner
 from tests.engine.two_ranks import LOST, STOPPED, free_address, two_ranks
@@ -49,9 +50,11 @@ def test_a_silent_leader_is_noticed_by_the_follower(tmp_path: Path):
         assert follower.exitcode == LOST
 
 
-def test_a_rank_that_never_comes_is_an_error():
+@pytest.mark.parametrize("degrees", [{"tensor_parallel": 2}, {"tensor_parallel": 1, "pipeline_parallel": 2}])
+def test_a_rank_that_never_comes_is_an_error(degrees: dict[str, int]):
+    layout = KVLayout(2, 2, 8, 16, "float32", **degrees)
     with pytest.raises(PeerLost, match="rank 0 of 2"):
-        connect_ranks(free_address(), 0, 2, CPU, timeout_s=0.5)
+        connect_ranks(free_address(), 0, layout, CPU, timeout_s=0.5)
 
 
 def test_splits_that_do_not_fit_are_refused(tmp_path: Path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.control_plane import ControlPlane, control_plane
+from bench.rank_processes import free_address
 from cluster.ingress.generation import Generation
 from cluster.ingress.orchestrator import Orchestrator
 from cluster.ingress.scheduler_client import SchedulerClient
@@ -26,11 +27,12 @@ BLOCK_SIZE = 16
 
 @dataclass
 class Replica:
-    """A running rank of tensor parallel 1, with its task."""
+    """A running replica: its first rank, the others, and a task for each."""
 
     rank: Rank
     info: ReplicaInfo
-    task: asyncio.Task
+    tasks: list[asyncio.Task]
+    others: list[Rank]
 
     @property
     def service(self):
@@ -56,12 +58,22 @@ class FleetHandle:
         self._spec_for = spec_for
         self._connect = connect
 
-    async def add(self, name: str, role: Role, weight_lenders: tuple[str, ...] = ()) -> Replica:
+    async def add(self, name: str, role: Role, weight_lenders: tuple[str, ...] = (), **of_pool: object) -> Replica:
+        """`weight_lenders`: one for each rank, or none; `of_pool`: what of its pool differs from the fleet's."""
         make = PrefillService if role is Role.PREFILL else DecodeService
-        spec = replace(self._spec_for(name, role), weight_lenders=weight_lenders)
-        rank = Rank(spec, make, self._connect)
-        info = await rank.start()
-        replica = self.replicas[name] = Replica(rank, info, asyncio.create_task(rank.run()))
+        spec = self._spec_for(name, role)
+        spec = replace(spec, pool=spec.pool.model_copy(update=of_pool))
+        if spec.pool.num_ranks > 1:
+            addresses = tuple(free_address() for _ in range(spec.pool.num_ranks))
+            spec = replace(spec, rank_addresses=addresses, store_address=free_address())
+        lenders = [(lender,) for lender in weight_lenders] or [()] * spec.pool.num_ranks
+        ranks = [
+            Rank(replace(spec, rank=number, weight_lenders=lenders[number]), make, self._connect)
+            for number in range(spec.pool.num_ranks)
+        ]
+        info, *_ = await asyncio.gather(*(rank.start() for rank in ranks))
+        tasks = [asyncio.create_task(rank.run()) for rank in ranks]
+        replica = self.replicas[name] = Replica(ranks[0], info, tasks, ranks[1:])
         self.register(info)
         return replica
 
@@ -69,9 +81,10 @@ class FleetHandle:
         """Abruptly: no drain."""
         replica = self.replicas.pop(name)
         self._plane.forget(name)
-        replica.task.cancel()
-        await asyncio.gather(replica.task, return_exceptions=True)
-        await replica.rank.close()
+        for task in replica.tasks:
+            task.cancel()
+        await asyncio.gather(*replica.tasks, return_exceptions=True)
+        await asyncio.gather(*(rank.close() for rank in (replica.rank, *replica.others)))
 
     async def until_quiet(self) -> None:
         """Waits until nothing is held anywhere; fails naming what is left."""

@@ -24,7 +24,10 @@ from worker.spec import RankSpec, new_incarnation
 
 
 def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "auto", **pool: float) -> list[RankSpec]:
-    addresses = tuple(free_address() for _ in range(tensor_parallel))
+    config = PoolConfig(
+        num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, tensor_parallel=tensor_parallel, **pool
+    )
+    addresses = tuple(free_address() for _ in range(config.num_ranks))
     store, incarnation = free_address(), new_incarnation()
     return [
         RankSpec(
@@ -35,13 +38,11 @@ def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "
             addresses,
             store,
             ModelConfig(path=str(path), name="m", dtype="float32"),
-            PoolConfig(
-                num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, tensor_parallel=tensor_parallel, **pool
-            ),
+            config,
             TransferConfig(channel=channel, layers_per_group=1, slab_mib=0.01),
             BLOCK_SIZE,
         )
-        for rank in range(tensor_parallel)
+        for rank in range(config.num_ranks)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Agents of replicas that keep their KV in different ways: tensor parallel degrees, block sizes, latents, dtypes."""
+"""Agents of replicas that keep their KV in different ways: parallel degrees, block sizes, latents, dtypes."""
 
 import asyncio
 import random
@@ -75,13 +75,13 @@ class Story:
     async def hand_over(self, layers: range) -> int:
         """Both stages on all ranks; returns the bytes that they received."""
         source, destination = self.layouts
-        stages = [self.stages(rank, layers) for rank in range(destination.tensor_parallel)]
+        stages = [self.stages(rank, layers) for rank in range(destination.num_ranks)]
         return await self._fetch("p", source, [stage.from_source for stage in stages]) + await self._fetch(
             "d", destination, [stage.from_siblings for stage in stages]
         )
 
     async def _fetch(self, replica: str, layout: KVLayout, copies: list[tuple[Copy, ...]]) -> int:
-        addresses = tuple(f"{replica}/{rank}" for rank in range(layout.tensor_parallel))
+        addresses = tuple(f"{replica}/{rank}" for rank in range(layout.num_ranks))
         orders = [FetchBlocks("r", 1, addresses, layout, part, 20.0) for part in copies]
         done = await asyncio.gather(*(self.fleet.agent(f"d/{rank}").fetch(order) for rank, order in enumerate(orders)))
         return sum(fetched.num_bytes for fetched in done)
@@ -97,22 +97,26 @@ class Story:
         """Hands over, and compares every byte of every rank: those wanted with the source's, the others with before."""
         source, destination = self.layouts
         before = random_pools(destination, NUM_TOKENS // destination.block_size, seed=ord("d"))
-        whole = random_pools(replace(source, tensor_parallel=1), NUM_TOKENS // source.block_size, seed=ord("p"))[0]
-        wanted = self.rows(whole, 0)[layers.start : layers.stop]
+        one_rank = replace(source, tensor_parallel=1, pipeline_parallel=1)
+        whole = random_pools(one_rank, NUM_TOKENS // source.block_size, seed=ord("p"))[0]
+        wanted = self.rows(whole, 0)
         num_bytes = await self.hand_over(layers)
         for rank, expected in enumerate(before):
-            heads = destination.heads_of_rank(rank)
-            mine = wanted[:, :, heads.start : heads.stop]
+            heads, held = destination.heads_of_rank(rank), destination.places_of_stage(destination.stage_of(rank), 0)
+            places = range(max(layers.start, held.start), min(layers.stop, held.stop))
+            mine = wanted[places.start : places.stop, :, heads.start : heads.stop]
+            there = slice(places.start - held.start, places.stop - held.start) if places else slice(0)
             got = self.fleet.pools[f"d/{rank}"]
-            assert self.rows(got, 1)[layers.start : layers.stop].equal(mine)
+            assert self.rows(got, 1)[there].equal(mine)
             size, blocks = destination.block_size, self.blocks[1]
             raw = expected.view(torch.uint8)
             for index, position in enumerate(self.moved):
                 block = blocks[position // size - self.tokens.start // size]
-                raw[layers.start : layers.stop, block, :, :, position % size] = mine[:, :, :, index]
+                raw[there, block, :, :, position % size] = mine[:, :, :, index]
             assert got.view(torch.uint8).equal(raw), "what was not wanted stays as it was"
         ranks = destination.tensor_parallel
-        assert num_bytes == ranks * destination.heads_per_rank * wanted[:, :, :1].numel()
+        of_one_head = wanted[layers.start : layers.stop, :, :1]
+        assert num_bytes == ranks * destination.heads_per_rank * of_one_head.numel()
 
 
 @pytest.mark.parametrize("source_tp", DEGREES)
@@ -132,6 +136,20 @@ async def test_blocks_of_one_kv_group_have_places_for_its_layers_alone(fleet, so
     destination = replace(grouped, tensor_parallel=destination_tp, block_size=16)
     assert destination.block_bytes_per_rank * 2 == replace(destination, groups=()).block_bytes_per_rank
     await Story(fleet, source, destination, range(16, 144)).run(range(2))
+
+
+@pytest.mark.parametrize("source_degrees", [(1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("destination_degrees", [(1, 1), (1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("kind", [HEADS, LATENT, replace(HEADS, groups=GROUPS)], ids=["heads", "latent", "groups"])
+async def test_stages_of_a_pipeline_in_either_direction(fleet, kind, source_degrees, destination_degrees):
+    """(tensor parallel, pipeline parallel) of the two sides, in unlike blocks."""
+    layouts = []
+    for (tensor_parallel, stages), size in ((source_degrees, 32), (destination_degrees, 16)):
+        layouts.append(replace(kind, tensor_parallel=tensor_parallel, pipeline_parallel=stages, block_size=size))
+    for layouts_in_turn in (layouts, layouts[::-1]):
+        story = Story(Fleet(fleet.kind), *layouts_in_turn, range(32, 144))
+        await story.run(range(story.layouts[0].num_places))
+        await story.fleet.close()
 
 
 @pytest.mark.parametrize("source_size", SIZES)
@@ -162,8 +180,9 @@ async def test_a_sequence_that_is_announced_in_windows_of_layers_and_tokens_arri
         (replace(HEADS, tensor_parallel=2), replace(HEADS, tensor_parallel=4, block_size=32)),
         (replace(HEADS, block_size=32, dtype="float8_e4m3fn"), replace(HEADS, block_size=8, dtype="float8_e4m3fn")),
         (replace(LATENT, tensor_parallel=2, block_size=32), replace(LATENT, tensor_parallel=4, block_size=8)),
+        (replace(HEADS, pipeline_parallel=3), replace(HEADS, tensor_parallel=2, pipeline_parallel=2)),
     ],
-    ids=["heads", "float8", "latent"],
+    ids=["heads", "float8", "latent", "stages"],
 )
 async def test_other_channels_carry_them_too(kind, source, destination, tmp_path):
     fleet = Fleet(kind, folder=tmp_path)

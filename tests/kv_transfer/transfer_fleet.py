@@ -46,15 +46,21 @@ def block_shape(layout: KVLayout) -> tuple[int, ...]:
     return layout.num_planes, layout.num_kv_heads, layout.block_size, layout.head_dim
 
 
-def random_pools(layout: KVLayout, num_blocks: int, seed: int) -> list[torch.Tensor]:
-    """Pools of all ranks of a replica, holding the slices of one full-heads pool."""
+def random_pools(layout: KVLayout, num_blocks: int, seed: int, group: int = 0) -> list[torch.Tensor]:
+    """Pools of all ranks of a replica, holding the slices of one full-heads pool of all places of a KV group's blocks.
+
+    Of a stage that has fewer of them than others, the last places are zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (layout.num_places, num_blocks, *block_shape(layout))
     full = torch.randn(shape, generator=generator).to(getattr(torch, layout.dtype))
-    return [
-        full[:, :, :, heads.start : heads.stop].contiguous()
-        for heads in map(layout.heads_of_rank, range(layout.tensor_parallel))
-    ]
+    pools = []
+    for rank in range(layout.num_ranks):
+        places, heads = layout.places_of_stage(layout.stage_of(rank), group), layout.heads_of_rank(rank)
+        held = full[places.start : places.stop, :, :, heads.start : heads.stop]
+        pools.append(torch.zeros(layout.places_per_rank, *held.shape[1:], dtype=full.dtype))
+        pools[-1][: len(places)] = held
+    return pools
 
 
 class DirectControl:
@@ -167,7 +173,7 @@ class Fleet:
         layout = self.layouts[source]
         sources, destinations = (tuple(side) for side in zip(*blocks, strict=True))
         move = Move(layout, self.layouts[destination], range(layout.num_layers), sources, destinations)
-        addresses = tuple(f"{source}/{peer}" for peer in range(layout.tensor_parallel))
+        addresses = tuple(f"{source}/{peer}" for peer in range(layout.num_ranks))
         return FetchBlocks(request, 1, addresses, layout, plan_copies(move, rank), timeout_s)
 
     def full(self, replica: str, blocks: list[int]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Run it once, before PROTOCOL grows, with the last commit of the protocol that ends:
 
     git worktree add --detach DIR COMMIT
-    PYTHONPATH=DIR python tests/rpc/record_protocol.py > tests/rpc/protocol_1.json
+    PYTHONPATH=DIR python tests/rpc/record_protocol.py > tests/rpc/protocol_N.json
 
 `describe` gives a type as JSON, which holds for the plain values that msgpack carries:
 

@@ -63,8 +63,9 @@ def misfit(value: Any, kind: Any, old: dict[str, Any], where: str) -> str:
 
 
 def test_there_is_a_record_of_every_protocol_that_is_spoken_beside_todays():
-    assert OLDEST_PROTOCOL == 1 and PROTOCOL == 2 and list(OLD) == [1]
+    assert OLDEST_PROTOCOL == 1 and PROTOCOL == 3 and list(OLD) == [1, 2]
     assert len(OLD[1]["methods"]) == 23, "Fleet and SetTraffic came later"
+    assert TODAY.keys() - OLD[2]["methods"].keys() == {"Holds"}
 
 
 @pytest.mark.parametrize(("old", "name"), OLD_METHODS)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from core.config import TransferConfig
-from core.errors import PeerLost
+from core.errors import PeerLost, TransferFailed
 from core.kv_layout import Compatibility, KVLayout
-from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_rank import FetchBlocks, Fetched
+from core.messages.fleet import Acknowledged, ReplicaInfo, Role
+from core.messages.to_rank import FetchBlocks, Fetched, SlabHeader, Span
+from core.version import PROTOCOL
+from rpc import methods
 from worker.fetcher import BlockOrder, Fetcher
 
 LATENT = KVLayout(2, 1, 20, 16, "bfloat16", 2, latent=True)
@@ -18,11 +20,10 @@ HEADS = KVLayout(2, 4, 8, 16, "bfloat16", 2)
 CONFIG = TransferConfig(data_timeout_s=8.0)
 
 
-def replica(name: str, layout: KVLayout) -> ReplicaInfo:
-    addresses = tuple(f"{name}:{rank}" for rank in range(layout.tensor_parallel))
-    return ReplicaInfo(
-        name, Role.DECODE, 1, addresses, layout, Compatibility("m", "r", "bfloat16", 16, "s"), 9, 1, 64, 64
-    )
+def replica(name: str, layout: KVLayout, protocol: int = PROTOCOL) -> ReplicaInfo:
+    addresses = tuple(f"{name}:{rank}" for rank in range(layout.num_ranks))
+    same = Compatibility("m", "r", "bfloat16", 16, "s")
+    return ReplicaInfo(name, Role.DECODE, 1, addresses, layout, same, 9, 1, 64, 64, protocol=protocol)
 
 
 class Ranks:
@@ -31,6 +32,8 @@ class Ranks:
     def __init__(self) -> None:
         self.orders: list[tuple[str, FetchBlocks]] = []
         self.failing: set[str] = set()
+        self.asked: list[tuple[str, SlabHeader]] = []  # whether it still holds these blocks
+        self.holds = True
         self.release = asyncio.Event()
         self.release.set()
         self.gates: list[asyncio.Event] = []  # of the calls to come, in their order
@@ -38,8 +41,10 @@ class Ranks:
     async def fetch(self, order: FetchBlocks) -> Fetched:
         return await self._done("d:0", order)
 
-    async def call(self, address: str, method: object, order: FetchBlocks, timeout_s: float) -> Fetched:
-        del method
+    async def call(self, address: str, method: object, order: FetchBlocks, timeout_s: float):
+        if method is methods.HOLDS:
+            self.asked.append((address, order))
+            return Acknowledged(self.holds)
         assert timeout_s == order.timeout_s + 2 * CONFIG.control_timeout_s
         await self.release.wait()
         if self.gates:
@@ -105,6 +110,41 @@ async def test_nothing_is_handed_on_when_a_share_did_not_come():
     with pytest.raises(PeerLost):
         await fetch_of(ranks, LATENT)
     assert len(ranks.orders) == 2
+
+
+def of_last_layer(source: ReplicaInfo) -> BlockOrder:
+    return BlockOrder("r", 3, 7, source, 1, 1, 4, (5, 1), (0, 3), 1.0)
+
+
+async def test_a_source_whose_first_rank_gave_nothing_is_asked_whether_it_still_held_the_blocks():
+    ranks, source = Ranks(), replica("p", replace(HEADS, tensor_parallel=1, pipeline_parallel=2))
+    fetcher = fetcher_of(ranks, HEADS)
+    assert await fetcher.fetch(of_last_layer(source)) == Fetched(200, 3.0)
+    assert [copy.source_rank for _, order in ranks.orders for copy in order.copies] == [1, 1]
+    ((address, header),) = ranks.asked
+    assert address == "p:0" and (header.request_id, header.attempt, header.lease_id) == ("r", 3, 7)
+    assert header.source == Span(1, 1, (5, 1), 0, 1) and header.logical_blocks == (4, 5)
+    ranks.holds = False
+    with pytest.raises(TransferFailed, match="p no longer held the blocks of request r"):
+        await fetcher.fetch(of_last_layer(source))
+
+
+async def test_a_first_rank_that_gives_its_part_has_checked_it_and_an_old_one_is_not_asked():
+    ranks = Ranks()
+    await fetcher_of(ranks, HEADS).fetch(of_last_layer(replica("p", replace(HEADS, tensor_parallel=4))))
+    share_of_second = replace(
+        of_last_layer(replica("p", LATENT, protocol=2)), first_block=5, source_blocks=(1,), destination_blocks=(3,)
+    )
+    await fetcher_of(ranks, replace(LATENT, tensor_parallel=1)).fetch(share_of_second)
+    assert {copy.source_rank for _, order in ranks.orders[-1:] for copy in order.copies} == {1}
+    assert ranks.asked == []
+
+
+async def test_a_rank_without_the_layers_is_not_told():
+    ranks, source = Ranks(), replica("p", replace(HEADS, tensor_parallel=1))
+    layout = replace(HEADS, tensor_parallel=1, pipeline_parallel=2)
+    assert await fetcher_of(ranks, layout).fetch(of_last_layer(source)) == Fetched(100, 3.0)
+    assert [address for address, _ in ranks.orders] == ["d:1"]
 
 
 async def test_channels_are_made_ahead_once_for_each_incarnation_of_a_source():
