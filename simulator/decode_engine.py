@@ -34,6 +34,11 @@ class _Plan:
     ends: list[float]
     num_done: int = 0
 
+    @property
+    def step_begun_at(self) -> float:
+        """Of the step under way."""
+        return self.ends[self.num_done - 1] if self.num_done else self.begun_at
+
 
 class DecodeEngine:
     """One step at a time; `deliver` gets what each step, or each run of quiet ones, brought."""
@@ -60,6 +65,7 @@ class DecodeEngine:
         self._skips = skips
         self._plan: _Plan | None = None
         self._step: DecodeStep | None = None
+        self._begun_at = 0.0  # of that
         self._version = 0  # of the plan: ends of older ones are ignored
         self.step_s = MovingAverage()  # of steps that only decode
         self.tokens_per_s = MovingAverage()  # of steps that also prefill
@@ -68,6 +74,13 @@ class DecodeEngine:
     def in_flight(self) -> bool:
         """A step is under way."""
         return self._plan is not None or self._step is not None
+
+    @property
+    def under_way_s(self) -> float:
+        """Since the step under way began."""
+        if self._plan is not None:
+            return self._host.world.queue.now - self._plan.step_begun_at
+        return self._host.world.queue.now - self._begun_at if self._step is not None else 0.0
 
     def advance(self) -> None:
         """Brings the replica to this moment."""
@@ -103,11 +116,10 @@ class DecodeEngine:
             return
         step = self._scheduler.launch()
         assert step is not None
-        begun_at = plan.ends[plan.num_done - 1] if plan.num_done else plan.begun_at
         seconds = plan.seconds[plan.num_done]
-        self._plan, self._step = None, step
+        self._plan, self._step, self._begun_at = None, step, plan.step_begun_at
         self._version += 1
-        self._at_end(begun_at + seconds, self._step_done, step, seconds)
+        self._at_end(self._begun_at + seconds, self._step_done, step, seconds)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -128,7 +140,7 @@ class DecodeEngine:
         if scheduler.preempted:
             self._deliver(scheduler.take_preempted())
         if step is not None and self._step is None:
-            self._step = step
+            self._step, self._begun_at = step, now
             seconds_of_step = self._host.cost.step_s(_work(step)) / self._host.speed
             self._at_end(now + seconds_of_step, self._step_done, step, seconds_of_step)
 

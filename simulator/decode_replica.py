@@ -129,6 +129,11 @@ class DecodeReplica:
         if self.host.lender.give_back_expired(now):
             self._settle()
 
+    @property
+    def busy_s(self) -> float:
+        """How long its engine has computed."""
+        return self.host.busy_s + self.engine.under_way_s
+
     def hand_over(self) -> None:
         """It goes: every ingress plans the rest of its requests anew, with the tokens shown so far."""
         self.engine.advance()
@@ -190,7 +195,7 @@ class DecodeReplica:
     def _fetch(self, fetch: Fetch) -> None:
         announce = fetch.announce
         source = self._peers.host(announce.source)
-        num_bytes = len(announce.source_blocks) * source.block_bytes(announce.group, announce.num_layers)
+        num_bytes = len(announce.source_blocks) * source.block_bytes(announce.num_layers)
         done = partial(self._fetched, fetch, num_bytes, self.host.world.queue.now)
         self.host.world.network.send(source.number, self.host.number, num_bytes, done)
 
