@@ -41,24 +41,24 @@ class Borrowing:
     def __len__(self) -> int:
         return len(self._coming)
 
-    def borrow(self, name: str, sequence: to_decode.Sequence, source: Host | None, then: Then) -> None:
+    def borrow(self, name: str, sequence: to_decode.Sequence, source: Host, then: Then) -> None:
         """Calls `then` when the prefix is cached here, or will not come; with the transfer, if this call made it."""
         hashes, layout = sequence.block_hashes, self._host.info.layout
         num_here = deepest_prefix(layout.reaches, hashes, self._host.pool.__contains__)
-        if source is None or num_here == len(hashes):
+        if num_here == len(hashes):
             then(None)
             return
         borrow = Borrow(self._loan_id(name), hashes[num_here:], num_here)
         self._fetch(hashes[num_here], borrow, hashes, source, then)
 
     def borrow_blocks(
-        self, name: str, sequence: to_decode.Sequence, group: int, blocks: range, source: Host | None, then: Then
+        self, name: str, sequence: to_decode.Sequence, group: int, blocks: range, source: Host, then: Then
     ) -> None:
         """As `borrow`, but for these logical blocks of one KV group."""
         hashes = sequence.block_hashes
         keys = [in_group(block_hash, group) for block_hash in hashes[blocks.start : blocks.stop]]
         num_here = len(self._host.pool.match(keys))
-        if source is None or num_here == len(keys):
+        if num_here == len(keys):
             then(None)
             return
         first = blocks.start + num_here
@@ -109,7 +109,7 @@ class Borrowing:
 
     def _transfer(self, loan: _Loan, lent: LentBlocks, source: Host, over: Then) -> None:
         layers = len(self._host.info.layout.kv_groups[lent.group].layers)
-        num_bytes = len(lent.source_blocks) * source.block_bytes(lent.group, layers)
+        num_bytes = len(lent.source_blocks) * source.block_bytes(layers)
 
         def done(came: bool) -> None:
             loan.num_transfers -= 1

@@ -9,7 +9,7 @@ nobody joins or leaves and blocks suffice.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from decode_worker.scheduler import DecodeJob, DecodeScheduler, DecodeStep, Outcome
 from engine.batch import StepResult
 from simulator.cost.cost_model import StepWork
+from simulator.decode_tokens import DecodeTokens
 from simulator.events import STEP_END
 from simulator.host import Host
 from worker.rates import MovingAverage
@@ -34,32 +35,23 @@ class _Plan:
     ends: list[float]
     num_done: int = 0
 
+    @property
+    def step_begun_at(self) -> float:
+        """Of the step under way."""
+        return self.ends[self.num_done - 1] if self.num_done else self.begun_at
+
 
 class DecodeEngine:
-    """One step at a time; `deliver` gets what each step, or each run of quiet ones, brought."""
+    """One step at a time."""
 
-    def __init__(
-        self,
-        host: Host,
-        scheduler: DecodeScheduler,
-        draw: Callable[[DecodeJob, int], Sequence[int]],
-        deliver: Callable[[list[Outcome]], None],
-        must_step: Callable[[], bool],
-        shown: Callable[[list[float]], None],
-        skips: bool = True,
-    ) -> None:
-        """`must_step`: the next step's first token has to be seen as it comes. `shown` takes the ends of quiet steps,
-        before they are taken in: each running job gets a token at each of them.
-        """
+    def __init__(self, host: Host, scheduler: DecodeScheduler, tokens: DecodeTokens, skips: bool = True) -> None:
         self._host = host
         self._scheduler = scheduler
-        self._draw = draw
-        self._deliver = deliver
-        self._must_step = must_step
-        self._shown = shown
+        self._tokens = tokens
         self._skips = skips
         self._plan: _Plan | None = None
         self._step: DecodeStep | None = None
+        self._begun_at = 0.0  # of that
         self._version = 0  # of the plan: ends of older ones are ignored
         self.step_s = MovingAverage()  # of steps that only decode
         self.tokens_per_s = MovingAverage()  # of steps that also prefill
@@ -68,6 +60,13 @@ class DecodeEngine:
     def in_flight(self) -> bool:
         """A step is under way."""
         return self._plan is not None or self._step is not None
+
+    @property
+    def under_way_s(self) -> float:
+        """Since the step under way began."""
+        if self._plan is not None:
+            return self._host.world.queue.now - self._plan.step_begun_at
+        return self._host.world.queue.now - self._begun_at if self._step is not None else 0.0
 
     def advance(self) -> None:
         """Brings the replica to this moment."""
@@ -103,11 +102,10 @@ class DecodeEngine:
             return
         step = self._scheduler.launch()
         assert step is not None
-        begun_at = plan.ends[plan.num_done - 1] if plan.num_done else plan.begun_at
         seconds = plan.seconds[plan.num_done]
-        self._plan, self._step = None, step
+        self._plan, self._step, self._begun_at = None, step, plan.step_begun_at
         self._version += 1
-        self._at_end(begun_at + seconds, self._step_done, step, seconds)
+        self._at_end(self._begun_at + seconds, self._step_done, step, seconds)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -116,7 +114,7 @@ class DecodeEngine:
             return
         scheduler, now = self._scheduler, self._host.world.queue.now
         scheduler.admit()
-        num_steps = scheduler.num_quiet_steps(MOST_AHEAD) if self._skips and not self._must_step() else 0
+        num_steps = scheduler.num_quiet_steps(MOST_AHEAD) if self._skips and not self._tokens.must_step() else 0
         if num_steps:
             seconds = self._seconds_of(num_steps)
             ends = np.add.accumulate(np.concatenate(([now], seconds)))[1:]
@@ -126,9 +124,9 @@ class DecodeEngine:
             return
         step = scheduler.schedule()
         if scheduler.preempted:
-            self._deliver(scheduler.take_preempted())
+            self._tokens.deliver(scheduler.take_preempted())
         if step is not None and self._step is None:
-            self._step = step
+            self._step, self._begun_at = step, now
             seconds_of_step = self._host.cost.step_s(_work(step)) / self._host.speed
             self._at_end(now + seconds_of_step, self._step_done, step, seconds_of_step)
 
@@ -150,7 +148,7 @@ class DecodeEngine:
         outcomes = self._skip(plan, len(plan.ends) - plan.num_done)
         self._plan = None
         if outcomes:
-            self._deliver(outcomes)
+            self._tokens.deliver(outcomes)
         if not self.in_flight:
             self._next()
 
@@ -163,8 +161,8 @@ class DecodeEngine:
             host.busy_s += seconds
         self._sample(plan.seconds[first:end])
         host.num_steps += num_steps
-        self._shown(plan.ends[first:end])
-        return self._scheduler.skip(num_steps, self._draw)
+        self._tokens.shown(plan.ends[first:end])
+        return self._scheduler.skip(num_steps, self._tokens.draw)
 
     def _sample(self, seconds: list[float]) -> None:
         """Of quiet steps, those that a report could still tell of."""
@@ -188,11 +186,11 @@ class DecodeEngine:
         else:
             self.tokens_per_s.add(sum(advance.num_tokens for advance in step.advances) / seconds)
         drawn = tuple(
-            self._draw(advance.job, 1)[0] if share.draw is not None else None
+            self._tokens.draw(advance.job, 1)[0] if share.draw is not None else None
             for advance, share in zip(step.advances, step.batch.sequences, strict=True)
         )
         self._step = None
-        self._deliver(self._scheduler.finish(step, StepResult(drawn, (None,) * len(drawn))))
+        self._tokens.deliver(self._scheduler.finish(step, StepResult(drawn, (None,) * len(drawn))))
         if not self.in_flight:
             self._next()
 

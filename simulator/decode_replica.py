@@ -1,6 +1,6 @@
 """A decode replica without its GPU: the production books behind the twin of decode_worker/service.py. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from core.errors import BatonError, NoReplica
@@ -11,15 +11,14 @@ from core.messages.to_scheduler import ReplicaStatus
 from decode_worker.handoff import Fetch, Handoff
 from decode_worker.handoffs import Handoffs
 from decode_worker.links import Links
-from decode_worker.scheduler import DecodeJob, DecodeScheduler, Outcome
+from decode_worker.scheduler import DecodeScheduler
 from kv_transfer.lease_book import LeaseBook
 from simulator.borrowing import Borrowing
 from simulator.decode_engine import DecodeEngine
+from simulator.decode_tokens import DecodeTokens, Times
 from simulator.fleet_spec import FleetSpec, PoolSection
 from simulator.host import Host
 from simulator.peers import Peers
-
-Times = list[float]  # when the client gets each token
 
 
 class DecodeReplica:
@@ -34,14 +33,10 @@ class DecodeReplica:
         self._book = LeaseBook(layout.kv_groups, spec.transfer.lease_ttl_s)
         limit = pool.max_num_seqs + pool.queue_limit
         self.handoffs = Handoffs(host.pool, layout, self._book, self.scheduler, limit)
-        self.engine = DecodeEngine(
-            host, self.scheduler, self._draw, self._deliver, self._has_fresh, self._tokens_shown, skips
-        )
+        self._tokens = DecodeTokens(host, peers, self.scheduler, self.handoffs, self._end)
+        self.engine = DecodeEngine(host, self.scheduler, self._tokens, skips)
         self.links = Links()
         self._borrowing = Borrowing(host)
-        self._times: dict[tuple[str, int], Times] = {}  # of open attempts
-        self._times_of: dict[DecodeJob, Times] = {}
-        self._fresh: dict[DecodeJob, Handoff] = {}  # they have no token from here yet
         self._opening: set[tuple[str, int]] = set()  # their prefix comes from elsewhere first
 
     @property
@@ -129,6 +124,11 @@ class DecodeReplica:
         if self.host.lender.give_back_expired(now):
             self._settle()
 
+    @property
+    def busy_s(self) -> float:
+        """How long its engine has computed."""
+        return self.host.busy_s + self.engine.under_way_s
+
     def hand_over(self) -> None:
         """It goes: every ingress plans the rest of its requests anew, with the tokens shown so far."""
         self.engine.advance()
@@ -181,7 +181,7 @@ class DecodeReplica:
         self.engine.advance()
         self._before_end(message.request_id, message.attempt - 1)
         handoff = self.handoffs.open(message, self.host.now)
-        self._times[handoff.key] = times
+        self._tokens.opened(handoff, times)
         self._settle()
         self.host.world.wire.tell(
             self.host.number, self._peers.ingress(message.request_id), reply, handoff.ticket(self.host.info)
@@ -190,7 +190,7 @@ class DecodeReplica:
     def _fetch(self, fetch: Fetch) -> None:
         announce = fetch.announce
         source = self._peers.host(announce.source)
-        num_bytes = len(announce.source_blocks) * source.block_bytes(announce.group, announce.num_layers)
+        num_bytes = len(announce.source_blocks) * source.block_bytes(announce.num_layers)
         done = partial(self._fetched, fetch, num_bytes, self.host.world.queue.now)
         self.host.world.network.send(source.number, self.host.number, num_bytes, done)
 
@@ -204,8 +204,8 @@ class DecodeReplica:
             self._measured(fetch.announce.source.replica_id, fetched)
             self.handoffs.fetched(handoff, number, fetched, now)
         elif self.handoffs.fetch_failed(handoff, number, now):
-            self._tell_resume(handoff)
-            self._times.pop(handoff.key, None)
+            self._tokens.tell_resume(handoff)
+            self._tokens.forget(handoff)
         self._settle()
 
     def _measured(self, source_id: str, fetched: Fetched) -> None:
@@ -222,10 +222,7 @@ class DecodeReplica:
             prefill = self._peers.prefill(handoff.source)
             wire.tell(number, prefill.host, prefill.release, Release(*handoff.key))
         for handoff in self.handoffs.take_joined():
-            job = handoff.job
-            assert job is not None
-            self._fresh[job] = handoff
-            self._times_of[job] = self._times[handoff.key]
+            self._tokens.joined(handoff)
             ingress = self._peers.ingress(handoff.request_id)
             wire.tell(number, ingress, ingress.joined, *handoff.key)
         self.engine.changed()
@@ -252,18 +249,14 @@ class DecodeReplica:
         next_group(owed, None)
 
     def _resume_elsewhere(self, handoff: Handoff) -> None:
-        self._tell_resume(handoff)
+        self._tokens.tell_resume(handoff)
         self._end(*handoff.key)
-
-    def _tell_resume(self, handoff: Handoff) -> None:
-        ingress = self._peers.ingress(handoff.request_id)
-        self.host.world.wire.tell(self.host.number, ingress, ingress.resume, *handoff.key)
 
     def _end(self, request_id: str, attempt: int) -> None:
         self._before_end(request_id, attempt)
         handoff = self.handoffs.end(request_id, attempt, self.host.now)
         if handoff is not None:
-            self._forget(handoff)
+            self._tokens.forget(handoff)
 
     def _before_end(self, request_id: str, attempt: int) -> None:
         """A running job that will be dropped is part of the step under way."""
@@ -272,62 +265,3 @@ class DecodeReplica:
             handoff = self.handoffs.find(request_id, lease.attempt)
             if handoff is not None and handoff.job is not None:
                 self.engine.before_cancel(handoff.job)
-
-    def _forget(self, handoff: Handoff) -> None:
-        self._times.pop(handoff.key, None)
-        if handoff.job is not None:
-            self._times_of.pop(handoff.job, None)
-            self._fresh.pop(handoff.job, None)
-
-    # ---- inside: steps ------------------------------------------------------------------------------------------
-
-    def _draw(self, job: DecodeJob, num_tokens: int) -> Sequence[int]:
-        return self._peers.draw(job.request_id, job.sequence.num_outputs, num_tokens)
-
-    def _has_fresh(self) -> bool:
-        """The first token of a prompt that was computed here is told to the ingress as it comes."""
-        waiting = self.scheduler.waiting
-        return any(handoff.source is None and job not in waiting for job, handoff in self._fresh.items())
-
-    def _tokens_shown(self, ends: list[float]) -> None:
-        latency_s = self.host.world.wire.latency_s
-        shown = [end + latency_s for end in ends]
-        for job in self.scheduler.running:
-            if job in self._fresh:
-                self._first_token(job, ends[0] + self.host.clock_offset_s)
-            self._times_of[job] += shown
-
-    def _first_token(self, job: DecodeJob, now: float) -> None:
-        self._fresh.pop(job).times.first_token_at = now
-
-    def _deliver(self, outcomes: list[Outcome]) -> None:
-        """As DecodeSteps does with a step's outcomes; tokens of quiet steps have been shown already."""
-        wire, number = self.host.world.wire, self.host.number
-        shown_at = self.host.world.queue.now + wire.latency_s
-        for outcome in outcomes:
-            job = outcome.job
-            handoff = self.handoffs.find(job.request_id, job.attempt)
-            if handoff is None:
-                continue
-            ingress = self._peers.ingress(job.request_id)
-            times = self._times_of[job]
-            if outcome.token_id is not None and len(times) <= outcome.first_index - self._first_index(handoff):
-                times.append(shown_at)
-            if job in self._fresh and outcome.token_id is not None:
-                self._first_token(job, self.host.now)
-                if handoff.source is None:
-                    cached = handoff.sequence.num_cached
-                    self.host.num_prompt_tokens += handoff.sequence.num_prompt
-                    self.host.num_cached_tokens += cached
-                    wire.tell(number, ingress, ingress.first_token_here, *handoff.key, cached)
-            if outcome.finish_reason == "resume":
-                wire.tell(number, ingress, ingress.resume, *handoff.key)
-                self._end(*handoff.key)
-            elif outcome.finish_reason is not None:
-                wire.tell(number, ingress, ingress.finished, *handoff.key, outcome.finish_reason, handoff.phases())
-                self._end(*handoff.key)
-
-    @staticmethod
-    def _first_index(handoff: Handoff) -> int:
-        """Output position of the attempt's first token, wherever that was drawn."""
-        return handoff.message.sequence.num_forced

@@ -7,18 +7,18 @@ from dataclasses import replace
 from core.errors import ConfigurationError
 from core.messages.fleet import Role
 from simulator.events import TIMER
-from simulator.fleet import Fleet, Replica
-from simulator.fleet_spec import (
+from simulator.fault_spec import (
     Burst,
     DeadReplica,
     Fault,
-    FleetSpec,
     LyingReplica,
     SchedulerRestart,
     SkewedClock,
     SlowLink,
     SlowReplica,
 )
+from simulator.fleet import Fleet, Replica
+from simulator.fleet_spec import FleetSpec
 from simulator.host import World
 from simulator.traces.trace import TracedRequest
 

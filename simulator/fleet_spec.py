@@ -4,7 +4,7 @@ Replicas of the prefill and the decode pool; without the first, decode computes 
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -19,6 +19,7 @@ from simulator.cost.cost_model import Link
 from simulator.cost.gpu_spec import LINKS, LinkKind, gpu_spec
 from simulator.cost.gpus import kv_layout, num_kv_blocks
 from simulator.cost.models import served_model
+from simulator.fault_spec import Fault
 
 
 class KVSection(Section):
@@ -86,72 +87,6 @@ class ClientSection(Section):
 
     timeout_s: float = Field(default=600.0, gt=0)
     max_tokens: int | None = Field(default=None, ge=1)  # asked for; None: as many as the trace's answer has
-
-
-class SlowReplica(Section):
-    """From `at_s` on a replica computes at this share of its speed."""
-
-    kind: Literal["slow_replica"]
-    replica: str
-    at_s: float = Field(default=0.0, ge=0)
-    speed: float = Field(gt=0)
-
-
-class SlowLink(Section):
-    """From `at_s` on a replica's port, or the way to one other, has this share of its speed."""
-
-    kind: Literal["slow_link"]
-    replica: str
-    to: str = ""  # empty: to and from everyone
-    at_s: float = Field(default=0.0, ge=0)
-    speed: float = Field(gt=0, le=1)
-
-
-class LyingReplica(Section):
-    """From `at_s` on a replica reports that it has nothing to do."""
-
-    kind: Literal["lying_replica"]
-    replica: str
-    at_s: float = Field(default=0.0, ge=0)
-
-
-class SkewedClock(Section):
-    """A replica's clock is ahead by so much, from the start."""
-
-    kind: Literal["skewed_clock"]
-    replica: str
-    offset_s: float
-
-
-class DeadReplica(Section):
-    """At `at_s` a replica's process ends; another takes its name `back_after_s` later, or nobody."""
-
-    kind: Literal["dead_replica"]
-    replica: str
-    at_s: float = Field(default=0.0, ge=0)
-    back_after_s: float | None = Field(default=None, ge=0)
-
-
-class SchedulerRestart(Section):
-    """At `at_s` the global scheduler's process ends; an empty one is there `down_s` later."""
-
-    kind: Literal["scheduler_restart"]
-    at_s: float = Field(default=0.0, ge=0)
-    down_s: float = Field(default=2.0, ge=0)
-
-
-class Burst(Section):
-    """Requests of the trace that come within `over_s` after `at_s` come at once, at `at_s`."""
-
-    kind: Literal["burst"]
-    at_s: float = Field(default=0.0, ge=0)
-    over_s: float = Field(gt=0)
-
-
-Fault = Annotated[
-    SlowReplica | SlowLink | LyingReplica | SkewedClock | DeadReplica | SchedulerRestart | Burst,
-    Field(discriminator="kind"),
-]
 
 
 class DeviceFacts(NamedTuple):

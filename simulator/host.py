@@ -51,10 +51,9 @@ class Host:
         """On this replica's own clock."""
         return self.world.queue.now + self.clock_offset_s
 
-    def block_bytes(self, group: int, num_layers: int) -> int:
+    def block_bytes(self, num_layers: int) -> int:
         """Of so many layers of one block, on all ranks."""
         layout = self.info.layout
-        del group
         return layout.block_bytes_per_rank * layout.tensor_parallel * num_layers // layout.num_places
 
     def told(self, status: ReplicaStatus) -> ReplicaStatus:

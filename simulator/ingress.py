@@ -3,26 +3,21 @@
 attempt = plan -> room on decode -> prefill's first token -> decode joins -> the rest; a failed one is planned anew
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from core.errors import BatonError, NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout, Unavailable
-from core.messages.to_decode import Cancel, Open, Phases, RenewLeases, Ticket
+from core.errors import BatonError, NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout
+from core.messages.to_decode import Cancel, Open, Phases, Ticket
 from core.messages.to_prefill import FirstToken, Prefill
 from core.messages.to_scheduler import Plan, Reserve
 from simulator.events import TIMER
 from simulator.fleet_spec import FleetSpec
 from simulator.host import World
+from simulator.lease_heartbeat import LeaseHeartbeat
 from simulator.peers import Peers
 from simulator.request import Request, RequestState
+from simulator.retries import NoRoom, pause_before_next
 from simulator.scheduler_line import SchedulerLine
-
-RETRY_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 1.0
-
-
-class NoRoom(Exception):
-    """The planned replica is full, drains or preempts: nobody failed, another plan is due."""
 
 
 class Ingress:
@@ -43,11 +38,14 @@ class Ingress:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
+
     def start(self, line: SchedulerLine) -> None:
         """Begins to follow the scheduler, and to renew leases."""
         self.line = line
         line.start()
-        self._later(self._spec.transfer.lease_ttl_s / 3, self._renew_leases)
+        LeaseHeartbeat(self._world, self, self._peers, self._spec.transfer.lease_ttl_s / 3).start()
 
     def arrive(self, request: Request) -> None:
         """A client asks."""
@@ -98,6 +96,13 @@ class Ingress:
             if plan is not None and (plan.decode.replica_id, plan.decode.incarnation) == (replica_id, incarnation):
                 request.avoid.add(replica_id)
                 self._fail(request, PeerLost(f"decode replica {replica_id} is lost", field="decode"))
+
+    def forgotten(self, request_id: str, attempt: int) -> None:
+        """Decode knows nothing of it any more."""
+        request = self._current(request_id, attempt)
+        if request is not None and request.plan is not None:
+            request.avoid.add(request.plan.decode.replica_id)
+            self._fail(request, PeerLost("decode has forgotten the request", field="decode"))
 
     # ---- an attempt ---------------------------------------------------------------------------------------------
 
@@ -213,30 +218,17 @@ class Ingress:
             self._fail(request, RequestTimeout("not finished in time"))
 
     def _fail(self, request: Request, error: BatonError | NoRoom) -> None:
-        """As Orchestrator.generate: another attempt, or the end."""
+        """Another attempt, or the end."""
         if request.state is not RequestState.PAUSED:
             num_new = self._end_attempt(request, finished=False)
             if num_new > 1:  # more than prefill's: decode works
                 request.num_failures = 0
-        if isinstance(error, PeerError):
-            request.num_failures += 1
-            if not error.retryable or request.num_failures >= self._spec.max_attempts:
-                self._end(request, type(error).__name__)
-                return
-            request.num_resumes += 1
-            self._pause(request, RETRY_PAUSE_S * (request.num_failures - 1))
-        elif isinstance(error, NoRoom):
-            request.num_resumes += 1
-            self._pause(request, RETRY_PAUSE_S)
-        elif isinstance(error, Unavailable) and request.attempt > 0 and not isinstance(error, RequestTimeout):
-            request.avoid.clear()  # those that are left may be the avoided ones
-            self._pause(request, min(error.retry_after_s or RETRY_PAUSE_S, LONGEST_PAUSE_S))
-        else:
+        pause_s = pause_before_next(request, error, self._spec.max_attempts)
+        if pause_s is None:
             self._end(request, type(error).__name__)
-
-    def _pause(self, request: Request, seconds: float) -> None:
+            return
         request.to(RequestState.PAUSED)
-        self._later(seconds, self._plan, request)
+        self._later(pause_s, self._plan, request)
 
     def _end_attempt(self, request: Request, *, finished: bool) -> int:
         """Leaves the reservation, the subscription and the lease; how many tokens the attempt brought."""
@@ -259,34 +251,6 @@ class Ingress:
         request.to(RequestState.OVER)
         del self._requests[request.request_id]
         self._over(request, outcome)
-
-    # ---- heartbeats ---------------------------------------------------------------------------------------------
-
-    def _renew_leases(self) -> None:
-        of_replica: dict[str, list[Request]] = {}
-        for request in self._requests.values():
-            if request.opened and request.plan is not None:
-                of_replica.setdefault(request.plan.decode.address, []).append(request)
-        for requests in of_replica.values():
-            plan = requests[0].plan
-            assert plan is not None
-            decode = self._peers.decode(plan.decode)
-            message = RenewLeases(str(self.number), tuple(request.request_id for request in requests))
-            attempts = {request.request_id: request.attempt for request in requests}
-            reply = partial(self._renewed, attempts)
-            self._world.wire.tell(self.number, decode.host, decode.renew, message, reply)
-        self._later(self._spec.transfer.lease_ttl_s / 3, self._renew_leases)
-
-    def _renewed(self, attempts: dict[str, int], unknown: tuple[str, ...]) -> None:
-        """What decode forgot twice is lost; what it forgot once may have its last event on its way."""
-        for request_id, attempt in attempts.items():
-            request = self._current(request_id, attempt)
-            if request is None or request.plan is None:
-                continue
-            if request_id in unknown and request.was_unknown:
-                request.avoid.add(request.plan.decode.replica_id)
-                self._fail(request, PeerLost("decode has forgotten the request", field="decode"))
-            request.was_unknown = request_id in unknown
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class PrefillReplica:
         self._answers: dict[Key, tuple[Reply, Callable[[BatonError], None]]] = {}
         self._tokens_per_s = MovingAverage()
         self._step: PrefillStep | None = None
+        self._begun_at = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -95,6 +96,12 @@ class PrefillReplica:
             self._wake()
         self.host.lender.give_back_expired(now)
 
+    @property
+    def busy_s(self) -> float:
+        """How long its engine has computed."""
+        under_way_s = self.host.world.queue.now - self._begun_at if self._step is not None else 0.0
+        return self.host.busy_s + under_way_s
+
     def hand_over(self) -> None:
         """It goes: the ingresses plan these prompts anew."""
         for key in list(self._answers):
@@ -125,7 +132,7 @@ class PrefillReplica:
         work = StepWork(chunks=tuple((c.num_tokens, c.job.sequence.num_launched - c.num_tokens) for c in step.chunks))
         seconds = self.host.cost.step_s(work) / self.host.speed
         queue, number = self.host.world.queue, self.host.number
-        begun_at = queue.now
+        begun_at = self._begun_at = queue.now
         for done, (first, num) in enumerate(self._groups[:-1], start=1):
             queue.at(
                 begun_at + seconds * done / len(self._groups), MESSAGE, number, self._layers_done, step, first, num

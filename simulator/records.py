@@ -29,6 +29,7 @@ class Record:
     prefill: str  # replica of the last attempt; empty: decode
     decode: str
     reason: str  # why there
+    predicted_ttft_s: float  # by the scheduler, from that plan on; 0: a policy that predicts nothing
     num_attempts: int
     num_transfer_bytes: int
     outcome: str  # "stop" or "length", else the name of the error that the client got
@@ -75,6 +76,7 @@ def make_record(request: Request, outcome: str, now: float) -> tuple[Record, "Ga
         plan.prefill.replica_id if plan is not None and plan.prefill is not None else "",
         plan.decode.replica_id if plan is not None else "",
         plan.reason if plan is not None else "",
+        plan.predicted_ttft_s if plan is not None else 0.0,
         request.attempt + 1,
         request.num_transfer_bytes,
         outcome,

@@ -60,10 +60,6 @@ class SchedulerLine:
             self._reserved.pop(request_id, None)
         self._tell(self._scheduler.finish, Finish(request_id, attempt, num_output_tokens))
 
-    def leave(self, request_id: str, attempt: int) -> None:
-        """Nobody waits for the plan any more."""
-        self._world.wire.tell(self._owner.number, self._scheduler, self._scheduler.leave, request_id, attempt)
-
     def progress(self, request_id: str, num_cached_tokens: int | None) -> None:
         """The request's first token is out."""
         self._tell(self._scheduler.progress, Progress(request_id, num_cached_tokens))

@@ -46,19 +46,16 @@ class SchedulerProcess:
         self._pending[message.request_id] = message.attempt, reply, failed
         self._dispatch()
 
-    def leave(self, request_id: str, attempt: int) -> None:
-        """The call of an ingress is lost: the request leaves the queue."""
-        if self._pending.get(request_id, (-1,))[0] == attempt:
-            del self._pending[request_id]
-            self.admission.finish(request_id, attempt, self._now)
-
     def progress(self, message: Progress) -> None:
         """Prefill of a request is over."""
         self.admission.progress(message, self._now)
         self._dispatch()
 
     def finish(self, message: Finish) -> None:
-        """A request is over."""
+        """A request is over, or its client no longer waits for a plan."""
+        pending = self._pending.get(message.request_id)
+        if pending is not None and pending[0] <= message.attempt:
+            del self._pending[message.request_id]
         self.admission.finish(message.request_id, message.attempt, self._now, message.num_output_tokens)
         self._dispatch()
 

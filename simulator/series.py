@@ -116,10 +116,10 @@ class Sampler:
             replica.advance()
             host, status = replica.host, replica.status()
             before = self._totals.get(host.info.address) or _Totals()
-            busy_s += host.busy_s - before.busy_s
+            busy_s += replica.busy_s - before.busy_s
             num_prompt += host.num_prompt_tokens - before.num_prompt
             num_cached += host.num_cached_tokens - before.num_cached
-            self._totals[host.info.address] = _Totals(host.busy_s, host.num_prompt_tokens, host.num_cached_tokens)
+            self._totals[host.info.address] = _Totals(replica.busy_s, host.num_prompt_tokens, host.num_cached_tokens)
             num_waiting += status.num_waiting
             num_running += status.num_running
             num_held += host.pool.num_held

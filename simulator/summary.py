@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 from core.messages.fleet import Role
+from core.messages.to_scheduler import Foresight
 from simulator.fleet_spec import FleetSpec
 from simulator.records import Record
 from simulator.twin import Result
@@ -49,6 +50,7 @@ class Summary:
     num_reports: int
     report_interval_s: float
     num_planned_alone: int
+    foresight: Foresight | None  # of policies that predict
 
 
 def summarize(result: Result, spec: FleetSpec) -> Summary:
@@ -84,6 +86,7 @@ def summarize(result: Result, spec: FleetSpec) -> Summary:
         result.num_reports,
         spec.report.interval_s,
         result.num_planned_alone,
+        result.foresight,
     )
 
 

@@ -65,8 +65,16 @@ def _cells(summary: Summary) -> dict[str, str]:
         "KV moved": f"{summary.transfer_gib:.1f} GiB",
         "resumed": f"{summary.num_resumed}",
         "GPU hours": f"{summary.gpu_hours:.2f}",
+        "predictions off, p50 / p95": _foresight(summary),
         "reports": f"{summary.num_reports}, every {summary.report_interval_s:g} s",
     }
+
+
+def _foresight(summary: Summary) -> str:
+    if summary.foresight is None:
+        return "-"
+    errors = summary.foresight.errors
+    return ", ".join(f"{one.quantity.upper()} {one.median:.0%} / {one.p95:.0%}" for one in errors) or "-"
 
 
 def _seconds(of: Percentiles) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.policy import Policy
 from core.messages.fleet import Role
+from core.messages.to_scheduler import Foresight
 from simulator.cost.cost_model import CostModel
 from simulator.events import TIMER, EventQueue
 from simulator.faults import Faults
@@ -45,6 +46,7 @@ class Result:
     num_reports: int
     num_transfer_bytes: int
     num_planned_alone: int  # by ingresses, without the scheduler
+    foresight: Foresight | None = None  # of the policy, since the scheduler's last start
 
 
 class Twin:
@@ -112,6 +114,7 @@ class Twin:
             self.fleet.num_reports,
             self.world.network.num_bytes,
             sum(ingress.line.num_alone for ingress in self.fleet.ingresses),
+            self.scheduler.admission.policy.foresight(),
         )
 
     def _await_arrival(self, trace: Iterator[TracedRequest]) -> None:

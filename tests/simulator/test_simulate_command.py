@@ -103,7 +103,7 @@ def test_a_fleet_file_is_guarded(tmp_path):
 def record(number: int, ttft_s: float, tpot_s: float, outcome: str = "length") -> Record:
     first_s = number + ttft_s
     numbers = (0.0, 100, 11, 50, tpot_s, tpot_s, tpot_s)
-    return Record(f"r{number}", float(number), first_s, first_s + 1, *numbers, "p", "d", "pair", 1, 2**20, outcome)
+    return Record(f"r{number}", float(number), first_s, first_s + 1, *numbers, "p", "d", "pair", 0.0, 1, 2**20, outcome)
 
 
 def test_goodput_counts_all_arrivals():
