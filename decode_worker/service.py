@@ -41,7 +41,9 @@ class DecodeService:
         self._scheduler = DecodeScheduler(context.block_pool, pool.max_num_seqs, pool.max_num_batched_tokens, num_parts)
         book = LeaseBook(context.info.layout.kv_groups, self._config.lease_ttl_s)
         limit = pool.max_num_seqs + pool.queue_limit
-        self._handoffs = Handoffs(context.block_pool, context.info.layout, book, self._scheduler, limit)
+        self._handoffs = Handoffs(
+            context.block_pool, context.info.layout, book, self._scheduler, limit, pool.num_at_once
+        )
         self._fetcher = Fetcher(context)
         self._sources = Sources(context, self._fetcher)
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
