@@ -103,6 +103,11 @@ class PoolConfig(Section):
         return self
 
     @property
+    def num_at_once(self) -> int:
+        """Tokens of one sequence at most that steps in flight compute: so long is nothing of it behind a window."""
+        return self.steps_in_flight * self.max_num_batched_tokens
+
+    @property
     def num_ranks(self) -> int:
         """Of one replica."""
         return self.pipeline_parallel * self.tensor_parallel

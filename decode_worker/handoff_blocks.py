@@ -16,7 +16,7 @@ class HandoffBlocks:
     def __init__(
         self, pool: BlockPool, layout: KVLayout, num_at_once: int, book: LeaseBook, prefixes: SharedPrefixes
     ) -> None:
-        """`num_at_once`: tokens that a step computes at most."""
+        """`num_at_once` as for Handoffs."""
         self._pool = pool
         self._layout = layout
         self._num_at_once = num_at_once

@@ -28,14 +28,16 @@ class Handoffs:
         book: LeaseBook,
         scheduler: DecodeScheduler,
         limit: int,
+        num_at_once: int,
     ) -> None:
+        """`num_at_once`: tokens of one prompt at most that steps in flight compute."""
         self._pool = pool
         self._book = book
         self._scheduler = scheduler
         self._limit = limit
         self._live: dict[str, Handoff] = {}
         self._prefixes = SharedPrefixes(pool, layout.kv_groups)
-        self._blocks = HandoffBlocks(pool, layout, scheduler.max_num_batched_tokens, book, self._prefixes)
+        self._blocks = HandoffBlocks(pool, layout, num_at_once, book, self._prefixes)
         self._releasable: list[Handoff] = []  # ended or complete, nothing in flight: tell prefill, then forget
         self._joined: list[Handoff] = []
 

@@ -53,7 +53,9 @@ class DecodeService:
         self._scheduler = DecodeScheduler(context.block_pool, pool.max_num_seqs, pool.max_num_batched_tokens, num_parts)
         book = LeaseBook(context.info.layout.kv_groups, self._config.lease_ttl_s)
         limit = pool.max_num_seqs + pool.queue_limit
-        self._handoffs = Handoffs(context.block_pool, context.info.layout, book, self._scheduler, limit)
+        self._handoffs = Handoffs(
+            context.block_pool, context.info.layout, book, self._scheduler, limit, pool.num_at_once
+        )
         self._fetcher = Fetcher(context)
         self.samples = Samples()
         self._sources = Sources(context, self._fetcher, self.samples)

@@ -92,6 +92,11 @@ class PrefillScheduler:
     newly_started: list[tuple[PrefillJob, tuple[range, ...]]] = field(default_factory=list)
 
     @property
+    def num_at_once(self) -> int:
+        """Tokens of one prompt at most that steps in flight compute."""
+        return self.steps_in_flight * self.max_num_batched_tokens
+
+    @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens still to compute, cached ones of waiting requests included."""
         return sum(job.sequence.num_uncomputed for job in (*self.waiting, *self.running))
@@ -99,9 +104,9 @@ class PrefillScheduler:
     def add(self, message: Prefill, now: float) -> PrefillJob:
         """Queues a request. Raises PromptTooLong when it can never fit, Overloaded when the queue is full."""
         sequence = ActiveSequence(self.pool, self.layout, message.sequence)
-        num_blocks, at_once = self.pool.num_blocks, self.max_num_batched_tokens
-        if self.layout.num_blocks_held(sequence.num_prompt, at_once) > num_blocks:
-            limit = self.layout.longest_within(num_blocks, at_once, sequence.num_prompt)
+        num_blocks = self.pool.num_blocks
+        if self.layout.num_blocks_held(sequence.num_prompt, self.num_at_once) > num_blocks:
+            limit = self.layout.longest_within(num_blocks, self.num_at_once, sequence.num_prompt)
             raise PromptTooLong(f"the prompt has {sequence.num_prompt} tokens, this replica's KV cache holds {limit}")
         if len(self.waiting) >= self.queue_limit:
             raise Overloaded(f"{self.queue_limit} requests wait on this prefill replica", retry_after_s=1.0)
@@ -168,7 +173,7 @@ class PrefillScheduler:
             job = self.waiting[0]
             try:
                 job.sequence.acquire_prefix()
-                job.sequence.reserve(self.steps_in_flight * self.max_num_batched_tokens)
+                job.sequence.reserve(self.num_at_once)
             except OutOfBlocks:
                 job.sequence.release()
                 return

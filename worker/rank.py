@@ -247,7 +247,7 @@ class Rank:
 
 def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> ReplicaInfo:
     model, layout, num_blocks = loaded.spec, loaded.runner.layout, loaded.runner.num_blocks
-    longest = layout.longest_within(num_blocks, spec.pool.max_num_batched_tokens, model.max_model_len)
+    longest = layout.longest_within(num_blocks, spec.pool.num_at_once, model.max_model_len)
     limits = [longest]
     speed = device_speed(torch.device(spec.pool.device), spec.pool.resources_per_rank.num_threads)
     if spec.model.max_model_len is not None:

@@ -50,7 +50,7 @@ class PoolPlan:
 
     def longest(self, limit: int) -> int:
         """Tokens of the longest sequence that a replica holds, `limit` at most."""
-        return self.layout.longest_within(self.rank.num_blocks, self.pool.max_num_batched_tokens, limit)
+        return self.layout.longest_within(self.rank.num_blocks, self.pool.num_at_once, limit)
 
     @property
     def num_ranks(self) -> int:

@@ -49,7 +49,7 @@ class HandoffModel(RuleBasedStateMachine):
         self.deliveries = Deliveries(self.prefill_info, self.prefill_pool, self.jobs, ShareBook(BLOCK, ttl_s=1e9))
         self.batch = DecodeScheduler(self.decode_pool, 3, 4)
         book = LeaseBook(layout.kv_groups, ttl_s=1e9)
-        self.handoffs = Handoffs(self.decode_pool, layout, book, self.batch, 6)
+        self.handoffs = Handoffs(self.decode_pool, layout, book, self.batch, 6, 4)
         self.prefill_memory, self.decode_memory = Memory(layout), Memory(layout)
         self.wire: list[object] = []
         self.fetches: list[object] = []
