@@ -38,7 +38,7 @@ ALLOWED = {
 HOMES = {
     "ray": ("cluster/", "bench/"),
     "grpc": ("rpc/",),
-    "msgpack": ("rpc/",),
+    "msgpack": ("rpc/", "bench/index_peer.py"),  # which speaks another system's events, under its interpreter
     "torch.distributed": ("kv_transfer/channels/", "engine/tensor_parallel.py"),
     "tokenizers": ("cluster/ingress/", "models/"),
     "flashinfer": ("engine/flashinfer_library.py",),

@@ -176,7 +176,7 @@ class DecisionMaker:
 
     def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
         if not request.avoid:
-            return self._shortlist(pool[0]).of(pool, matches, may)
+            return self._shortlist(pool[0]).of(pool, request.num_tokens, matches, may)
         # rare: a short list knows of nobody's failures
         return [site for site in map(self._sites.of, without(pool, request.avoid)) if may(site)]
 

@@ -84,6 +84,13 @@ async def test_the_scheduler_knows_what_lies_below_the_device(tiny_llama):
                 await asyncio.sleep(0.02)
         assert [index.match(hash_blocks(prompt, BLOCK_SIZE)) for prompt in PROMPTS] == [{"d0": 6}] * 4
         assert replica.pool.num_cached < 4 * 6 <= len(held)
+        num_below = 0
+        for prompt in PROMPTS:
+            hashes = hash_blocks(prompt, BLOCK_SIZE)[:6]
+            below = sum(key not in replica.pool for key in hashes)
+            assert index.match(hashes).num_below("d0", 6, (None,)) == ({1: below} if below else {})
+            num_below += below
+        assert num_below >= 3 * 6
 
 
 async def test_a_tier_that_fails_costs_a_computation_and_no_request(tiny_llama):
