@@ -6,7 +6,7 @@ from cluster.scheduler.flights import Flights
 from cluster.scheduler.handoff_time import left_s
 from cluster.scheduler.link_book import LinkBook
 from cluster.scheduler.source import Source
-from cluster.scheduler.weighed import CROSSING, TENTH, TICK, TICKS_PER_S, Sink, Weighed, rank_of
+from cluster.scheduler.weighed import CROSSING, Sink, Weighed, rank_of
 
 
 class Pairing:
@@ -29,9 +29,9 @@ class Pairing:
         sent, received = self._flights.sent, self._flights.received
         ends = []
         for number, one in enumerate(sources):
-            least = rank_of(one.first_token_s + one.last_bytes * least_byte_s, 0, one.site.num_reserved)
+            ready_s = one.first_token_s + one.last_bytes * least_byte_s
             goes_s = max(one.first_piece_s, sent.get(one.site.replica_id, 0) * least_byte_s)
-            ends.append((least, number, goes_s, one))
+            ends.append((rank_of(ready_s, 0, one.site.num_reserved), number, ready_s, goes_s, one))
         ends.sort()
         starts = sorted(
             (rank_of(one.wait_s + one.num_bytes * least_byte_s, one.excess, one.num_reserved), number)
@@ -42,15 +42,15 @@ class Pairing:
         for _, number in starts:
             sink = sinks[number]
             num_bytes, decode = sink.num_bytes, sink.site
-            latency_s = least_latency_s if num_bytes else 0.0
-            least = sink.excess * TENTH + int((sink.wait_s + latency_s) * TICKS_PER_S) * TICK + sink.num_reserved
+            least_s = sink.wait_s + (least_latency_s if num_bytes else 0.0)
             wire_s, comes_s = num_bytes * least_byte_s, received.get(decode.replica_id, 0) * least_byte_s
-            for bound, _, goes_s, source in ends:
+            for _, _, ready_s, goes_s, source in ends:
                 if not self._exhaustive:
-                    if bound + least >= best:
+                    num_reserved = source.site.num_reserved + sink.num_reserved
+                    if rank_of(ready_s + least_s, sink.excess, num_reserved) >= best:
                         break
                     begins_s = goes_s if goes_s > comes_s else comes_s
-                    if num_bytes and int((begins_s + wire_s) * TICKS_PER_S) * TICK + least >= best:
+                    if num_bytes and rank_of(begins_s + wire_s + least_s, sink.excess, num_reserved) >= best:
                         continue
                 prefill = source.site
                 crosses = self._zones_count and prefill.zone != decode.zone
