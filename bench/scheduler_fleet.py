@@ -1,5 +1,6 @@
 """A fleet of made-up replicas for the scheduler's benchmark: loads, caches and prompts by chance, from a seed."""
 
+import gc
 import os
 import random
 import time
@@ -104,6 +105,7 @@ class ScheduledFleet:
     def _fill(self, num_blocks: int) -> None:
         for replica_id in self._ids:
             self._store(replica_id, tuple(key for prompt in self._system for key in prompt))
+        gc.freeze()  # as the scheduler's process does after the first reports
         num_chains = (num_blocks - SHARED * NUM_SYSTEM_PROMPTS) // (CHAIN - SHARED)
         for number in range(num_chains):
             chain = (*self._system[number % NUM_SYSTEM_PROMPTS], *_keys(CHAIN - SHARED))

@@ -32,7 +32,9 @@ class DecodeReplica:
         self.scheduler = DecodeScheduler(host.pool, pool.max_num_seqs, pool.max_num_batched_tokens)
         self._book = LeaseBook(layout.kv_groups, spec.transfer.lease_ttl_s)
         limit = pool.max_num_seqs + pool.queue_limit
-        self.handoffs = Handoffs(host.pool, layout, self._book, self.scheduler, limit)
+        self.handoffs = Handoffs(
+            host.pool, layout, self._book, self.scheduler, limit, self.scheduler.max_num_batched_tokens
+        )
         self._tokens = DecodeTokens(host, peers, self.scheduler, self.handoffs, self._end)
         self.engine = DecodeEngine(host, self.scheduler, self._tokens, skips)
         self.links = Links()

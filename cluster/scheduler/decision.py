@@ -20,18 +20,9 @@ from operator import itemgetter
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
+from cluster.scheduler.local_prefill import LocalRules, few_for_local, weigh_local
 from cluster.scheduler.matches import Matches
-from cluster.scheduler.pairing import (
-    Explained,
-    LocalRules,
-    Pairing,
-    Sink,
-    Weighed,
-    excess_of,
-    few_for_local,
-    rank_of,
-    weigh_local,
-)
+from cluster.scheduler.pairing import Pairing
 from cluster.scheduler.policy import Choices
 from cluster.scheduler.prefix_care import Copy, PrefixCare
 from cluster.scheduler.replica_view import ReplicaView
@@ -40,6 +31,7 @@ from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, without
 from cluster.scheduler.shortlist import May, Shortlist
 from cluster.scheduler.site import Site, Sites
 from cluster.scheduler.source import Source, Sources
+from cluster.scheduler.weighed import Explained, Sink, Weighed, excess_of, rank_of
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report, Reserve

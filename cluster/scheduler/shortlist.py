@@ -15,7 +15,8 @@ May = Callable[[Site], bool]
 SMALL = 6  # replicas of a pool: all are weighed
 NUM_LEAST = 5  # of the least loaded of each zone
 NUM_BY_LOAD = 3  # of these, for their load alone
-OF_BUCKET = 2  # that are looked at, the least loaded ones
+OF_BUCKET = 2  # that are looked at, the least loaded ones; of many buckets, of each the least loaded alone
+FEW_BUCKETS = 4
 NUM_HOLDERS = 3  # of those that match equally deep
 FEW_HOLDERS = 16  # of those that match equally deep: up to so many are looked at all
 NUM_DEPTHS = 2  # deepest matches
@@ -65,8 +66,9 @@ class Shortlist:
     def _least(self, num_tokens: int, may: May) -> Iterable[Site]:
         """Of each zone: by load alone, and by load and what the prompt takes at the replica's pace."""
         zones: dict[str, list[Entry]] = {}
-        for bucket, entries in self._ranked.buckets.items():
-            num_left = OF_BUCKET
+        buckets = self._ranked.buckets
+        for bucket, entries in buckets.items():
+            num_left = OF_BUCKET if len(buckets) <= FEW_BUCKETS else 1
             for entry in entries:
                 if may(entry[3]):
                     zones.setdefault(bucket[0], []).append(entry)
