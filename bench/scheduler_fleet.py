@@ -1,5 +1,6 @@
 """A fleet of made-up replicas for the scheduler's benchmark: loads, caches and prompts by chance, from a seed."""
 
+import gc
 import os
 import random
 import time
@@ -51,17 +52,17 @@ class ScheduledFleet:
         self._num_requests += 1
         return Reserve(f"request-{self._num_requests}", 0, "ingress", num_blocks * BLOCK_SIZE + 1, 200, hashes, 60.0)
 
-    def decide(self, request: Reserve) -> tuple[float, float]:
-        """Seconds of the match and of the decision on it; nothing is booked."""
+    def decide(self, request: Reserve) -> tuple[float, float, float]:
+        """Seconds of the match, of the decision on it, and of this thread's own for both; nothing is booked."""
         admission = self.admission
         prefills, decodes = (admission.fleet.in_generation(role, "", 0.0) for role in (Role.PREFILL, Role.DECODE))
-        begun_at = time.perf_counter()
+        used_s, begun_at = time.thread_time(), time.perf_counter()
         matches = admission.index.match(request.block_hashes)
         matched_at = time.perf_counter()
         decision = admission.policy.decide(request, Choices(prefills, decodes, matches, 0.0, admission.fleet.by_id))
         ended_at = time.perf_counter()
         assert decision is not None
-        return matched_at - begun_at, ended_at - matched_at
+        return matched_at - begun_at, ended_at - matched_at, time.thread_time() - used_s
 
     def dispatch(self, request: Reserve) -> float:
         """Seconds from the queue to the booked plan."""
@@ -104,6 +105,7 @@ class ScheduledFleet:
     def _fill(self, num_blocks: int) -> None:
         for replica_id in self._ids:
             self._store(replica_id, tuple(key for prompt in self._system for key in prompt))
+        gc.freeze()  # as the scheduler's process does after the first reports
         num_chains = (num_blocks - SHARED * NUM_SYSTEM_PROMPTS) // (CHAIN - SHARED)
         for number in range(num_chains):
             chain = (*self._system[number % NUM_SYSTEM_PROMPTS], *_keys(CHAIN - SHARED))

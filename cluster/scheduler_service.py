@@ -1,6 +1,7 @@
 """The global scheduler as a process: Admission behind RPC, watching every replica that registers. Knows no Ray."""
 
 import asyncio
+import gc
 import logging
 import time
 from contextlib import aclosing
@@ -192,6 +193,8 @@ class SchedulerService:
                         break
                     expected += 1
                     self._admission.report(report, self._now())
+                    if report.snapshot:
+                        gc.freeze()  # the index, too, by now: a full collection would walk through all of its blocks
                     self._dispatch()
         except BatonError as error:
             logger.warning("replica %s is lost: %s", info.replica_id, error)

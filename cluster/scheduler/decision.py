@@ -20,18 +20,9 @@ from operator import itemgetter
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
+from cluster.scheduler.local_prefill import LocalRules, few_for_local, weigh_local
 from cluster.scheduler.matches import Matches
-from cluster.scheduler.pairing import (
-    Explained,
-    LocalRules,
-    Pairing,
-    Sink,
-    Weighed,
-    excess_of,
-    few_for_local,
-    rank_of,
-    weigh_local,
-)
+from cluster.scheduler.pairing import Pairing
 from cluster.scheduler.policy import Choices
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
@@ -39,6 +30,7 @@ from cluster.scheduler.rules import can_pair, fits_prefill, without
 from cluster.scheduler.shortlist import May, Shortlist
 from cluster.scheduler.site import Site, Sites
 from cluster.scheduler.source import Source, Sources
+from cluster.scheduler.weighed import Explained, Sink, Weighed, excess_of, rank_of
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report, Reserve
@@ -176,7 +168,7 @@ class DecisionMaker:
 
     def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
         if not request.avoid:
-            return self._shortlist(pool[0]).of(pool, matches, may)
+            return self._shortlist(pool[0]).of(pool, request.num_tokens, matches, may)
         # rare: a short list knows of nobody's failures
         return [site for site in map(self._sites.of, without(pool, request.avoid)) if may(site)]
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 KEPT = 256  # requests of a tenant
 FIRST_GUESS = 256  # tokens, before any has ended
 GUESS_WEIGHT = 4  # ended requests that the guess counts as
-SORT_EVERY = 8  # ended requests
+SORT_EVERY = 8  # ended requests, once there are twice as many
 MOST_TENANTS = 4096  # the least recently heard of are forgotten
 
 
@@ -21,7 +21,7 @@ class _History:
     def add(self, num_tokens: int) -> None:
         self._lengths.append(num_tokens)
         self._num_new += 1
-        if self._num_new >= min(SORT_EVERY, len(self._lengths)):
+        if self._num_new >= SORT_EVERY or len(self._lengths) <= 2 * SORT_EVERY:
             self._num_new = 0
             self._sorted = sorted(self._lengths)
             self._sums = [0, *accumulate(self._sorted)]

@@ -1,19 +1,19 @@
 """Who caches which prefix: key of a block (hash and KV group) -> set of holders, by tier. Pure.
 
-Per block there are its key, one entry of a dictionary and a pointer per holder; sets of holders are shared, see
+Per block there are its key, one entry of a dictionary and 16 bytes per holder; sets of holders are shared, see
 holders.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from cluster.scheduler.depths import Reaches, by_windows, nested
 from cluster.scheduler.holders import Holders, HolderSets
+from cluster.scheduler.key_log import KeyLog
 from cluster.scheduler.matches import Matches, Run, Segment
 from core.block_hash import BlockHash, BlockKey, in_group
 
-Reaches = tuple[int | None, ...]  # by KV group, see core.kv_groups.KVGroup.reach
-
 PIECE = 64  # blocks looked up at a time, so that what follows the end of a match costs little
-SLACK = 1024  # keys in a replica's list beyond twice those that it holds
+SLACK = 1024  # keys in a replica's log beyond twice those that it holds
 
 
 class _Replica:
@@ -24,7 +24,7 @@ class _Replica:
     def __init__(self, number: int, reaches: Reaches) -> None:
         self.number = number
         self.reaches = reaches
-        self.keys: list[BlockKey] = []
+        self.keys = KeyLog()
         self.num_held = 0
 
 
@@ -81,7 +81,9 @@ class PrefixIndex:
         if replica is not None:
             replica.num_held -= self._remove(replica.number, keys)
             if len(replica.keys) > 2 * replica.num_held + SLACK:
-                replica.keys = list(self.held_by(replica_id))
+                held = self.held_by(replica_id)
+                replica.keys = KeyLog()
+                replica.keys.add(tuple(held))
 
     def remove_replica(self, replica_id: str) -> None:
         """Forgets all that a replica held."""
@@ -105,11 +107,11 @@ class PrefixIndex:
         for reaches, alike in self._alike.items():
             groups = [self._runs(hashes, n, alike if reach is None else 0) for n, reach in enumerate(reaches)]
             if reaches == (None,):
-                segments += _nested(groups[0], alike)
+                segments += nested(groups[0], alike)
                 if len(self._alike) == 1:
                     return Matches(segments, groups[0], self._numbers, self._names)
             elif all(groups):
-                segments += _by_windows(groups, reaches, alike, len(hashes))
+                segments += by_windows(groups, reaches, alike, len(hashes))
             for run in (run for group in groups for run in group):
                 known = runs.get((run.group, run.start))
                 if known is None or known.length < run.length:  # some stop where nobody of theirs goes on
@@ -157,7 +159,7 @@ class PrefixIndex:
             blocks[key] = after
         # a key that comes twice among `keys` was new once
         replica.num_held = num_held + len(fresh)
-        replica.keys += fresh
+        replica.keys.add(fresh)
 
     def _remove(self, number: int, keys: Iterable[BlockKey]) -> int:
         """How many of them it held."""
@@ -190,48 +192,3 @@ class PrefixIndex:
         self._numbers[replica_id] = number
         self._alike[reaches] = self._alike.get(reaches, 0) | 1 << number
         return replica
-
-
-def _nested(runs: Sequence[Run], alike: int) -> list[Segment]:
-    """Of one group without a window: whoever holds a block counts as long as it holds all before it."""
-    segments: list[Segment] = []
-    alive, depth = alike, 0
-    for run in runs:
-        if run.start != depth:
-            break
-        still = alive & run.holders.everyone
-        if gone := alive & ~still:
-            segments.append(Segment(depth, gone))
-        alive, depth = still, depth + run.length
-        if not alive:
-            break
-    if alive:
-        segments.append(Segment(depth, alive))
-    return [segment for segment in segments if segment.depth]
-
-
-def _by_windows(groups: Sequence[Sequence[Run]], reaches: Reaches, alike: int, num_blocks: int) -> list[Segment]:
-    """Of any groups: the deepest block behind which a replica has what every group's reach asks for."""
-    able = [alike] * num_blocks  # bits by depth - 1
-    for runs, reach in zip(groups, reaches, strict=True):
-        held = [0] * num_blocks
-        for run in runs:
-            held[run.start : run.start + run.length] = [run.holders.everyone] * run.length
-        able = [a & b for a, b in zip(able, _all_of_last(held, num_blocks if reach is None else reach), strict=True)]
-    segments: list[Segment] = []
-    found = 0
-    for depth in range(num_blocks, 0, -1):
-        if deepest_here := able[depth - 1] & ~found:
-            segments.append(Segment(depth, deepest_here))
-            found |= deepest_here
-    return segments
-
-
-def _all_of_last(held: list[int], count: int) -> list[int]:
-    """Who holds each block and those before it, `count` in all or as many as there are: by doubling the span."""
-    span = 1
-    while span < min(count, len(held)):
-        step = min(span, count - span)
-        held = [mask & held[i - step] if i >= step else mask for i, mask in enumerate(held)]
-        span += step
-    return held

@@ -22,8 +22,8 @@ class LinkCost(NamedTuple):
     byte_s: float
 
 
-LEAST = LinkCost(1e-6, 1e-13)
 GUESSED = LinkCost(LINK_LATENCY_S, 1 / LINK_BYTES_PER_S)
+LEAST = LinkCost(1e-6, 1e-13)  # 10 TB/s
 
 
 class LinkBook:
@@ -71,15 +71,18 @@ class LinkBook:
         features = (1, num_bytes)
         fit = self._fits.get(pair)
         if fit is None:
-            # coefficients of a prior are positive, a fit's may be 0
-            prior = map(max, self._usual.get(zones, GUESSED), LEAST)
-            fit = self._fits[pair] = RobustFit(tuple(prior))
+            fit = self._fits[pair] = RobustFit(self._usual.get(zones, GUESSED))
             for replica_id in pair:
                 self._pairs_of.setdefault(replica_id, set()).add(pair)
         fit.add(features, seconds)
-        cost = self._known[pair] = LinkCost(*fit.coefficients)
-        self.fastest = LinkCost(*map(min, self.fastest, map(max, cost, LEAST)))
+        cost = self._known[pair] = _cost_of(fit)
+        self.fastest = LinkCost(*map(min, self.fastest, cost))
         together = self._between_zones.setdefault(zones, RobustFit(GUESSED))
         together.add(features, seconds)
         if together.num_samples >= LEAST_SAMPLES:
-            self._usual[zones] = LinkCost(*together.coefficients)
+            self._usual[zones] = _cost_of(together)
+
+
+def _cost_of(fit: RobustFit) -> LinkCost:
+    """Positive: a fit may find that a feature costs nothing."""
+    return LinkCost(*map(max, fit.coefficients, LEAST))

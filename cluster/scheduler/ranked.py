@@ -4,10 +4,11 @@ They stand in buckets of alike ones (zone, what they can pair with, speed): with
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 
 from cluster.scheduler.site import Site
 
+Bucket = tuple[str, int, *tuple[int, ...]]  # zone, kind, paces
 Entry = tuple[float, int, str, Site]  # load in seconds, reservations, id: equal ones fill evenly, and always alike
 
 
@@ -15,13 +16,13 @@ class Ranked:
     """Of one role and generation."""
 
     def __init__(self) -> None:
-        self.buckets: dict[Hashable, list[Entry]] = {}
-        self._places: dict[str, tuple[Hashable, Entry]] = {}
+        self.buckets: dict[Bucket, list[Entry]] = {}
+        self._places: dict[str, tuple[Bucket, Entry]] = {}
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def place(self, site: Site, bucket: Hashable, load_s: float) -> None:
+    def place(self, site: Site, bucket: Bucket, load_s: float) -> None:
         """Enters, or moves to where it belongs now; one that takes no work leaves."""
         self.remove(site.replica_id)
         if site.view.usable:

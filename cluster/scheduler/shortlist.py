@@ -1,11 +1,11 @@
 """The few replicas that a request is weighed between: the least loaded, and those that hold most of it. Pure."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import log
 
 from cluster.scheduler.matches import Matches
-from cluster.scheduler.ranked import Ranked
+from cluster.scheduler.ranked import Bucket, Entry, Ranked
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.site import Site, Sites
 from core.messages.fleet import Role
@@ -13,7 +13,10 @@ from core.messages.fleet import Role
 May = Callable[[Site], bool]
 
 SMALL = 6  # replicas of a pool: all are weighed
-NUM_LEAST = 4  # of the least loaded, over all buckets; two of each at least
+NUM_LEAST = 5  # of the least loaded of each zone
+NUM_BY_LOAD = 3  # of these, for their load alone
+OF_BUCKET = 2  # that are looked at, the least loaded ones; of many buckets, of each the least loaded alone
+FEW_BUCKETS = 4
 NUM_HOLDERS = 3  # of those that match equally deep
 FEW_HOLDERS = 16  # of those that match equally deep: up to so many are looked at all
 NUM_DEPTHS = 2  # deepest matches
@@ -33,7 +36,8 @@ class Shortlist:
         """Its load has."""
         is_prefill = site.info.role is Role.PREFILL
         paces_s = (site.costs.token_s,) if is_prefill else (site.costs.token_s, site.costs.step_s)
-        bucket = site.zone, site.kind, *(round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
+        paces = (round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
+        bucket: Bucket = (site.zone, site.kind, *paces)
         # a decode replica that prefills has its batch wait, and what it shall prefill next
         self._ranked.place(site, bucket, site.queue_s if is_prefill else site.itl_s + site.queue_s)
 
@@ -41,26 +45,15 @@ class Shortlist:
         """It is gone; idempotent."""
         self._ranked.remove(replica_id)
 
-    def of(self, pool: Sequence[ReplicaView], matches: Matches, may: May) -> list[Site]:
-        """Those of the pool that may be taken; of a large one a few."""
+    def of(self, pool: Sequence[ReplicaView], num_tokens: int, matches: Matches, may: May) -> list[Site]:
+        """Those of the pool that may be taken for a prompt of so many tokens; of a large one a few."""
         if self._exhaustive or len(pool) <= SMALL:
             return [site for site in map(self._sites.of, pool) if may(site)]
         if len(self._ranked) != len(pool):  # somebody fell silent, or nobody told
             self._ranked.clear()
             for view in pool:
                 self.changed(self._sites.of(view))
-        found: dict[str, Site] = {}
-        buckets = self._ranked.buckets
-        count = max(2, NUM_LEAST // len(buckets))
-        for entries in buckets.values():
-            num_left = count
-            for entry in entries:
-                site = entry[3]
-                if may(site):
-                    found[entry[2]] = site
-                    num_left -= 1
-                    if not num_left:
-                        break
+        found = {site.replica_id: site for site in self._least(num_tokens, may)}
         for segment in matches.segments[:NUM_DEPTHS]:
             if segment.numbers.bit_count() > FEW_HOLDERS:
                 holders = self._by_load(matches, segment.numbers)
@@ -69,6 +62,27 @@ class Shortlist:
             for site in islice(filter(may, holders), NUM_HOLDERS):
                 found[site.replica_id] = site
         return list(found.values())
+
+    def _least(self, num_tokens: int, may: May) -> Iterable[Site]:
+        """Of each zone: by load alone, and by load and what the prompt takes at the replica's pace."""
+        zones: dict[str, list[Entry]] = {}
+        buckets = self._ranked.buckets
+        for bucket, entries in buckets.items():
+            num_left = OF_BUCKET if len(buckets) <= FEW_BUCKETS else 1
+            for entry in entries:
+                if may(entry[3]):
+                    zones.setdefault(bucket[0], []).append(entry)
+                    num_left -= 1
+                    if not num_left:
+                        break
+        for heads in zones.values():
+            if len(heads) > NUM_LEAST:
+                heads.sort()
+                yield from (entry[3] for entry in heads[:NUM_BY_LOAD])
+                timed = sorted((entry[0] + num_tokens * entry[3].costs.token_s, entry) for entry in heads)
+                yield from (entry[3] for _, entry in timed[: NUM_LEAST - NUM_BY_LOAD])
+            else:
+                yield from (entry[3] for entry in heads)
 
     def _by_load(self, matches: Matches, numbers: int) -> Iterator[Site]:
         """Holders, where there are many: found by the way."""

@@ -174,3 +174,17 @@ def test_an_older_workers_link_speed_is_believed():
     old = ReplicaView(info("d0", Role.DECODE), status(links=(link,)), 0.0)
     source = ReplicaView(info("p0", Role.PREFILL), status(), 0.0)
     assert LinkBook().cost(source, old).byte_s == pytest.approx(1e-10)
+
+
+def test_a_link_that_takes_equally_long_for_all_sizes_still_costs_something_per_byte():
+    """Small transfers on a slow machine: bytes are lost in the noise."""
+    book = LinkBook()
+    source, destination = (
+        ReplicaView(info(name, role), status(links=(LinkStatus("p0", 1e6, 1, 1),)), 0.0)
+        for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE))
+    )
+    for num_bytes in (1000, 4000, 16_000) * 20:
+        book.heard(destination, [("p0", num_bytes, 0.01 - num_bytes * 1e-8)], {})
+    latency_s, byte_s = book.cost(source, destination)
+    assert latency_s == pytest.approx(0.01, rel=0.05)
+    assert 0 < byte_s < 1e-7 and book.fastest.byte_s > 0

@@ -125,3 +125,4 @@ def test_a_replica_that_stores_and_evicts_for_long_keeps_no_more_than_it_holds()
         index.remove("a", keys)
     assert len(index) == 0
     assert len(index._replicas["a"].keys) <= 1024 + 64
+    assert index.match([b"299-0"]) == {}

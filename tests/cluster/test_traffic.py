@@ -43,7 +43,7 @@ def test_a_restarted_scheduler_learns_the_newest_weights_from_replicas():
 
 @pytest.fixture
 def admission() -> Admission:
-    admission = Admission(SchedulerConfig())
+    admission = Admission(SchedulerConfig(local_prefill_max_tokens=0))
     for generation in ("v1", "v2"):
         for role in Role:
             info = replace(replica(f"{role.value}-{generation}", role), generation=generation)

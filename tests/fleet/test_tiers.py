@@ -1,11 +1,14 @@
-"""Prefixes that lost their place on the device come back from host memory and disk, with the same tokens."""
+"""Prefixes that lost their place on the device come back from host memory and disk, with the same tokens.
+
+Without prefill replicas, decode prefills everything by itself.
+"""
 
 import asyncio
 
 import pytest
 
 from core.block_hash import hash_blocks
-from core.config import PoolConfig, SchedulerConfig, TiersConfig
+from core.config import PoolConfig, TiersConfig
 from core.errors import TransferFailed
 from engine.checkpoint import load_model_spec
 from tests.checkpoints import make_checkpoint
@@ -39,8 +42,7 @@ async def tiers_at_rest(replica):
 async def test_a_prefix_comes_back_from_host_memory_and_disk(tiny_llama, tmp_path, num_host_blocks):
     size = block_mib(tiny_llama[0])
     tiers = TiersConfig(host_mib=num_host_blocks * size, disk_mib=100 * size, disk_dir=str(tmp_path))
-    local = SchedulerConfig(local_prefill_max_tokens=1000)
-    async with running_fleet(tiny_llama[0], 1, 1, a_pool(tiers), scheduler=local) as fleet:
+    async with running_fleet(tiny_llama[0], 0, 1, a_pool(tiers)) as fleet:
         decode = fleet.replicas["d0"]
         first = [await generate(fleet, f"a{n}", prompt, 4) for n, prompt in enumerate(PROMPTS)]
         before = await tiers_at_rest(decode)
@@ -58,8 +60,7 @@ async def test_a_prefix_comes_back_from_host_memory_and_disk(tiny_llama, tmp_pat
 
 
 async def test_without_tiers_the_prompt_is_computed_again(tiny_llama):
-    local = SchedulerConfig(local_prefill_max_tokens=1000)
-    async with running_fleet(tiny_llama[0], 1, 1, a_pool(TiersConfig()), scheduler=local) as fleet:
+    async with running_fleet(tiny_llama[0], 0, 1, a_pool(TiersConfig())) as fleet:
         for n, prompt in enumerate([*PROMPTS, *PROMPTS]):
             await generate(fleet, f"a{n}", prompt, 4)
         (device,) = fleet.replicas["d0"].service.status().tiers
@@ -71,8 +72,7 @@ async def test_without_tiers_the_prompt_is_computed_again(tiny_llama):
 async def test_the_scheduler_knows_what_lies_below_the_device(tiny_llama):
     """Routed hits are the engine's hits, though the device has forgotten them."""
     tiers = TiersConfig(host_mib=100 * block_mib(tiny_llama[0]))
-    local = SchedulerConfig(local_prefill_max_tokens=1000)
-    async with running_fleet(tiny_llama[0], 1, 1, a_pool(tiers), scheduler=local) as fleet:
+    async with running_fleet(tiny_llama[0], 0, 1, a_pool(tiers)) as fleet:
         for n, prompt in enumerate(PROMPTS):
             await generate(fleet, f"a{n}", prompt, 4)
         replica = fleet.replicas["d0"]
@@ -84,12 +84,17 @@ async def test_the_scheduler_knows_what_lies_below_the_device(tiny_llama):
                 await asyncio.sleep(0.02)
         assert [index.match(hash_blocks(prompt, BLOCK_SIZE)) for prompt in PROMPTS] == [{"d0": 6}] * 4
         assert replica.pool.num_cached < 4 * 6 <= len(held)
+        chains = [hash_blocks(prompt, BLOCK_SIZE)[:6] for prompt in PROMPTS]
+        below = [sum(key not in replica.pool for key in chain) for chain in chains]
+        assert sum(below) >= 4 * 6 - 10, "the device has ten blocks"
+        async with asyncio.timeout(10):
+            while below != [index.match(chain).num_below("d0", 6, (None,)).get(1, 0) for chain in chains]:
+                await asyncio.sleep(0.02)
 
 
 async def test_a_tier_that_fails_costs_a_computation_and_no_request(tiny_llama):
     tiers = TiersConfig(host_mib=100 * block_mib(tiny_llama[0]))
-    local = SchedulerConfig(local_prefill_max_tokens=1000)
-    async with running_fleet(tiny_llama[0], 1, 1, a_pool(tiers), scheduler=local) as fleet:
+    async with running_fleet(tiny_llama[0], 0, 1, a_pool(tiers)) as fleet:
         decode = fleet.replicas["d0"]
         first = [await generate(fleet, f"a{n}", prompt, 4) for n, prompt in enumerate(PROMPTS[:2])]
         await tiers_at_rest(decode)
@@ -108,8 +113,7 @@ async def test_a_prefix_comes_back_for_a_model_with_windows(tmp_path):
     checkpoint = make_checkpoint(tmp_path, "gemma2")
     prompts = [[(5 * n + 3 * i) % 384 for i in range(NUM_PROMPT + 64)] for n in range(3)]
     pool = PoolConfig(num_blocks=26, max_num_seqs=1, max_num_batched_tokens=32, tiers=TiersConfig(host_mib=4))
-    local = SchedulerConfig(local_prefill_max_tokens=1000)
-    async with running_fleet(checkpoint, 1, 1, pool, scheduler=local) as fleet:
+    async with running_fleet(checkpoint, 0, 1, pool) as fleet:
         decode = fleet.replicas["d0"]
         first = [await generate(fleet, f"a{n}", prompt, 4) for n, prompt in enumerate(prompts)]
         before = await tiers_at_rest(decode)

@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).parent / "hosts.sh"
 PYTHON = Path(sys.executable)
 NET = "10.77.0.1"
 NUM_HOSTS = 5
-TWO_OF_EACH = {role: {"min_replicas": 2, "max_replicas": 2} for role in ("prefill", "decode")}
+TWO_OF_EACH = {role: {"min_replicas": 2, "max_replicas": 2} for role in ("prefill", "decode")} | {
+    "scheduler": {"local_prefill_max_tokens": 64}  # KV shall move, also while decode has nothing to do
+}
 SSH = ("-q", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=10")
 
 
