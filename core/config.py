@@ -159,6 +159,7 @@ class SchedulerConfig(Section):
     itl_slo_s: float = Field(default=0.1, gt=0)  # decode batches grow, and prompts prefill beside them, within this
     slo: SloConfig = SloConfig()
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # 1 for all others
+    settle_s: float = Field(default=2.0, ge=0)  # from its first report on, a new scheduler has heard of all replicas
     standby: bool = False  # a second scheduler hears all reports, and plans while the first one does not answer
     record_dir: str = ""  # where a file of all that is heard and decided goes, for `baton replay`; empty: nowhere
     record_mib: float = Field(default=1024.0, gt=0)  # its size at most

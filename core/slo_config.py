@@ -20,7 +20,9 @@ class SloTarget(Section):
 
 
 class SloConfig(Section):
-    """Batch work fills what the other classes leave, and makes room for them at once."""
+    """Batch work fills what the other classes leave, makes room for them at once, and slows no batch of a replica
+    beyond interactive's `itl_s`.
+    """
 
     interactive: SloTarget = SloTarget(ttft_s=0.5, itl_s=0.05)
     standard: SloTarget = SloTarget(ttft_s=2.0, itl_s=0.1)

@@ -119,7 +119,8 @@ class DecodeService:
             await self._context.tiers.restore(message.sequence.block_hashes)
             if message.pull_from is not None:
                 name = f"{message.request_id}.{message.attempt}"
-                await self._sources.borrow(name, message.sequence.block_hashes, message.pull_from, message.due_s)
+                hashes, patience_s = message.sequence.block_hashes, message.pull_patience_s
+                await self._sources.borrow(name, hashes, message.pull_from, message.due_s, patience_s)
         handoff = self._handoffs.open(message, self._now())
         self._tasks.settle()
         if handoff.source is not None:

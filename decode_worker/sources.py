@@ -1,5 +1,6 @@
 """The replicas that KV comes from: decode fetches, borrows and releases their blocks, and measures each link."""
 
+import asyncio
 import logging
 
 from core.errors import BatonError, TransferFailed
@@ -11,6 +12,7 @@ from decode_worker.links import Links
 from rpc import methods
 from worker.borrower import Borrower, Hashes
 from worker.fetcher import BlockOrder, Fetcher
+from worker.patience import wait_for_at_most
 from worker.rank_context import RankContext
 from worker.samples import Samples
 
@@ -26,6 +28,7 @@ class Sources:
         self._fetcher = fetcher
         self._borrower = Borrower(context, fetcher)
         self.links = Links()
+        self._under_way: set[asyncio.Task[None]] = set()
         self._samples = samples
 
     @property
@@ -52,9 +55,18 @@ class Sources:
         self._measured(source_id, fetched)
         return fetched
 
-    async def borrow(self, name: str, hashes: Hashes, source: ReplicaInfo, due_s: float) -> None:
-        """Returns when the prefix is cached here, or will not come. `name` is unique in the fleet."""
-        self._add(source, await self._borrower.borrow(name, hashes, source, due_s))
+    async def borrow(
+        self, name: str, hashes: Hashes, source: ReplicaInfo, due_s: float, patience_s: float = 0.0
+    ) -> None:
+        """Returns when the prefix is cached here, or will not come, or after `patience_s` unless that is 0.
+
+        `name` is unique in the fleet.
+        """
+
+        async def bring() -> None:
+            self._add(source, await self._borrower.borrow(name, hashes, source, due_s))
+
+        await wait_for_at_most(patience_s, bring(), self._under_way)
 
     async def borrow_owed(self, handoff: Handoff) -> None:
         """As `borrow`: what was to come with another request's transfer, which ended before."""

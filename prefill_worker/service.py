@@ -24,6 +24,7 @@ from worker.borrower import Borrower, Hashes
 from worker.drain import Held
 from worker.drainer import Drainer
 from worker.fetcher import Fetcher
+from worker.patience import wait_for_at_most
 from worker.rank_context import RankContext
 from worker.rates import MovingAverage
 from worker.samples import Samples
@@ -62,6 +63,7 @@ class PrefillService:
         self._borrower = Borrower(context, self._fetcher)
         self._answers: dict[tuple[str, int], asyncio.Future[FirstToken]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pulls: set[asyncio.Task[None]] = set()
         self._tokens_per_s = MovingAverage()
         self.samples = Samples()
         self.drainer = Drainer(self._config.rest_timeout_s, self._held, self._hand_over)
@@ -117,7 +119,7 @@ class PrefillService:
             async with asyncio.timeout(message.timeout_s):
                 await self._context.tiers.restore(message.sequence.block_hashes)
                 if message.pull_from is not None:
-                    await self._borrow(message)
+                    await wait_for_at_most(message.pull_patience_s, self._borrow(message), self._pulls)
                 self._deliveries.accept(message, self._now())
                 self._loop.wake()
                 return await answer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from core.block_hash import BlockKey, in_group
+from core.block_hash import BlockHash, BlockKey, in_group
 from core.errors import BatonError, PeerLost
 from core.kv_groups import chain_key, deepest_prefix
 from core.messages import to_decode
@@ -41,14 +41,14 @@ class Borrowing:
     def __len__(self) -> int:
         return len(self._coming)
 
-    def borrow(self, name: str, sequence: to_decode.Sequence, source: Host, then: Then) -> None:
+    def borrow(self, name: str, hashes: Sequence[BlockHash], source: Host, then: Then) -> None:
         """Calls `then` when the prefix is cached here, or will not come; with the transfer, if this call made it."""
-        hashes, layout = sequence.block_hashes, self._host.info.layout
+        layout = self._host.info.layout
         num_here = deepest_prefix(layout.reaches, hashes, self._host.pool.__contains__)
         if num_here == len(hashes):
             then(None)
             return
-        borrow = Borrow(self._loan_id(name), hashes[num_here:], num_here)
+        borrow = Borrow(self._loan_id(name), tuple(hashes[num_here:]), num_here)
         self._fetch(hashes[num_here], borrow, hashes, source, then)
 
     def borrow_blocks(

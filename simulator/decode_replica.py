@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 from core.errors import BatonError, NoReplica
-from core.messages.to_decode import Abandon, Announce, Cancel, Commit, Open, RenewLeases, Ticket
+from core.messages.to_decode import Abandon, Announce, Cancel, Commit, MakeRoom, Open, RenewLeases, Ticket
+from core.messages.to_lender import TakeOver
 from core.messages.to_prefill import Release
 from core.messages.to_rank import Fetched
 from core.messages.to_scheduler import ReplicaStatus
@@ -16,6 +17,7 @@ from kv_transfer.lease_book import LeaseBook
 from simulator.borrowing import Borrowing
 from simulator.decode_engine import DecodeEngine
 from simulator.decode_tokens import DecodeTokens, Times
+from simulator.events import TIMER
 from simulator.fleet_spec import FleetSpec, PoolSection
 from simulator.host import Host
 from simulator.peers import Peers
@@ -71,20 +73,44 @@ class DecodeReplica:
         if self.host.draining:
             raise NoReplica("this decode replica is draining")
         if message.pull_from is None:
-            self._open(message, times, reply, failed, None)
+            self._open(message, times, reply)
             return
         key = message.request_id, message.attempt
         self._opening.add(key)
         source = self._peers.host(message.pull_from)
         then = partial(self._open_pulled, message, times, reply, failed, source)
         self.engine.advance()
-        self._borrowing.borrow(f"{key[0]}.{key[1]}", message.sequence, source, then)
+        self._borrowing.borrow(f"{key[0]}.{key[1]}", message.sequence.block_hashes, source, then)
+        if message.pull_patience_s:
+            queue, alone = self.host.world.queue, partial(self._open_now, message, times, reply, failed)
+            queue.at(queue.now + message.pull_patience_s, TIMER, self.host.number, alone)
 
     def cancel(self, message: Cancel) -> None:
         """The ingress wants no more of this attempt and lower ones."""
         self.engine.advance()
         self._end(message.request_id, message.attempt)
         self._settle()
+
+    def make_room(self, message: MakeRoom) -> None:
+        """A batch request that is in the way goes on elsewhere, or later."""
+        self.engine.advance()
+        handoff = self.handoffs.find(message.request_id, message.attempt)
+        if handoff is not None:
+            self._resume_elsewhere(handoff)
+            self._settle()
+
+    def take_over(self, message: TakeOver) -> None:
+        """Copies a prefix that many requests begin with."""
+        if self.host.draining:
+            return
+        self.engine.advance()
+        source = self._peers.host(message.source)
+
+        def came(fetched: Fetched | None) -> None:
+            if fetched is not None:
+                self._measured(source.info.replica_id, fetched)
+
+        self._borrowing.borrow(message.name, message.block_hashes, source, came)
 
     def announce(self, message: Announce) -> None:
         """Starts to fetch at once."""
@@ -163,23 +189,24 @@ class DecodeReplica:
         source: Host,
         fetched: Fetched | None,
     ) -> None:
-        self._opening.discard((message.request_id, message.attempt))
         if fetched is not None:
             self._measured(source.info.replica_id, fetched)
+        self._open_now(message, times, reply, failed)
+
+    def _open_now(
+        self, message: Open, times: Times, reply: Callable[[Ticket], None], failed: Callable[[BatonError], None]
+    ) -> None:
+        """Its prefix is there, or nobody waits for it any longer."""
+        key = message.request_id, message.attempt
+        if key not in self._opening or not self.host.alive:
+            return
+        self._opening.discard(key)
         try:
-            self._open(message, times, reply, failed, fetched)
+            self._open(message, times, reply)
         except BatonError as error:
             self.host.world.wire.fail(self.host, failed, error)
 
-    def _open(
-        self,
-        message: Open,
-        times: Times,
-        reply: Callable[[Ticket], None],
-        failed: Callable[[BatonError], None],
-        fetched: Fetched | None,
-    ) -> None:
-        del failed, fetched
+    def _open(self, message: Open, times: Times, reply: Callable[[Ticket], None]) -> None:
         self.engine.advance()
         self._before_end(message.request_id, message.attempt - 1)
         handoff = self.handoffs.open(message, self.host.now)

@@ -125,6 +125,7 @@ class Ingress:
             "auto",
             request.generation if request.shown else "",
             request.salt,
+            request.slo_class,
         )
         attempt = request.attempt
         self.line.reserve(message, partial(self._planned, request), partial(self._failed, request, attempt))
@@ -141,7 +142,15 @@ class Ingress:
         due_s = max(0.0, request.arrived_at + self._spec.transfer.ttft_slo_s - self._now)
         sequence, remaining_s = request.sequence(self._spec.block_size), request.deadline - self._now
         message = Open(
-            request.request_id, plan.attempt, str(self.number), sequence, plan.prefill, remaining_s, due_s, pull_from
+            request.request_id,
+            plan.attempt,
+            str(self.number),
+            sequence,
+            plan.prefill,
+            remaining_s,
+            due_s,
+            pull_from,
+            plan.pull_patience_s,
         )
         decode, failed = self._peers.decode(plan.decode), partial(self._not_opened, request, plan.attempt)
         opened = partial(self._opened, request, message)
@@ -158,7 +167,8 @@ class Ingress:
             return
         request.to(RequestState.PREFILLING)
         remaining_s = request.deadline - self._now
-        prompt = Prefill(request.request_id, ticket.attempt, message.sequence, ticket, remaining_s, plan.pull_from)
+        pull = plan.pull_from, plan.pull_patience_s
+        prompt = Prefill(request.request_id, ticket.attempt, message.sequence, ticket, remaining_s, *pull)
         prefill, failed = self._peers.prefill(plan.prefill), partial(self._not_prefilled, request, ticket.attempt)
         reply = partial(self._first_token, request, ticket.attempt)
         self._world.wire.tell(self.number, prefill.host, prefill.prefill, prompt, reply, failed, failed=failed)

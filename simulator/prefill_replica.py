@@ -5,6 +5,7 @@ from functools import partial
 
 from core.errors import BatonError, NoReplica, PeerLost, StaleMessage
 from core.messages.to_decode import Abandon, Announce, Cancel, Commit
+from core.messages.to_lender import TakeOver
 from core.messages.to_prefill import FirstToken, Prefill, Release
 from core.messages.to_rank import Fetched
 from core.messages.to_scheduler import ReplicaStatus
@@ -14,7 +15,7 @@ from prefill_worker.deliveries import Deliveries, Outgoing
 from prefill_worker.scheduler import Prefilled, PrefillScheduler, PrefillStep
 from simulator.borrowing import Borrowing
 from simulator.cost.cost_model import StepWork
-from simulator.events import MESSAGE, STEP_END
+from simulator.events import MESSAGE, STEP_END, TIMER
 from simulator.fleet_spec import PoolSection
 from simulator.host import Host
 from simulator.peers import Peers
@@ -41,6 +42,7 @@ class PrefillReplica:
         starts = range(0, layout.num_layers, layers_per_group)
         self._groups = [(first, min(layers_per_group, layout.num_layers - first)) for first in starts]
         self._answers: dict[Key, tuple[Reply, Callable[[BatonError], None]]] = {}
+        self._pulling: set[Key] = set()  # requests that wait for a prefix from elsewhere
         self._tokens_per_s = MovingAverage()
         self._step: PrefillStep | None = None
         self._begun_at = 0.0
@@ -74,10 +76,26 @@ class PrefillReplica:
         key = message.request_id, message.attempt
         self._answers[key] = reply, failed
         if message.pull_from is None:
-            self._accept(message, None)
+            self._accept(message)
             return
         name, source = f"{key[0]}.{key[1]}", self._peers.host(message.pull_from)
-        self._borrowing.borrow(name, message.sequence, source, partial(self._accept, message))
+        self._pulling.add(key)
+        self._borrowing.borrow(name, message.sequence.block_hashes, source, partial(self._pulled, message))
+        if message.pull_patience_s:
+            queue = self.host.world.queue
+            queue.at(queue.now + message.pull_patience_s, TIMER, self.host.number, self._accept_pulled, message)
+
+    def take_over(self, message: TakeOver) -> None:
+        """Copies a prefix that many requests begin with."""
+        if self.host.draining:
+            return
+        source = self._peers.host(message.source)
+
+        def came(fetched: Fetched | None) -> None:
+            if fetched is not None:
+                self.host.samples.add_transfer(source.info.replica_id, fetched.num_bytes, fetched.seconds)
+
+        self._borrowing.borrow(message.name, message.block_hashes, source, came)
 
     def cancel(self, message: Cancel) -> None:
         """The ingress wants no more of this attempt and lower ones."""
@@ -167,9 +185,19 @@ class PrefillReplica:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _accept(self, message: Prefill, fetched: Fetched | None) -> None:
+    def _pulled(self, message: Prefill, fetched: Fetched | None) -> None:
         if fetched is not None and message.pull_from is not None:
             self.host.samples.add_transfer(message.pull_from.replica_id, fetched.num_bytes, fetched.seconds)
+        self._accept_pulled(message)
+
+    def _accept_pulled(self, message: Prefill) -> None:
+        """Its prefix is there, or nobody waits for it any longer."""
+        key = message.request_id, message.attempt
+        if key in self._pulling and self.host.alive:
+            self._pulling.discard(key)
+            self._accept(message)
+
+    def _accept(self, message: Prefill) -> None:
         key = message.request_id, message.attempt
         if key not in self._answers:
             return  # cancelled while its prefix came

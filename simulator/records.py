@@ -33,6 +33,8 @@ class Record:
     num_attempts: int
     num_transfer_bytes: int
     outcome: str  # "stop" or "length", else the name of the error that the client got
+    tenant: str = ""
+    slo_class: str = "standard"
 
     @property
     def is_completed(self) -> bool:
@@ -80,6 +82,8 @@ def make_record(request: Request, outcome: str, now: float) -> tuple[Record, "Ga
         request.attempt + 1,
         request.num_transfer_bytes,
         outcome,
+        request.salt,
+        request.slo_class,
     ), gaps
 
 

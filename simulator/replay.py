@@ -132,7 +132,7 @@ def replay(events: Iterable[tuple[float, Event]], config: SchedulerConfig, other
             case Deregister():
                 admission.replica_lost(event.replica_id)
             case Reserve():
-                admission.reserve(replace(event, timeout_s=float("inf")), now)
+                admission.reserve(replace(event, timeout_s=float("inf"), num_known_replicas=0), now)
             case Plan():
                 shadow.expect(event)
                 admission.dispatch_one(event.request_id, now)

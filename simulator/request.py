@@ -68,6 +68,7 @@ class Request:
     generation: str = ""  # whose weights made the shown tokens
     was_unknown: bool = False  # to decode, at the last heartbeat
     opened: bool = False
+    slo_class: str = "standard"
 
     def to(self, state: RequestState) -> None:
         """The one door to another state."""
@@ -99,7 +100,9 @@ def make_request(
     salt: str,
     block_size: int,
     timeout_s: float,
+    slo_class: str = "standard",
 ) -> Request:
     """As it arrives: hashed once."""
     hashes = hash_blocks(prompt, block_size, salt)
-    return Request(request_id, now, prompt, hashes, output, chain_seed(salt), salt, now + timeout_s)
+    root, deadline = chain_seed(salt), now + timeout_s
+    return Request(request_id, now, prompt, hashes, output, root, salt, deadline, slo_class=slo_class)

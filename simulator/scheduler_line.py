@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from cluster.ingress.plan_alone import plan_alone
@@ -29,6 +30,7 @@ class SchedulerLine:
         self._scheduler = scheduler
         self._chance = chance
         self._replicas: tuple[ReplicaInfo, ...] = ()
+        self._is_away = False  # its address has to be looked up
         self._weights: dict[str, float] = {}
         self._good_at = 0.0
         self._in_use: dict[str, int] = {}
@@ -67,7 +69,7 @@ class SchedulerLine:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _try(self, request: Reserve, planned: Callable[[Plan], None], failed: Failed, left: int) -> None:
-        if not left:
+        if not left or (self._is_away and self._replicas):
             self.num_alone += 1
             try:
                 plan = plan_alone(request, self._replicas, self._weights, self._in_use, self._chance)
@@ -81,11 +83,12 @@ class SchedulerLine:
             if not isinstance(error, PeerLost):
                 failed(error)
                 return
-            self._later(self._resolve_s(), self._try, request, planned, failed, left - 1)
+            self._is_away = True
+            self._later(0.0 if self._replicas else self._resolve_s(), self._try, request, planned, failed, left - 1)
 
-        scheduler = self._scheduler
+        scheduler, message = self._scheduler, replace(request, num_known_replicas=len(self._replicas))
         self._world.wire.tell(
-            self._owner.number, scheduler, scheduler.reserve, request, planned, refused, failed=refused
+            self._owner.number, scheduler, scheduler.reserve, message, planned, refused, failed=refused
         )
 
     def _resolve_s(self) -> float:
@@ -104,6 +107,7 @@ class SchedulerLine:
 
     def _follow_book(self) -> None:
         if self._scheduler.alive:
+            self._is_away = False
             self._take(self._scheduler.book())
         self._later(BOOK_INTERVAL_S, self._follow_book)
 

@@ -8,9 +8,13 @@ from cluster.scheduler.admission import Admission
 from cluster.scheduler.asked_sizes import Asked
 from cluster.scheduler.fleet_signals import fleet_signals
 from core.errors import BatonError, PeerLost
+from core.messages.fleet import Role
+from core.messages.to_decode import MakeRoom
+from core.messages.to_lender import TakeOver
 from core.messages.to_scheduler import Book, Finish, Plan, Progress, Renew, Report, Reserve
 from simulator.events import MESSAGE, TIMER
 from simulator.host import World
+from simulator.peers import Peers
 from simulator.wire import Failed
 
 HOUSEKEEPING_S = 0.1
@@ -21,13 +25,15 @@ WALL_START = datetime(2025, 1, 6, tzinfo=UTC)  # a Monday: where the trace begin
 class SchedulerProcess:
     """`make` builds an empty Admission, also after a restart."""
 
-    def __init__(self, world: World, number: int, make: Callable[[], Admission]) -> None:
+    def __init__(self, world: World, number: int, make: Callable[[], Admission], peers: Peers) -> None:
         self._world = world
         self.number = number
         self.alive = True
         self.incarnation = 0
         self.back_at = 0.0  # when it is down: until then
         self._make = make
+        self._peers = peers
+        self.num_copies = 0
         self.admission = make()
         self._pending: dict[str, tuple[int, Callable[[Plan], None], Failed]] = {}
         self._expected: dict[tuple[str, int], int] = {}  # the next report's number, by replica and incarnation
@@ -115,6 +121,20 @@ class SchedulerProcess:
     def _dispatch(self) -> None:
         if not self.admission.num_waiting:
             return
+        self._give_plans()
+        wire = self._world.wire
+        for yielding in self.admission.take_yields():
+            decode = self._peers.decode(yielding.decode)
+            message = MakeRoom(yielding.request_id, yielding.attempt)
+            wire.tell(self.number, decode.host, decode.make_room, message)
+        for copy in self.admission.take_copies():
+            self.num_copies += 1
+            taker = self._peers.prefill if copy.taker.role is Role.PREFILL else self._peers.decode
+            replica = taker(copy.taker)
+            order = TakeOver(f"copy.{self.incarnation}.{self.num_copies}", copy.block_hashes, copy.source)
+            wire.tell(self.number, replica.host, replica.take_over, order)
+
+    def _give_plans(self) -> None:
         for plan in self.admission.dispatch(self._now):
             pending = self._pending.pop(plan.request_id, None)
             if pending is not None and pending[0] == plan.attempt:

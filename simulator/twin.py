@@ -77,7 +77,7 @@ class Twin:
             policy = make_policy(spec, seed) if make_policy is not None else None
             return Admission(spec.scheduler, spec.autoscaling.rate_window_s, GENERATION, policy)
 
-        self.scheduler = self.fleet.scheduler = SchedulerProcess(self.world, SCHEDULER, admission)
+        self.scheduler = self.fleet.scheduler = SchedulerProcess(self.world, SCHEDULER, admission, self.fleet)
         self.fleet.ingresses = [
             Ingress(self.world, self.fleet.next_number(), self.fleet, spec, self._over)
             for _ in range(spec.num_ingresses)
@@ -136,6 +136,7 @@ class Twin:
             traced.tenant,
             spec.block_size,
             spec.clients.timeout_s,
+            traced.slo_class,
         )
         self._num_open += 1
         self.sampler.arrived()

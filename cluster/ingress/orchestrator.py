@@ -127,7 +127,8 @@ class Orchestrator:
             progress.fleet_generation = plan.decode.generation
             prompt = None
             if plan.prefill is not None:
-                prompt = Prefill(request_id, attempt, sequence, ticket, progress.remaining_s, plan.pull_from)
+                pull = plan.pull_from, plan.pull_patience_s
+                prompt = Prefill(request_id, attempt, sequence, ticket, progress.remaining_s, *pull)
             on_first_token = partial(self._scheduler.progress, request_id)
             under_way = Attempt(progress, plan, subscription, self._client, self._config, on_first_token)
             async with aclosing(under_way.events(prompt)) as events:
@@ -151,6 +152,7 @@ class Orchestrator:
             progress.remaining_s,
             due_s,
             pull_from,
+            plan.pull_patience_s,
         )
         timeout_s = self._config.control_timeout_s + (self._config.data_timeout_s if pull_from is not None else 0.0)
         try:

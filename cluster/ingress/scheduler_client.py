@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from cluster.ingress.generation import FleetHealth
@@ -122,11 +123,15 @@ class SchedulerClient:
         self._spawn(self._tell(PROGRESS, Progress(request_id, num_cached_tokens)))
 
     async def _reserve(self, request: Reserve) -> Plan:
+        """Who knows replicas waits for no scheduler that has to be looked for; the address book's reader does that."""
         for _ in range(2):
-            address = ""
+            address = self._schedulers.known_address
+            if not address and self._replicas:
+                break
             try:
-                address = await self._schedulers.address()
-                return await self._client.call(address, RESERVE, request, request.timeout_s + CALL_TIMEOUT_S)
+                address = address or await self._schedulers.address()
+                message = replace(request, num_known_replicas=len(self._replicas))
+                return await self._client.call(address, RESERVE, message, request.timeout_s + CALL_TIMEOUT_S)
             except PeerLost as error:
                 logger.warning("the global scheduler does not answer: %s", error)
                 self._schedulers.failed(address)

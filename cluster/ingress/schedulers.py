@@ -29,6 +29,11 @@ class Schedulers:
             self._known[self._current] = await self._found(self._current)
         return self._known[self._current]
 
+    @property
+    def known_address(self) -> str:
+        """Of the one that is asked now; empty while nobody has found it."""
+        return self._known[self._current]
+
     def failed(self, address: str) -> None:
         """Nobody answered there: the address is looked up again, and the next scheduler is asked meanwhile.
 

@@ -29,10 +29,13 @@ from cluster.scheduler.wait_forecast import WaitForecast
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
-from core.errors import BatonError, NoReplica, Overloaded
+from core.errors import BatonError, NoReplica, Overloaded, PeerLost
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import Plan, Progress, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
+
+PULL_PATIENCE = 3.0  # times the predicted time that a pulled prefix is waited for; then it is computed
+LEAST_PATIENCE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Admission:
         self._refused: dict[str, BatonError] = {}  # pushed out of a full line, not told yet
         self._yields: list[Yielding] = []
         self._tombstones = Tombstones()
+        self._first_heard_at: float | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -97,6 +101,8 @@ class Admission:
 
     def report(self, report: Report, now: float) -> None:
         """Takes a replica's report in."""
+        if self._first_heard_at is None:
+            self._first_heard_at = now
         replica_id = report.info.replica_id
         is_new = self.fleet.update(report.info, report.status, now)
         if is_new or report.snapshot:
@@ -117,9 +123,11 @@ class Admission:
 
         It waits for a decode replica too: one may be starting, or about to register with a new scheduler.
         Raises Overloaded when the line is full of its own tenant's requests, or when it would wait longer than it may;
-        PromptTooLong, and StaleMessage when its Finish came first.
+        PromptTooLong, and StaleMessage when its Finish came first; PeerLost when a new scheduler knows fewer replicas
+        than who asks: that one plans better alone.
         """
         self._tombstones.refuse(request.request_id, request.attempt)
+        self._require_whole(request, now)
         self._drop(request.request_id, now)
         generations = self._generations(now)
         if (too_long := generations.too_long(request)) is not None:
@@ -254,6 +262,13 @@ class Admission:
         timeout_s = min(request.timeout_s, target.queue_timeout_s or self._config.queue_timeout_s)
         return Waiting(request, now, now + (request.ttft_slo_s or target.ttft_s), timeout_s)
 
+    def _require_whole(self, request: Reserve, now: float) -> None:
+        """Raises PeerLost."""
+        is_new = self._first_heard_at is None or now - self._first_heard_at < self._config.settle_s
+        if is_new and len(self.fleet.by_id) < request.num_known_replicas:
+            num = f"{len(self.fleet.by_id)} of {request.num_known_replicas} replicas"
+            raise PeerLost(f"the global scheduler has just started: it has heard of {num}")
+
     def _refuse_in_time(self, waiting: Waiting) -> None:
         """Raises Overloaded for a request that would wait in vain: it is told now, not when its time is over."""
         wait_s = self._forecast.wait_s(self._line.tokens_before(waiting)) if self._line else None
@@ -309,4 +324,5 @@ class Admission:
             decision.predicted_ttft_s,
             decision.reason,
             decision.lender.info if decision.lender else None,
+            LEAST_PATIENCE_S + PULL_PATIENCE * decision.terms.pull_s if decision.lender else 0.0,
         )

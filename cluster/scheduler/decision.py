@@ -50,6 +50,7 @@ class DecisionMaker:
         self._exhaustive = exhaustive
         self._sites = Sites(self.learned.costs, config.max_decode_kv_usage)
         self._headroom = Headroom()
+        self._batch_itl_s = min(config.itl_slo_s, config.slo.interactive.itl_s)  # batch work slows nobody beyond this
         self._batch_headroom = Headroom(max(0.0, config.max_decode_kv_usage - config.max_batch_kv_usage))
         self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
         self._local_rules = LocalRules(config.local_prefill_max_tokens, config.itl_slo_s)
@@ -139,6 +140,8 @@ class DecisionMaker:
             num_blocks = site.num_missing(depth, num_tokens)
             itl_s = site.itl_s + site.costs.context_s * (num_tokens + num_new / 2)
             wait_s = itl_s / 2 if site.busy else 0.0  # of the step under way, on average
+            if request.is_batch and site.busy and itl_s > self._batch_itl_s:
+                continue
             num_bytes = num_blocks * site.block_bytes
             excess = excess_of(itl_s, slo_s)
             sinks.append(Sink(excess, wait_s, site.num_reserved, itl_s, num_bytes, num_blocks, depth, site))
@@ -167,6 +170,8 @@ class DecisionMaker:
         for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens):
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
+            if request.is_batch and site.busy and harm_s > self._batch_itl_s:
+                continue
             reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)
             # what is behind windows while a long chunk is computed takes room, too
             if reason and (

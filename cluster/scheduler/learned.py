@@ -8,6 +8,7 @@ from cluster.scheduler.hits import HitCheck
 from cluster.scheduler.link_book import LinkBook
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
+from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report
 
 
@@ -29,12 +30,15 @@ class Learned:
         self.costs.heard(replica, report.steps)
         if report.transfers or replica.status.links:
             self.links.heard(replica, report.transfers, self._zones)
+        if report.info.role is Role.DECODE:
+            self.flights.heard(report.info.replica_id, report.status.links, report.status.num_waiting)
 
     def lost(self, replica_id: str) -> None:
         """A replica is gone."""
         self._zones.pop(replica_id, None)
         self.costs.lost(replica_id)
         self.links.lost(replica_id)
+        self.flights.lost(replica_id)
 
     def booked(self, reservation: Reservation) -> None:
         """A decision is in force."""
@@ -44,7 +48,7 @@ class Learned:
 
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """A prompt is computed."""
-        self.flights.end(reservation.request_id)
+        self.flights.computed(reservation.request_id)
         self._ttft.add(reservation.decision.terms.first_token_s, now - reservation.booked_at)
         if num_cached_tokens is not None:
             self._hits.found(reservation, num_cached_tokens)

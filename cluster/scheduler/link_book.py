@@ -57,7 +57,12 @@ class LinkBook:
             return known
         if destination.status.links and (bytes_per_s := destination.bytes_per_s_from(source_id)) > 0:
             return LinkCost(LINK_LATENCY_S, 1 / max(bytes_per_s, LEAST_BYTES_PER_S))
-        return self._usual.get((source.info.zone, destination.info.zone), GUESSED)
+        usual = self._usual.get((source.info.zone, destination.info.zone), GUESSED)
+        others = [self._known[pair] for pair in self._pairs_of.get(source_id, ()) if pair[0] == source_id]
+        if not others:
+            return usual
+        # what every other way out of this replica has cost: its port may be what is slow
+        return LinkCost(*map(max, usual, LinkCost(*map(min, *others, others[0]))))
 
     def lost(self, replica_id: str) -> None:
         """Its links are gone."""

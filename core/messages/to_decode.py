@@ -43,6 +43,7 @@ class Open:
     timeout_s: float
     due_s: float = 0.0  # until the client should have its first tokens; what is due first travels first
     pull_from: ReplicaInfo | None = None  # has a longer prefix cached; only with `prefill` None
+    pull_patience_s: float = 0.0  # as in Plan
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Prefill:
     ticket: Ticket
     timeout_s: float
     pull_from: ReplicaInfo | None = None  # has a longer prefix cached than this replica
+    pull_patience_s: float = 0.0  # as in Plan
 
 
 @dataclass(frozen=True)

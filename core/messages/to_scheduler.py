@@ -27,6 +27,7 @@ class Reserve:
     ttft_slo_s: float = 0.0  # 0: that of its class
     itl_slo_s: float = 0.0
     priority: int = 0  # among the tenant's own; higher ones first
+    num_known_replicas: int = 0  # in the ingress's last view: a scheduler that has just started and knows fewer refuses
 
     @property
     def is_batch(self) -> bool:
@@ -46,6 +47,7 @@ class Plan:
     predicted_ttft_s: float
     reason: str  # one word for metrics, see cluster.scheduler.decision; or fallback
     pull_from: ReplicaInfo | None = None  # whose cached prefix whoever prefills shall fetch first
+    pull_patience_s: float = 0.0  # and wait for it no longer, but compute; 0: as long as it takes
 
 
 @dataclass(frozen=True)

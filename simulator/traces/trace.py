@@ -48,6 +48,7 @@ class TracedRequest:
     output: tuple[Run, ...]
     tenant: str = ""
     session: str = ""  # requests of one conversation or agent; empty: unknown
+    slo_class: str = "standard"
 
     @property
     def num_prompt_tokens(self) -> int:

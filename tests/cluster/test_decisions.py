@@ -83,6 +83,8 @@ def test_bytes_in_flight_turn_a_request_to_another_link():
     flights = world.admission.policy.learned.flights
     assert flights.before(first.prefill.replica_id, "d9") == 8000 * TOKEN_BYTES
     world.admission.progress(Progress(first.request_id), 0.5)
+    assert flights.before(first.prefill.replica_id, "d9") == 8000 * TOKEN_BYTES  # computed, and on its way
+    world.report(first.decode.replica_id)
     assert flights.before(first.prefill.replica_id, first.decode.replica_id) == 0
 
 

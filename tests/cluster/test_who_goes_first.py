@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def report(info: ReplicaInfo, num_running: int = 0) -> Report:
 
 
 def request(name: str, tenant: str = "", num_tokens: int = 100, **changes) -> Reserve:
-    first = abs(hash((name, tenant))) % 10**6
+    first = crc32(f"{tenant}/{name}".encode()) % 10**6
     tokens = tuple(range(first, first + num_tokens))
     fields = {"max_new_tokens": 16, "timeout_s": 60.0} | changes
     return Reserve(name, 0, "i", num_tokens, block_hashes=hash_blocks(tokens, BLOCK), tenant=tenant, **fields)
@@ -215,7 +216,7 @@ def decoding(fleet: Fleet, *names: str) -> None:
 
 
 def test_batch_work_yields_to_others_youngest_first_and_comes_back_later():
-    fleet = Fleet(max_batch_kv_usage=1.0)
+    fleet = Fleet(max_batch_kv_usage=1.0, slo={"interactive": {"ttft_s": 1.0, "itl_s": 1.0}}, itl_slo_s=1.0)
     batch = [request(f"batch{i}", slo_class="batch") for i in range(SLOTS)]
     for number, one in enumerate(batch):
         fleet.ask(one, now=number / 10)

@@ -155,3 +155,27 @@ async def test_a_replica_takes_a_prefix_over_before_anybody_asks_it_for_that(tin
         await fleet.stop("p0")
         await copy(TakeOver("s.gone", hash_blocks(random_prompts(11, (96,))[0], 16), source))  # nobody lends: no harm
         await fleet.until_quiet()
+
+
+@pytest.mark.parametrize("prefill", ["p1", None])
+async def test_a_pull_that_takes_much_longer_than_foreseen_is_waited_for_no_more(tiny_llama, prefill):
+    """The prompt is computed meanwhile, and what comes late is cached for the next one."""
+    path, model = tiny_llama
+    shared, tail = random_prompts(12, (96, 12))
+    async with running_fleet(path, 2, 2) as fleet:
+        steer(fleet, "p0", "d0")
+        await generate(fleet, "first", shared + random_prompts(13, (7,))[0], 2)
+        taker = fleet.replicas[prefill or "d1"].service
+        borrower = taker._borrower if prefill else taker._sources._borrower
+        bring, late = borrower._bring, asyncio.Event()
+
+        async def bring_late(*args):
+            await late.wait()
+            return await bring(*args)
+
+        borrower._bring = bring_late
+        steer(fleet, prefill, "d1", "p0")
+        assert await cached_tokens(fleet, "next", shared + tail, 8) == (reference(model, shared + tail, 8), 0)
+        late.set()
+        await fleet.until_quiet()
+        assert len(taker._pulls if prefill else taker._sources._under_way) == 0
