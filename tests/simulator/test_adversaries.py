@@ -37,7 +37,7 @@ def test_a_flood_of_one_tenant_costs_another_its_part_and_no_more():
     records = play(fleet, small, flood)
     theirs = [record for record in records if record.tenant == "small"]
     assert goodput(theirs) > 0.97
-    assert ttft_p99(theirs) < 0.35  # 0.06 alone
+    assert ttft_p99(theirs) < 0.6  # 0.06 alone; the flood waits for seconds
     own = [record for record in records if record.tenant == "flood"]
     assert goodput(own) < 0.8  # who floods waits
 
