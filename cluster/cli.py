@@ -36,7 +36,11 @@ class _Commands(TyperGroup):
         if (own := super().get_command(ctx, cmd_name)) is not None:
             return own
         found = entry_points(group=COMMANDS, name=cmd_name)
-        return typer.main.get_command(next(iter(found)).load()) if found else None
+        if not found:
+            return None
+        command = typer.main.get_command(next(iter(found)).load())
+        command.name = cmd_name  # what help lists; a function's name otherwise
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         try:
