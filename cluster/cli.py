@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from cluster.check.preflight import require_startable
 from cluster.local import LocalFleet, local_fleet
 from cluster.readiness import wait_until_idle
 from cluster.settings import demo_model_path, resolve_config
@@ -84,6 +85,7 @@ def serve(config: ConfigFile = None, model: ModelDir = None, port: Port = None) 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
     settings = resolve_config(config, model, port)
+    require_startable(settings)
     with console.status("starting") as status, local_fleet(settings, status.update, stop) as fleet:
         status.stop()
         console.print(ready_line(fleet, settings, time.monotonic() - started))
