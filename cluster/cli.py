@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from cluster.check.preflight import require_startable
 from cluster.local import LocalFleet, local_fleet
 from cluster.readiness import wait_until_idle
 from cluster.settings import demo_model_path, resolve_config
@@ -36,7 +37,11 @@ class _Commands(TyperGroup):
         if (own := super().get_command(ctx, cmd_name)) is not None:
             return own
         found = entry_points(group=COMMANDS, name=cmd_name)
-        return typer.main.get_command(next(iter(found)).load()) if found else None
+        if not found:
+            return None
+        command = typer.main.get_command(next(iter(found)).load())
+        command.name = cmd_name  # what help lists; a function's name otherwise
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -80,6 +85,7 @@ def serve(config: ConfigFile = None, model: ModelDir = None, port: Port = None) 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
     settings = resolve_config(config, model, port)
+    require_startable(settings)
     with console.status("starting") as status, local_fleet(settings, status.update, stop) as fleet:
         status.stop()
         console.print(ready_line(fleet, settings, time.monotonic() - started))

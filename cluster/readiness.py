@@ -1,5 +1,6 @@
 """Waits until a deployed application answers, or has answered all."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import httpx
 from core.errors import ConfigurationError
 
 STATUS_INTERVAL_S = 0.5  # of questions to Serve's controller, which needs the processor itself while replicas start
+_OUR_ERROR = re.compile(r"^\W*core\.errors\.\w+: (.+(?:\n(?=\S).+)*)", re.MULTILINE)
 
 
 def wait_until_ready(
@@ -90,4 +92,10 @@ def _is_scaled_to_zero(apps: Mapping[str, Any]) -> bool:
 
 def _first_failure(app: Any) -> str:
     messages = [d.message for d in app.deployments.values() if d.message and d.status.value != "HEALTHY"]
-    return str((messages or [app.message])[0])
+    return sentence_of(str((messages or [app.message])[0]))
+
+
+def sentence_of(message: str) -> str:
+    """What an error of ours says at the end of the traceback that Serve tells; any other message as it is."""
+    said = _OUR_ERROR.findall(message)
+    return str(said[-1]).strip() if said else message

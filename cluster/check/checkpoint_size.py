@@ -22,6 +22,9 @@ def _count(file: Path) -> int:
             if header_bytes > file.stat().st_size:
                 raise ValueError("it is cut short")
             header = json.loads(stream.read(header_bytes))
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        if 8 + header_bytes + max((tensor["data_offsets"][1] for tensor in tensors), default=0) > file.stat().st_size:
+            raise ValueError("it is cut short")
         return sum(_weights(name, tensor) for name, tensor in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"cannot read {file}: it is cut short or no safetensors file") from error

@@ -71,7 +71,7 @@ def make_plan(config: BatonConfig, geometry: ModelGeometry, num_parameters: int 
     problems = list(disagreements(config, geometry))
     pools = {"prefill": config.prefill, "decode": config.decode}
     try:
-        layouts = {name: _layout(name, pool, config, geometry) for name, pool in pools.items()}
+        layouts = {name: split_model(name, pool, config, geometry) for name, pool in pools.items()}
     except ConfigurationError as error:
         return Plan((), (*problems, error))
     channels = _channels(config, layouts)
@@ -103,7 +103,8 @@ def _channels(config: BatonConfig, layouts: dict[str, KVLayout]) -> dict[str, in
     }
 
 
-def _layout(name: str, pool: PoolConfig, config: BatonConfig, geometry: ModelGeometry) -> KVLayout:
+def split_model(name: str, pool: PoolConfig, config: BatonConfig, geometry: ModelGeometry) -> KVLayout:
+    """How a pool's ranks share the model. Raises ConfigurationError with the field at fault."""
     typed = replace(geometry, dtype=dtype_of(pool, config, geometry))
     try:
         return typed.kv_layout(pool.tensor_parallel, config.block_size, pool.pipeline_parallel)

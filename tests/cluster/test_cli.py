@@ -3,7 +3,9 @@
 import socket
 from importlib.metadata import version
 
+import click
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -14,6 +16,14 @@ runner = CliRunner()
 def test_version_is_the_distributions():
     result = runner.invoke(app, ["--version"])
     assert (result.exit_code, result.stdout.strip()) == (0, f"baton {version('baton-llm')}")
+
+
+def test_every_command_that_help_lists_is_one():
+    command = typer.main.get_command(app)
+    context = click.Context(command)
+    names = command.list_commands(context)
+    assert {"serve", "why", "simulate", "replay"} <= set(names)
+    assert [command.get_command(context, name).name for name in names] == names
 
 
 @pytest.mark.parametrize(
