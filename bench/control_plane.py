@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from bench.rank_processes import LOOPBACK
+from cluster.decision_record import DecisionRecorder
 from cluster.ingress.orchestrator import Fleet, Orchestrator
 from cluster.ingress.scheduler_client import SchedulerClient
 from cluster.ingress.token_streams import TokenStreams
@@ -58,13 +59,17 @@ class ControlPlane:
 
 @asynccontextmanager
 async def control_plane(
-    scheduler: SchedulerConfig, transfer: TransferConfig, block_size: int, security: Security = UNGUARDED
+    scheduler: SchedulerConfig,
+    transfer: TransferConfig,
+    block_size: int,
+    security: Security = UNGUARDED,
+    recorder: DecisionRecorder | None = None,
 ) -> AsyncIterator[ControlPlane]:
-    """Starts all parts, and ends all of them, failure or not."""
+    """Starts all parts, and ends all of them, failure or not. `recorder` hears what the scheduler hears."""
     async with AsyncExitStack() as stack:
         client = RpcClient(security)
         stack.push_async_callback(client.close)
-        service = SchedulerService(Admission(scheduler), "s", LOOPBACK, security)
+        service = SchedulerService(Admission(scheduler), "s", LOOPBACK, security, recorder)
         address = await service.start()
         stack.push_async_callback(service.close)
 

@@ -55,7 +55,8 @@ def lone_rank(role: Role, model: ModelConfig, pool: PoolConfig, transfer: Transf
 class RankProcess:
     """One rank; its spec and its log are files in `folder`. `environment` is added to this process's own.
 
-    With `slow_link`, a file of bench.slow_link, what it receives comes over wires of that speed.
+    With `slow_link`, a file of bench.slow_link, what it receives comes over wires of that speed; with `pace`, its steps
+    take the time of a device, see bench.paced_rank.
     """
 
     def __init__(
@@ -64,10 +65,14 @@ class RankProcess:
         folder: Path,
         environment: Mapping[str, str] | None = None,
         slow_link: Path | None = None,
+        pace: float | None = None,
     ) -> None:
         self.spec = spec
-        self._main = f"{spec.role.value}_worker" if slow_link is None else "bench.slow_rank"
-        self._arguments = [str(slow_link)] if slow_link is not None else []
+        self._main, self._arguments = f"{spec.role.value}_worker", list[str]()
+        if slow_link is not None:
+            self._main, self._arguments = "bench.slow_rank", [str(slow_link)]
+        elif pace is not None:
+            self._main, self._arguments = "bench.paced_rank", [str(pace)]
         self.process: Process | None = None
         self._environment = (
             os.environ | RANK_ENVIRONMENT | {"OMP_NUM_THREADS": str(spec.pool.resources_per_rank.num_threads)}

@@ -28,7 +28,7 @@ MOST_AHEAD = 512  # steps
 
 @dataclass(slots=True)
 class _Plan:
-    """Quiet steps: the first `num_done` are over, the next one is under way."""
+    """Quiet steps: the first `num_done` are over, the next one is under way. `ends` lie a gap after the seconds."""
 
     begun_at: float
     seconds: list[float]
@@ -102,10 +102,10 @@ class DecodeEngine:
             return
         step = self._scheduler.launch()
         assert step is not None
-        seconds = plan.seconds[plan.num_done]
+        seconds, end = plan.seconds[plan.num_done], plan.ends[plan.num_done]
         self._plan, self._step, self._begun_at = None, step, plan.step_begun_at
         self._version += 1
-        self._at_end(self._begun_at + seconds, self._step_done, step, seconds)
+        self._at_end(end, self._step_done, step, seconds)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class DecodeEngine:
         num_steps = scheduler.num_quiet_steps(MOST_AHEAD) if self._skips and not self._tokens.must_step() else 0
         if num_steps:
             seconds = self._seconds_of(num_steps)
-            ends = np.add.accumulate(np.concatenate(([now], seconds)))[1:]
+            ends = np.add.accumulate(np.concatenate(([now], seconds + self._host.step_gap_s)))[1:]
             self._plan = _Plan(now, seconds.tolist(), ends.tolist())
             scheduler.begin_quiet_step()
             self._await_end(self._plan)
@@ -128,7 +128,7 @@ class DecodeEngine:
         if step is not None and self._step is None:
             self._step, self._begun_at = step, now
             seconds_of_step = self._host.cost.step_s(_work(step)) / self._host.speed
-            self._at_end(now + seconds_of_step, self._step_done, step, seconds_of_step)
+            self._at_end(now + (seconds_of_step + self._host.step_gap_s), self._step_done, step, seconds_of_step)
 
     def _seconds_of(self, num_steps: int) -> "np.typing.NDArray[np.float64]":
         running = self._scheduler.running

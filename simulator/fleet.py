@@ -56,7 +56,7 @@ class Fleet:
         info = self._info(role, pool, replica_id, incarnation)
         speed = pool.speeds.get(index, 1.0)
         ttl_s = self._spec.transfer.rest_timeout_s
-        host = Host(self._world, self.next_number(), info, self._costs[role], speed, ttl_s)
+        host = Host(self._world, self.next_number(), info, self._costs[role], speed, ttl_s, pool.step_gap_s)
         self._world.network.add(host.number, self._spec.link.port)
         replica: Replica
         if role is Role.PREFILL:

@@ -64,6 +64,7 @@ class PoolSection(Section):
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int = Field(default=8192, ge=1)
     queue_limit: int = Field(default=64, ge=1)
+    step_gap_s: float = Field(default=0.0, ge=0)  # from a step's end until its tokens leave and the next one begins
     drain_timeout_s: float = Field(default=20.0, ge=0)  # a replica that goes hands over what has not ended by then
     speeds: dict[int, float] = Field(default_factory=dict)  # of single replicas, by number; 0.5 takes twice the time
 

@@ -27,13 +27,21 @@ class Host:
     """One incarnation of a replica."""
 
     def __init__(
-        self, world: World, number: int, info: ReplicaInfo, cost: CostModel, speed: float, rest_timeout_s: float
+        self,
+        world: World,
+        number: int,
+        info: ReplicaInfo,
+        cost: CostModel,
+        speed: float,
+        rest_timeout_s: float,
+        step_gap_s: float = 0.0,
     ) -> None:
         self.world = world
         self.number = number
         self.info = info
         self.cost = cost
         self.speed = speed
+        self.step_gap_s = step_gap_s
         self.pool = BlockPool(info.num_blocks)
         self.lender = Lender(info, self.pool, rest_timeout_s)
         self.alive = True

@@ -155,7 +155,7 @@ class PrefillReplica:
             queue.at(
                 begun_at + seconds * done / len(self._groups), MESSAGE, number, self._layers_done, step, first, num
             )
-        queue.at(begun_at + seconds, STEP_END, number, self._step_done, step, seconds)
+        queue.at(begun_at + seconds + self.host.step_gap_s, STEP_END, number, self._step_done, step, seconds)
 
     def _layers_done(self, step: PrefillStep, first_layer: int, num_layers: int) -> None:
         if self.host.alive:

@@ -5,8 +5,9 @@
     servegen    CSV with t_s, client, input_tokens, output_tokens
     sessions    JSON lines of agent sessions with runs of block ids
     lengths     CSV with num_prefill_tokens, num_decode_tokens and no times: arrivals are drawn
+    decisions   what a global scheduler of ours wrote into its `scheduler.record_dir`
 
-Files may be gzipped. All draws are by `seed`.
+The others than `decisions` may be gzipped. All draws are by `seed`.
 """
 
 import csv
@@ -18,12 +19,14 @@ from io import TextIOWrapper
 from pathlib import Path
 from random import Random
 
+from cluster.decision_record import MAGIC, read_events
 from core.errors import ConfigurationError
 from simulator.traces.agent_sessions import read_sessions
 from simulator.traces.block_ids import read_block_ids
+from simulator.traces.decisions import read_decisions
 from simulator.traces.trace import TracedRequest, plain_request
 
-KINDS = ("auto", "blocks", "azure", "servegen", "sessions", "lengths")
+KINDS = ("auto", "blocks", "azure", "servegen", "sessions", "lengths", "decisions")
 LENGTHS_RATE = 1.0  # requests per second of a trace without times; `scale` changes it
 
 
@@ -31,11 +34,15 @@ def read_trace(path: Path, kind: str = "auto", seed: int = 0) -> list[TracedRequ
     """Requests by arrival, the first one at 0 s. Raises ConfigurationError naming the file and what it lacks."""
     if kind not in KINDS:
         raise ConfigurationError(f"trace kind {kind!r} is not known; known are {', '.join(KINDS)}", field="kind")
+    chosen = kind
     try:
-        with _open(path) as file:
-            chosen = _kind_of(path, file.readline()) if kind == "auto" else kind
-        with _open(path) as file:
-            requests = list(_READERS[chosen](file, Random(seed)))
+        if kind == "auto":
+            chosen = "decisions" if _is_record(path) else _kind_of(path)
+        if chosen == "decisions":
+            requests = read_decisions(read_events(path))
+        else:
+            with _open(path) as file:
+                requests = list(_READERS[chosen](file, Random(seed)))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read trace {path}: {error}") from error
     except (KeyError, ValueError, TypeError) as error:
@@ -49,7 +56,14 @@ def _open(path: Path) -> TextIOWrapper:
     return TextIOWrapper(gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
-def _kind_of(path: Path, head: str) -> str:
+def _is_record(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _kind_of(path: Path) -> str:
+    with _open(path) as file:
+        head = file.readline()
     if head.startswith("TIMESTAMP,ContextTokens"):
         return "azure"
     if head.startswith("t_s,client,input_tokens"):
