@@ -70,7 +70,7 @@ class DecisionMaker:
         if not sinks:
             return None
         lenders, links = self._lenders(request, choices), self.learned.links
-        sources = Sources(links, request.num_tokens, matches, lenders, self._config.pull_min_tokens)
+        sources = Sources(links, request.num_tokens, matches, lenders, self._config.pull_min_tokens, choices.now)
         weighed: list[Weighed] = []
         if request.placement != "local" and choices.prefills:
             weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
@@ -82,10 +82,14 @@ class DecisionMaker:
 
     # ---- what it is told ----------------------------------------------------------------------------------------
 
-    def reported(self, replica: ReplicaView, report: Report, now: float) -> None:  # noqa: ARG002
+    def reported(self, replica: ReplicaView, report: Report, now: float) -> None:
         """Learns from samples; the replica's load has changed."""
         self.learned.reported(replica, report)
+        site = self._sites.of(replica)
+        before_s = site.queue_s
         self._changed(replica)
+        if site.queue_s < before_s:
+            site.begun_at = now
 
     def lost(self, replica_id: str) -> None:
         """Forgets the replica."""
@@ -98,11 +102,15 @@ class DecisionMaker:
         """The loads of its replicas have changed."""
         self.learned.booked(reservation)
         self._take_care(reservation, now)
+        taker = reservation.decision.prefill or reservation.decision.decode
+        if len(taker.prefill_tokens) == 1:
+            self._sites.of(taker).begun_at = now
         self._replicas_changed(reservation)
 
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """Its prefill is over."""
         self.learned.first_token(reservation, num_cached_tokens, now)
+        self._sites.of(reservation.decision.prefill or reservation.decision.decode).begun_at = now
         self._replicas_changed(reservation)
 
     def finished(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
@@ -167,7 +175,7 @@ class DecisionMaker:
             )
 
         slo_s, headroom, weighed = self._itl_slo_s(request), self._headroom_for(request), []
-        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens):
+        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens, choices.now):
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
             if request.is_batch and site.busy and harm_s > self._batch_itl_s:

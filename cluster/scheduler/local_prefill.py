@@ -41,7 +41,7 @@ class LocalRules:
         return "local_idle" if is_idle else "local_saturated"
 
 
-def few_for_local(sinks: Sequence[Sink], num_tokens: int) -> Sequence[Sink]:
+def few_for_local(sinks: Sequence[Sink], num_tokens: int, now: float) -> Sequence[Sink]:
     """Those on which local prefill is fastest, pulls left aside."""
     if len(sinks) <= NUM_LOCAL:
         return sinks
@@ -49,7 +49,7 @@ def few_for_local(sinks: Sequence[Sink], num_tokens: int) -> Sequence[Sink]:
     for number, sink in enumerate(sinks):
         site = sink.site
         num_uncached = max(1, num_tokens - sink.depth * site.block_size)
-        seconds = site.queue_s + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
+        seconds = site.queue_left_s(now) + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
         ranked.append((seconds, number))
     ranked.sort()
     return [sinks[number] for _, number in ranked[:NUM_LOCAL]]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import islice
 
-from core.messages.fleet import ReplicaInfo
+from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import ReplicaStatus
 
 ROOFLINE_PREFILL_TOKENS_PER_S = 2000.0  # until a replica has reported its own
@@ -47,10 +47,14 @@ class ReplicaView:
         """Prompt tokens that stand before a new request.
 
         While the replica holds no more requests than were sent here, those that it does not hold yet are the newest.
-        What is reserved is an upper bound then: prompts shrink as they are computed, in reports alone. Otherwise
-        others sent some, or it does not say how many it holds; the larger of the two is believed.
+        What is reserved is an upper bound then: prompts shrink as they are computed, in reports alone. A decode replica
+        holds those that decode, too: when all it holds are known here, so is what they have left to compute, and a
+        report from before a first token is out of date. Otherwise others sent some, or it does not say how many it
+        holds; the larger of the two is believed.
         """
         status, reserved = self.status, self.num_reserved_tokens
+        if self.info.role is Role.DECODE and 0 < status.num_waiting + status.num_running <= len(self.decode_requests):
+            return reserved
         num_there, num_sent = status.num_waiting + status.num_running, len(self.prefill_tokens)
         if not reserved or not 0 < num_there <= num_sent:
             return max(status.num_waiting_tokens, reserved)

@@ -16,6 +16,7 @@ class Site:
 
     __slots__ = (
         "beside_tokens_s",
+        "begun_at",
         "block_bytes",
         "block_share",
         "block_size",
@@ -60,6 +61,7 @@ class Site:
         num_growing = sum(group.window is None for group in layout.kv_groups)
         self.block_share = num_growing / layout.block_size  # blocks per token of growth
         self.max_at_once = info.max_num_batched_tokens
+        self.begun_at = 0.0  # since when it works at what is first in `queue_s`
 
     def refresh(self, costs: StepCosts, max_kv_usage: float) -> None:
         """From the view as it is now."""
@@ -82,6 +84,10 @@ class Site:
         if view.prefill_tokens:
             self.itl_s += costs.token_s * min(view.outstanding_prefill_tokens, self.max_at_once)
         self.beside_tokens_s = costs.token_s * num_decoding + costs.beside_s * status.num_kv_tokens
+
+    def queue_left_s(self, now: float) -> float:
+        """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""
+        return max(0.0, self.queue_s - (now - self.begun_at)) if self.queue_s else 0.0
 
     def prefill_s(self, num_uncached: int, num_tokens: int, beside_s: float) -> float:
         """Computing the last tokens of a prompt; `beside_s`: what others add to each step."""

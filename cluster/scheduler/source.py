@@ -26,9 +26,10 @@ class Sources:
     """Sources of one request."""
 
     def __init__(
-        self, links: LinkBook, num_tokens: int, matches: Matches, lenders: tuple[Site, ...], pull_min_tokens: int
+        self, links: LinkBook, num_tokens: int, matches: Matches, lenders: tuple[Site, ...], pull_min_tokens: int, now: float
     ) -> None:
         """`lenders` have the deepest prefixes."""
+        self.now = now
         self._links = links
         self._num_tokens = num_tokens
         self._matches = matches
@@ -57,12 +58,13 @@ class Sources:
             other_prefill_s = site.prefill_s(num_left, num_tokens, beside_s)
             if other_pull_s + other_prefill_s < pull_s + prefill_s:
                 pull_s, prefill_s, num_uncached, best_lender = other_pull_s, other_prefill_s, num_left, lender
-        before_s = site.queue_s + pull_s + restore_s
+        queue_s = site.queue_left_s(self.now)
+        before_s = queue_s + pull_s + restore_s
         last_bytes = min(num_uncached, site.max_at_once) * site.kv_layer_bytes
         num_pieces = -(-num_uncached // site.max_at_once) * site.num_layers
         return Source(
             before_s + prefill_s,
-            site.queue_s,
+            queue_s,
             pull_s,
             restore_s,
             prefill_s,
