@@ -62,7 +62,8 @@ async def test_no_descriptor_is_left_after_all_agents_closed(fleet):
         return num_fds()
 
     await live_and_close()  # what libraries open once stays open
-    assert await live_and_close() == await live_and_close()
+    before = await live_and_close()
+    assert await live_and_close() <= before  # less: what earlier tests left was collected meanwhile
 
 
 async def test_channels_keep_within_memory_the_least_recently_used_goes(fleet):
