@@ -15,8 +15,8 @@ class Site:
     """One replica: the first group changes with its info, the second with each report and reservation."""
 
     __slots__ = (
-        "beside_tokens_s",
         "begun_at",
+        "beside_tokens_s",
         "block_bytes",
         "block_share",
         "block_size",
