@@ -63,7 +63,9 @@ class RateSearch:
         return sqrt(passes * fails) if passes else fails / STEP
 
 
-def tune(num_configs: int, measure: Callable[[int, float], float], rate: float, share: float, budget: int) -> list[Trial]:
+def tune(
+    num_configs: int, measure: Callable[[int, float], float], rate: float, share: float, budget: int
+) -> list[Trial]:
     """Every configuration at one rate, then those that pass at higher and higher ones, `budget` simulations in all.
 
     When none passes any more, the best of them is asked again at lower rates, so that the budget is spent in any case.
@@ -93,9 +95,11 @@ def best_of(trials: Sequence[Trial], share: float) -> int:
         passes = trial.probe.share >= share
         return (trial.probe.rate if passes else 0.0), trial.probe.share, -trial.number
 
-    highest = max(trial.probe.rate for trial in trials if trial.probe.share >= share) if any(
-        trial.probe.share >= share for trial in trials
-    ) else None
+    highest = (
+        max(trial.probe.rate for trial in trials if trial.probe.share >= share)
+        if any(trial.probe.share >= share for trial in trials)
+        else None
+    )
     if highest is None:
         return max(trials, key=merit).number
     beyond = [trial for trial in trials if trial.probe.rate > highest]

@@ -26,7 +26,13 @@ class Sources:
     """Sources of one request."""
 
     def __init__(
-        self, links: LinkBook, num_tokens: int, matches: Matches, lenders: tuple[Site, ...], pull_min_tokens: int, now: float
+        self,
+        links: LinkBook,
+        num_tokens: int,
+        matches: Matches,
+        lenders: tuple[Site, ...],
+        pull_min_tokens: int,
+        now: float,
     ) -> None:
         """`lenders` have the deepest prefixes."""
         self.now = now
