@@ -53,13 +53,13 @@ LOADS = {
         "azure2023_code.csv.gz",
         {"llama-3.1-8b": Slo(0.5, 0.2, CODE), "llama-3.1-70b": Slo(1.0, 0.2, CODE)},
         6.0,
-        {"llama-3.1-8b": 8.0, "llama-3.1-70b": 1.0},
+        {"llama-3.1-8b": 20.0, "llama-3.1-70b": 2.0},
     ),
     "servegen": Load(
         "servegen_deepseek-r1_sampled_peak1h.csv.gz",
         {"llama-3.1-8b": Slo(0.5, 0.03, MLPERF), "llama-3.1-70b": Slo(0.45, 0.04, MLPERF)},
-        20.0,
-        {"llama-3.1-8b": 8.0, "llama-3.1-70b": 1.0},
+        15.0,
+        {"llama-3.1-8b": 12.0, "llama-3.1-70b": 1.5},
     ),
     "agentic": Load(
         "agentic_claude_code_sessions_A.jsonl.gz",

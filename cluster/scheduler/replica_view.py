@@ -34,6 +34,7 @@ class ReplicaView:
     num_expected_tokens: float = 0.0
     reserved_prefill_s: float = 0.0
     _prefill_s: dict[str, float] = field(default_factory=dict)  # request id -> seconds that its prefill takes
+    _knows_all: bool = False  # at its last report a decode replica held nothing but what was sent from here
     _bytes_per_s: dict[str, float] = field(default_factory=dict)  # by source, as reported
 
     def hear(self, info: ReplicaInfo, status: ReplicaStatus, now: float) -> None:
@@ -41,6 +42,8 @@ class ReplicaView:
         if status.links is not self.status.links:
             self._bytes_per_s.clear()
         self.info, self.status, self.seen_at = info, status, now
+        num_there = status.num_waiting + status.num_running
+        self._knows_all = info.role is Role.DECODE and 0 < num_there <= len(self.decode_requests)
 
     @property
     def outstanding_prefill_tokens(self) -> int:
@@ -53,7 +56,7 @@ class ReplicaView:
         holds; the larger of the two is believed.
         """
         status, reserved = self.status, self.num_reserved_tokens
-        if self.info.role is Role.DECODE and 0 < status.num_waiting + status.num_running <= len(self.decode_requests):
+        if self._knows_all:
             return reserved
         num_there, num_sent = status.num_waiting + status.num_running, len(self.prefill_tokens)
         if not reserved or not 0 < num_there <= num_sent:

@@ -5,7 +5,7 @@ from cluster.scheduler.matches import Matches
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import takes_more
 from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
-from core.messages.fleet import ReplicaInfo
+from core.messages.fleet import ReplicaInfo, Role
 
 # Of blocks that come from below the device, until a replica has measured its tiers: PCIe copies, an NVMe disk.
 GUESSED_RESTORE_BYTES_PER_S = {"host": 5e9, "disk": 1e9}
@@ -70,8 +70,10 @@ class Site:
         self.costs = costs
         self.num_reserved = view.num_reservations
         self.takes_more = takes_more(view)
-        self.queue_s = _queue_s(view, costs)
         num_decoding = view.num_decode_requests
+        self.beside_tokens_s = costs.token_s * num_decoding + costs.beside_s * status.num_kv_tokens
+        is_decode = self.info.role is Role.DECODE
+        self.queue_s = _queue_s(view, costs, self.beside_tokens_s if is_decode else 0.0)
         self.busy = num_decoding > 0
         self.has_slot = num_decoding < self.info.max_num_seqs
         self.free_blocks = view.num_free_blocks - (
@@ -83,8 +85,6 @@ class Site:
         self.itl_s = costs.decode_step_s(num_decoding + 1, status.num_kv_tokens + coming)
         if view.prefill_tokens:
             self.itl_s += costs.token_s * min(view.outstanding_prefill_tokens, self.max_at_once)
-        self.beside_tokens_s = costs.token_s * num_decoding + costs.beside_s * status.num_kv_tokens
-
     def queue_left_s(self, now: float) -> float:
         """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""
         return max(0.0, self.queue_s - (now - self.begun_at)) if self.queue_s else 0.0
@@ -143,11 +143,17 @@ class Sites:
         self._sites.pop(replica_id, None)
 
 
-def _queue_s(view: ReplicaView, costs: StepCosts) -> float:
-    """Until a new prompt's first chunk runs: what is there before it, at the replica's pace."""
+def _queue_s(view: ReplicaView, costs: StepCosts, beside_s: float) -> float:
+    """Until a new prompt's first chunk runs: what is there before it, at the replica's pace.
+
+    Each prompt was foreseen alone; short ones share steps, and what a step takes whatever is in it, `beside_s` too.
+    """
     num_tokens = view.outstanding_prefill_tokens
     if not num_tokens:
         return 0.0
     if view.num_reserved_tokens:
-        return view.reserved_prefill_s * num_tokens / view.num_reserved_tokens
+        alone_s = view.reserved_prefill_s * num_tokens / view.num_reserved_tokens
+        num_steps = -(-num_tokens // view.info.max_num_batched_tokens)
+        shared_s = max(0, len(view.prefill_tokens) - num_steps) * (costs.chunk_s + beside_s)
+        return max(alone_s - shared_s, costs.token_s * num_tokens)
     return costs.prefill_s(num_tokens, 0, view.info.max_num_batched_tokens)
