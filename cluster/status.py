@@ -42,7 +42,8 @@ def print_fleet(fleet: dict[str, Any], console: Console) -> None:
     if fleet["traffic"]["weights"]:
         console.print(f"traffic by generation: {describe_weights(fleet['traffic']['weights'])}")
     console.print(_nodes(fleet["nodes"]))
-    console.print(_replicas(fleet["replicas"]))
+    console.print(_loads(fleet["replicas"]))
+    console.print(_origins(fleet["replicas"]))
     if fleet["sizes"]:
         console.print(_sizes(fleet["sizes"]))
     links = _links(fleet["replicas"])
@@ -68,26 +69,39 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _replicas(replicas: list[dict[str, Any]]) -> Table:
-    load = ("running", "waiting", "free blocks")
-    start = ("warm-up", "revision", "runs")
-    table = _table("replicas", "replica", "generation", "state", "address", "ranks", *load, *start)
-    for replica in sorted(replicas, key=lambda r: (r["info"]["role"], r["info"]["replica_id"])):
+def _loads(replicas: list[dict[str, Any]]) -> Table:
+    table = _table("replicas", "replica", "state", "ranks", "running", "waiting", "free blocks", "warm-up")
+    for replica in _in_order(replicas):
         info, status = replica["info"], replica["status"]
         table.add_row(
             info["replica_id"],
-            info["generation"],
             _state(replica),
-            info["rank_addresses"][0],
             str(len(info["rank_addresses"])),
             str(status["num_running"]),
             str(status["num_waiting"]),
             f"{status['num_free_blocks']} of {info['num_blocks']}",
             f"{info['warm_up_s']:.1f} s",
+        )
+    return table
+
+
+def _origins(replicas: list[dict[str, Any]]) -> Table:
+    """Where they run, and what."""
+    table = _table("versions", "replica", "generation", "address", "revision", "runs")
+    for replica in _in_order(replicas):
+        info = replica["info"]
+        table.add_row(
+            info["replica_id"],
+            info["generation"],
+            info["rank_addresses"][0],
             info["compatibility"]["weights_revision"][:12],
             f"{info['software']}, protocol {info['protocol']}",
         )
     return table
+
+
+def _in_order(replicas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(replicas, key=lambda replica: (replica["info"]["role"], replica["info"]["replica_id"]))
 
 
 def _sizes(sizes: list[dict[str, Any]]) -> Table:
@@ -136,5 +150,5 @@ def _tiers(replicas: list[dict[str, Any]]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("replica", "address", "from", "to"))
     return table

@@ -4,7 +4,6 @@ from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
-from rich.table import Table
 
 from cluster.http_client import ask
 
@@ -29,9 +28,10 @@ def _print_decision(decision: dict[str, Any], console: Console) -> None:
         f"[bold]{decision['request_id']}[/bold], attempt {decision['attempt']}: {decision['slo_class']}{tenant}; "
         f"{decision['num_tokens']} prompt tokens, {decision['num_cached_tokens']} of them counted on as cached, "
         f"{decision['num_expected_tokens']:.0f} output tokens expected of {decision['max_new_tokens']} at most; "
-        f"waited {_ms(decision['queue_s'])} ms for the plan"
+        f"waited {_ms(decision['queue_s'])} ms for the plan; milliseconds:"
     )
-    console.print(_candidates(decision["candidates"]))
+    for number, candidate in enumerate(decision["candidates"]):
+        console.print(f"  {'[bold]taken[/bold]' if number == 0 else 'or   '}  {_way(candidate)}", soft_wrap=True)
     chosen = decision["candidates"][0]
     foreseen_s = sum(chosen[term] for term in _UNTIL_FIRST_TOKEN)
     console.print(
@@ -43,22 +43,13 @@ def _print_decision(decision: dict[str, Any], console: Console) -> None:
     )
 
 
-def _candidates(candidates: list[dict[str, Any]]) -> Table:
-    table = Table("", "prefill", "decode", "pulls from", "reason", title="milliseconds", title_justify="left")
-    for term in (*_TERMS, "TTFT", "ITL"):
-        table.add_column(term.removesuffix("_s"), justify="right")
-    for number, candidate in enumerate(candidates):
-        table.add_row(
-            "taken" if number == 0 else "",
-            candidate["prefill_id"] or "-",
-            candidate["decode_id"],
-            candidate["lender_id"] or "-",
-            candidate["reason"],
-            *(_ms(candidate[term]) for term in _TERMS),
-            _ms(sum(candidate[term] for term in _TERMS)),
-            _ms(candidate["itl_s"]),
-        )
-    return table
+def _way(candidate: dict[str, Any]) -> str:
+    """One way in a sentence: terms that are nothing are left out."""
+    pulled = f", prefix from {candidate['lender_id']}" if candidate["lender_id"] else ""
+    route = " -> ".join(filter(None, (candidate["prefill_id"], candidate["decode_id"])))
+    terms = [f"{term.removesuffix('_s')} {_ms(candidate[term])}" for term in _TERMS if candidate[term]]
+    total = " = ".join(filter(None, (_ms(sum(candidate[term] for term in _TERMS)), " + ".join(terms))))
+    return f"{candidate['reason']}, {route}{pulled}: TTFT {total}; ITL {_ms(candidate['itl_s'])}"
 
 
 def _ms(seconds: float | None) -> str:

@@ -27,7 +27,8 @@ def run_check(
     node_types = read_node_types(read_yaml(cluster_file)) if cluster_file else ()
     num_parameters = count_parameters(folder)
     plan = make_plan(config, read_geometry(folder), num_parameters, Hardware(host_bytes, memory_gib, node_types))
-    console.print(_table(plan))
+    if plan.pools:
+        console.print(_table(plan))
     source = "formula: the folder holds no weights yet" if num_parameters is None else "headers of the weight files"
     console.print(f"model {folder}; weights by the {source}; channels with all replicas up")
     if plan.problems:
@@ -36,23 +37,19 @@ def run_check(
 
 
 def _table(plan: Plan) -> Table:
-    table = Table(title="one rank, GiB")
-    for column in ("pool", "ranks", "weights", "KV", "blocks", "tokens/replica", "channels", "reserve", "total", "of"):
-        table.add_column(column, justify="left" if column == "pool" else "right")
-    for pool in plan.pools:
-        rank = pool.rank
-        table.add_row(
-            f"{pool.name} on {pool.pool.device}",
-            f"{pool.pool.max_replicas} x {_degrees(pool.pool)}",
-            _gib(rank.weight_bytes),
-            _gib(rank.kv_bytes),
-            f"{rank.num_blocks}",
-            f"{pool.num_tokens}",
-            f"{rank.num_channels}: {_gib(rank.channel_bytes)}",
-            _gib(rank.reserve_bytes),
-            _gib(rank.total_bytes),
-            _gib(pool.memory_bytes),
-        )
+    table = Table("one rank", *(pool.name for pool in plan.pools), box=None, header_style="bold")
+    rows = {
+        "device": [pool.pool.device for pool in plan.pools],
+        "replicas": [f"{pool.pool.max_replicas} x {_degrees(pool.pool)}" for pool in plan.pools],
+        "tokens of a replica": [str(pool.num_tokens) for pool in plan.pools],
+        "weights": [_gib(pool.rank.weight_bytes) for pool in plan.pools],
+        "KV": [f"{_gib(pool.rank.kv_bytes)} in {pool.rank.num_blocks} blocks" for pool in plan.pools],
+        "channels": [f"{_gib(pool.rank.channel_bytes)} for {pool.rank.num_channels}" for pool in plan.pools],
+        "reserve": [_gib(pool.rank.reserve_bytes) for pool in plan.pools],
+        "total": [f"{_gib(pool.rank.total_bytes)} of {_gib(pool.memory_bytes)}" for pool in plan.pools],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     return table
 
 
@@ -62,4 +59,4 @@ def _degrees(pool: PoolConfig) -> str:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"
+    return f"{num_bytes / 2**30:.2f} GiB"
