@@ -114,7 +114,7 @@ def _robust(relative: Floats) -> Floats:
     found: Floats = np.zeros(relative.shape[1])
     for _ in range(ROUNDS):
         root = np.sqrt(weights)
-        found = np.linalg.lstsq(relative * root[:, None], root, rcond=None)[0]
+        found = np.asarray(np.linalg.lstsq(relative * root[:, None], root, rcond=None)[0], dtype=np.float64)
         off = np.abs(relative @ found - 1)
         reach = CLIP * max(LEAST_DEVIATION, float(np.mean(np.minimum(off, np.quantile(off, 0.9)))))
         weights = np.minimum(1.0, reach / np.maximum(off, LEAST_DEVIATION))
