@@ -21,6 +21,7 @@ BENCHMARKS = {
     "http": ("--rounds", "2"),
     "autoscaling": (),
     "simulation": (),
+    "reality": ("--rates", "3", "--rounds", "1", "--requests", "60", "--calibration-requests", "60"),
     "scheduler": ("--blocks", "1000000"),
 }
 

@@ -28,6 +28,15 @@ class Calibration:
     step_gap_s: float
     control_latency_s: float
 
+    def describe(self) -> str:
+        """One line."""
+        costs, link = self.costs[Role.DECODE].costs, self.link
+        return (
+            f"decode steps {1e3 * costs.step_s:.1f} ms + {1e3 * costs.sequence_s:.2f} ms a sequence, chunks "
+            f"{1e3 * costs.chunk_s:.1f} ms + {1e3 * costs.token_s:.3f} ms a token, gap {1e3 * self.step_gap_s:.2f} ms, "
+            f"message {1e3 * self.control_latency_s:.2f} ms, transfer {1e3 * link.latency_s:.1f} ms"
+        )
+
 
 def calibrate(plays: Sequence[Played]) -> Calibration:
     """Raises ValueError when too little was seen."""

@@ -68,16 +68,18 @@ class RealFleet:
         self._transfer = transfer
         self._vocab_size = vocab
         self._record = dir_ / "decisions"
+        self._num_plays = 0
 
     async def play(self, load: Sequence[TracedRequest], placements: Sequence[str] = ("auto",)) -> Played:
         """In real time, whoever is late or not; placements in turns."""
+        self._num_plays += 1
         recorder = DecisionRecorder(self._record, self._scheduler, RECORD_BYTES)
         block_size = self.infos[0].compatibility.block_size
         async with control_plane(self._scheduler, self._transfer, block_size, recorder=recorder) as plane:
             for info in self.infos:
                 plane.register(info)
             await plane.until_ready(len(self.infos))
-            prompts = [spell(one.prompt, self._vocab_size) for one in load]
+            prompts = [spell(one.prompt, self._vocab_size, self._num_plays) for one in load]
             foreign, round_trips_s = ForeignLoad(), list[float]()
             echo = asyncio.create_task(self._echo(plane, round_trips_s))
             began = time.perf_counter()
@@ -97,7 +99,9 @@ class RealFleet:
         traced = seen.traced
         await asyncio.sleep(began + traced.arrival_s - time.perf_counter())
         sampling = SamplingParams(traced.num_output_tokens, temperature=0.0)
-        generation = Generation(traced.request_id, tuple(prompt), sampling, REQUEST_TIMEOUT_S, placement)
+        generation = Generation(
+            f"{self._num_plays}.{traced.request_id}", tuple(prompt), sampling, REQUEST_TIMEOUT_S, placement
+        )
         try:
             async with aclosing(plane.orchestrator.generate(generation)) as events:
                 async for event in events:

@@ -12,21 +12,20 @@ PREFIX_TOKENS = 160
 PREFIX_SHARE = 0.5
 PROMPT_TOKENS = (24, 512)  # drawn evenly in their logarithm, without the prefix
 OUTPUT_TOKENS = (8, 64)
-MOST_REQUESTS = 10_000  # of one load: ids of another begin behind them
 
 
-def poisson_load(num_requests: int, per_s: float, number: int, seed: int) -> list[TracedRequest]:
-    """`number` tells apart loads that shall have no token in common."""
-    chance, now = Random(f"{seed} {number}"), 0.0
+def poisson_load(num_requests: int, per_s: float, seed: int) -> list[TracedRequest]:
+    """The same for the same seed."""
+    chance, now = Random(seed), 0.0
     load = []
     for index in range(num_requests):
         now += chance.expovariate(per_s)
-        own = own_token(number * MOST_REQUESTS + index)
-        prefix = Run(1 + number * NUM_PREFIXES + chance.randrange(NUM_PREFIXES), PREFIX_TOKENS)
+        own = own_token(index)
+        prefix = Run(1 + chance.randrange(NUM_PREFIXES), PREFIX_TOKENS)
         before = (prefix,) if chance.random() < PREFIX_SHARE else ()
         prompt = (*before, Run(own, _log_uniform(chance, *PROMPT_TOKENS)))
         output = (Run(own, _log_uniform(chance, *OUTPUT_TOKENS)),)
-        load.append(TracedRequest(f"{number}-{index}", now, prompt, output))
+        load.append(TracedRequest(f"poisson-{index}", now, prompt, output))
     return load
 
 
@@ -48,13 +47,15 @@ def fitted(trace: Sequence[TracedRequest], longest: int, per_s: float) -> list[T
     ]
 
 
-def spell(runs: Iterable[Run], vocab_size: int) -> list[int]:
-    """Tokens that a model knows, equal where the runs are: each id stands for an endless text of its own."""
+def spell(runs: Iterable[Run], vocab_size: int, play: int) -> list[int]:
+    """Tokens that a model knows, equal where the runs are: each id stands for an endless text of its own, another one
+    in each play, so that none finds what an earlier one left in the caches.
+    """
     return [
         token
         for run in runs
         for token_id in range(run.first, run.first + run.number)
-        for token in Random(token_id).choices(range(vocab_size), k=run.length)
+        for token in Random(f"{play} {token_id}").choices(range(vocab_size), k=run.length)
     ]
 
 

@@ -31,10 +31,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Compared:
-    """Of one load: medians over the rounds by figure, and the ratios twin / real of single rounds."""
+    """Of one load by figure: medians over the rounds, how far the real ones lie apart, ratios twin / real of rounds."""
 
     real: dict[str, float]
     twin: dict[str, float]
+    real_spread: dict[str, tuple[float, float]]  # least and most, as shares of the median
     rounds: list[dict[str, float]]
 
     @property
@@ -71,19 +72,27 @@ def figures_of_twin(result: Result, slo: SloSection) -> dict[str, float]:
 def compare(real: Sequence[Mapping[str, float]], twin: Sequence[Mapping[str, float]]) -> Compared:
     """Of rounds that belong together."""
     rounds = [_ratios(one, other) for one, other in zip(real, twin, strict=True)]
-    return Compared(_medians(real), _medians(twin), rounds)
+    middle = _medians(real)
+    spread = {
+        name: (min(one[name] for one in real) / value, max(one[name] for one in real) / value) if value else (1.0, 1.0)
+        for name, value in middle.items()
+    }
+    return Compared(middle, _medians(twin), spread, rounds)
 
 
-def print_compared(title: str, compared: Compared) -> None:
-    """One row for each figure."""
-    print(f"\n{title}: {compared.num_within} of {len(compared.ratios)} figures within {WITHIN:.0%}")
+def print_compared(title: str, foretold: Compared, retold: Compared) -> None:
+    """One row for each figure, times in milliseconds: both twins beside the same real fleet."""
+    told = ", ".join(f"{one.num_within} of {len(one.ratios)}" for one in (foretold, retold))
+    print(f"\n{title}: figures within {WITHIN:.0%} of the real ones: {told}")
     rows = []
-    for name, ratio in compared.ratios.items():
-        of_rounds = [one[name] for one in compared.rounds]
+    for name, real in foretold.real.items():
         unit = 1e3 if name.endswith("ms") else 1.0
-        real, twin = f"{unit * compared.real[name]:.3g}", f"{unit * compared.twin[name]:.3g}"
-        rows.append((name, real, twin, f"{ratio:.2f}", f"{min(of_rounds):.2f} to {max(of_rounds):.2f}"))
-    print_table(("figure", "real", "twin", "twin / real", "of rounds"), rows)
+        row = [name, f"{unit * real:.3g}", "{:.2f} to {:.2f}".format(*foretold.real_spread[name])]
+        for one in (foretold, retold):
+            row += [f"{unit * one.twin[name]:.3g}", f"{one.ratios[name]:.2f}"]
+        rows.append(row)
+    print_table(("figure", "real", "of rounds", "foretold", "/ real", "retold", "/ real"), rows)
+    print(flush=True)
 
 
 def as_json(compared: Compared) -> dict[str, object]:
@@ -101,7 +110,7 @@ def _figures(outcomes: Sequence[Outcome], gaps: GapHistogram, slo: SloSection, s
     done = [one for one in outcomes if one.is_completed]
     good = sum(one.ttft_s <= slo.ttft_s and one.tpot_s <= slo.tpot_s for one in done)
     itl = Percentiles(*gaps.percentiles(SHARES))
-    found = {"completed": float(len(done)), "goodput /s": good / span_s}
+    found: dict[str, float] = {"completed": float(len(done)), "goodput /s": good / span_s}
     for name, of in (
         ("TTFT", percentiles([one.ttft_s for one in done])),
         ("ITL", itl),

@@ -105,6 +105,7 @@ class FleetSpec(Section):
     model: str = "llama-3.1-8b"
     gpu: str = "h100"
     kv: KVSection | None = None
+    device: DeviceFacts = DeviceFacts()  # that replicas tell of, with a `kv` section
     block_size: int = Field(default=64, ge=1, le=256)
     prefill: PoolSection | None = None
     decode: PoolSection
@@ -137,9 +138,9 @@ class FleetSpec(Section):
         return KVLayout(kv.num_layers, heads, kv.head_dim, size, kv.dtype, tp, kv.latent, groups)
 
     def device_facts(self, pool: PoolSection) -> DeviceFacts:
-        """Of a replica, as it tells the scheduler of itself: nothing of a model or GPU that is not known."""
+        """Of a replica, as it tells the scheduler of itself: what tables know, else what the file says."""
         if self.kv is not None:
-            return DeviceFacts()
+            return self.device
         gpu, geometry = gpu_spec(self.gpu), served_model(self.model).geometry
         idle = 0
         if (experts := geometry.experts) is not None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from core.messages.fleet import Role
 from simulator.baselines.catalog import find_policy
 from simulator.traces.trace import Run, TracedRequest
 from simulator.twin import Twin
@@ -111,3 +112,17 @@ def test_a_prefix_is_pulled_from_whoever_has_it():
     assert any(record.prefill != first.prefill for record in later)
     assert [record.num_cached_tokens for record in later] == [60, 60, 60]
     assert result.num_transfer_bytes > sum(record.num_transfer_bytes for record in result.records)
+
+
+def test_a_gap_after_each_step_delays_its_tokens_and_the_next_step():
+    spec = small_fleet(1, 1, scheduler__local_prefill_max_tokens=0, prefill__step_gap_s=0.002, decode__step_gap_s=0.003)
+    twin = Twin(spec, COSTS)
+    (record,) = twin.run([traced(0, 1.0, tuple(range(100)), 40)]).records
+    chunks = 2 * BASE + 100 * PROMPT + 2 * 0.002  # 64 tokens, then 36
+    assert record.ttft_s == pytest.approx(6 * LATENCY + chunks, abs=1e-12)
+    steps = decode_steps(100, 39)
+    rest = record.finished_s - record.first_token_s - steps[0] - 0.003
+    handoff = record.itl_max_s - steps[0] - 0.003
+    assert rest - handoff == pytest.approx(sum(steps[1:]) + 38 * 0.003, abs=1e-9)
+    (decode,) = twin.fleet.in_pool(Role.DECODE)
+    assert decode.busy_s == pytest.approx(sum(steps), abs=1e-9)  # gaps are no work, nor part of what it reports

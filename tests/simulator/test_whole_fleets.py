@@ -31,6 +31,7 @@ FLEETS = {
     "slow links": small_fleet(3, 2, link__bytes_per_s=2e4),
     "two ingresses, impatient": small_fleet(2, 2, num_ingresses=2, clients__timeout_s=0.15),
     "short queue": small_fleet(1, 1, scheduler__queue_timeout_s=0.3, scheduler__queue_limit=6),
+    "gaps between steps": small_fleet(2, 2, prefill__step_gap_s=0.0013, decode__step_gap_s=0.0007),
     "pulls": small_fleet(3, 2, scheduler__pull_min_tokens=4, link__bytes_per_s=1e8),
 }
 
