@@ -57,19 +57,21 @@ def main(tables: Annotated[Path, typer.Argument(exists=True, file_okay=False)]) 
     groups: defaultdict[tuple[str, str, str, str], list[MeasuredRun]] = defaultdict(list)
     for run in runs:
         groups[run.group].append(run)
-    tpots: list[float] = []
-    ttfts: list[float] = []
+    tpots: defaultdict[str, list[float]] = defaultdict(list)  # of what was not fitted
+    ttfts: defaultdict[str, list[float]] = defaultdict(list)
     for group, members in sorted(groups.items()):
         engine, model, gpu, precision = group
         is_fitted = FITTED[engine] == (model, gpu, precision)
         checked = [(run, _terms(run, overheads[engine])) for run in members]
         tpot_errors = [terms.tpot_s / run.tpot_s - 1 for run, terms in checked]
         ttft_errors = _ttft_errors(checked[1::2], fit_campaign(checked[::2]))
-        tpots += [] if is_fitted else tpot_errors
-        ttfts += ttft_errors
+        for kind in (_kind(model), "all"):
+            tpots[kind] += [] if is_fitted else tpot_errors
+            ttfts[kind] += ttft_errors
         label = f"{engine:11}{model:17}{gpu:6}{precision:11}{len(members):5}"
         typer.echo(f"{label}  {_spread(tpot_errors)}  {_spread(ttft_errors)}  {'TPOT fitted' if is_fitted else ''}")
-    typer.echo(f"{'all that was not fitted':45}{len(tpots):5}  {_spread(tpots)}  {_spread(ttfts)}")
+    for kind, errors in tpots.items():
+        typer.echo(f"{f'{kind} that were not fitted':45}{len(errors):5}  {_spread(errors)}  {_spread(ttfts[kind])}")
     for reason, number in left_out.most_common():
         typer.echo(f"left out {number}: {reason}")
     Path(__file__).with_name("engines.json").write_text(json.dumps(_described(overheads), indent=1) + "\n")
@@ -93,6 +95,10 @@ def fit_campaign(runs: Sequence[tuple[MeasuredRun, LoopTerms]]) -> Campaign:
 def _ttft_errors(runs: Sequence[tuple[MeasuredRun, LoopTerms]], campaign: Campaign) -> list[float]:
     found = (terms.times(campaign.burst_share, campaign.request_s) for _, terms in runs)
     return [times.ttft_s / run.ttft_s - 1 for times, (run, _) in zip(found, runs, strict=True)]
+
+
+def _kind(model: str) -> str:
+    return "dense models" if served_model(model).geometry.experts is None else "mixtures of experts"
 
 
 def _robust(relative: Floats) -> Floats:
