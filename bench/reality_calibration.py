@@ -14,9 +14,8 @@ from bench.reality_fleet import Played
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Report, StepSample
 from simulator.cost.cost_model import Link
-from simulator.cost.measured_costs import MeasuredCosts, fit, fit_steps
+from simulator.cost.measured_costs import LEAST_SAMPLES, MeasuredCosts, fit, fit_steps
 
-LEAST_STEPS = 60  # of a role
 LEAST_TRANSFERS = 8
 
 
@@ -51,7 +50,7 @@ def calibrate(plays: Sequence[Played], before: Calibration | None = None) -> Cal
                 samples.setdefault(event.info.role, []).extend(event.steps)
                 transfers += [(num_bytes, seconds) for _, num_bytes, seconds in event.transfers]
     every = [sample for found in samples.values() for sample in found]
-    costs = {role: fit_steps(found if len(found) >= LEAST_STEPS else every) for role, found in samples.items()}
+    costs = {role: fit_steps(found if len(found) >= LEAST_SAMPLES else every) for role, found in samples.items()}
     link = before.link if before is not None and len(transfers) < LEAST_TRANSFERS else _link(transfers)
     return Calibration(costs, link, _step_gap_s(plays, samples[Role.DECODE]), _latency_s(plays))
 
