@@ -104,7 +104,7 @@ class RealityBench:
         return rounds
 
     def _round(self, info: ReplicaInfo, load: list[TracedRequest], played: Played, around: Calibration) -> Round:
-        within = calibrate([played])
+        within = calibrate([played], around)
         specs = [self.spec(info, one) for one in (around, within)]
         slo = specs[0].slo
         foretold, retold = (
@@ -187,7 +187,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=256, help="tokens of one step")
     parser.add_argument("--longest", type=int, default=1024, help="tokens of a recorded request after shrinking")
-    parser.add_argument("--itl-slo-s", type=float, default=0.3, help="that the scheduler keeps")
+    parser.add_argument("--itl-slo-s", type=float, default=0.2, help="that the scheduler keeps; its default is 0.1")
     parser.add_argument("--slo-ttft-s", type=float, default=0.5)
     parser.add_argument("--slo-tpot-s", type=float, default=0.06)
     parser.add_argument("--seed", type=int, default=0)

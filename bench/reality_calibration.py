@@ -14,7 +14,7 @@ from bench.reality_fleet import Played
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Report, StepSample
 from simulator.cost.cost_model import Link
-from simulator.cost.measured_costs import MeasuredCosts, fit, fit_steps
+from simulator.cost.measured_costs import LEAST_SAMPLES, MeasuredCosts, fit, fit_steps
 
 LEAST_TRANSFERS = 8
 
@@ -38,8 +38,10 @@ class Calibration:
         )
 
 
-def calibrate(plays: Sequence[Played]) -> Calibration:
-    """Raises ValueError when too little was seen."""
+def calibrate(plays: Sequence[Played], before: Calibration | None = None) -> Calibration:
+    """A role that computed little has the costs of all steps, since one engine serves both; of too few transfers the
+    link is that of `before`. Raises ValueError when too little was seen.
+    """
     samples: dict[Role, list[StepSample]] = {}
     transfers: list[tuple[int, float]] = []
     for play in plays:
@@ -47,8 +49,10 @@ def calibrate(plays: Sequence[Played]) -> Calibration:
             if isinstance(event, Report):
                 samples.setdefault(event.info.role, []).extend(event.steps)
                 transfers += [(num_bytes, seconds) for _, num_bytes, seconds in event.transfers]
-    costs = {role: fit_steps(found) for role, found in samples.items()}
-    return Calibration(costs, _link(transfers), _step_gap_s(plays, samples[Role.DECODE]), _latency_s(plays))
+    every = [sample for found in samples.values() for sample in found]
+    costs = {role: fit_steps(found if len(found) >= LEAST_SAMPLES else every) for role, found in samples.items()}
+    link = before.link if before is not None and len(transfers) < LEAST_TRANSFERS else _link(transfers)
+    return Calibration(costs, link, _step_gap_s(plays, samples[Role.DECODE]), _latency_s(plays))
 
 
 def _link(transfers: Sequence[tuple[int, float]]) -> Link:
