@@ -85,6 +85,7 @@ class Site:
         self.itl_s = costs.decode_step_s(num_decoding + 1, status.num_kv_tokens + coming)
         if view.prefill_tokens:
             self.itl_s += costs.token_s * min(view.outstanding_prefill_tokens, self.max_at_once)
+
     def queue_left_s(self, now: float) -> float:
         """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""
         return max(0.0, self.queue_s - (now - self.begun_at)) if self.queue_s else 0.0
