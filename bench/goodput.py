@@ -81,9 +81,10 @@ def main() -> None:
         Cell(load, args.model, args.gpus, policy, args.colocated) for load in args.loads for policy in args.policies
     ]
     budget = Budget(args.tuning, tuple(args.scoring), args.seed)
+    begun = conditions()  # of the code that was loaded, whatever the tree becomes meanwhile
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for cell, result in _measured([cell for cell in cells if cell.key not in found], args.traces, budget, args.jobs):
-        found[cell.key] = conditions() | {"seed": args.seed, **result}
+        found[cell.key] = begun | {"seed": args.seed, **result}
         args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     for load in args.loads:
         print(f"\n{load}, {args.model}, {args.gpus} H100{', colocated' if args.colocated else ''}")
