@@ -5,8 +5,8 @@ fixed number of simulations, per GPU. Each policy is tuned over equally many con
 simulations on the first half of a trace, and scored on the second. Bound: nobody serves more than all; the ratio that
 is printed is to the best other policy. Cells whose results are in `--out` are not run again.
 
-`goodput_loads.py` says how a trace becomes a load of some rate, and where the SLOs are from; `goodput_fleets.py` what is
-tuned.
+`goodput_loads.py` says how a trace becomes a load of some rate, and where the SLOs are from; `goodput_fleets.py` what
+is tuned.
 
     python -m bench.goodput --traces DIR
     python -m bench.goodput --traces DIR --loads code --gpus 64 --policies baton preble --out results.json
@@ -81,9 +81,10 @@ def main() -> None:
         Cell(load, args.model, args.gpus, policy, args.colocated) for load in args.loads for policy in args.policies
     ]
     budget = Budget(args.tuning, tuple(args.scoring), args.seed)
+    begun = conditions()  # of the code that was loaded, whatever the tree becomes meanwhile
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for cell, result in _measured([cell for cell in cells if cell.key not in found], args.traces, budget, args.jobs):
-        found[cell.key] = conditions() | {"seed": args.seed, **result}
+        found[cell.key] = begun | {"seed": args.seed, **result}
         args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     for load in args.loads:
         print(f"\n{load}, {args.model}, {args.gpus} H100{', colocated' if args.colocated else ''}")
@@ -132,7 +133,9 @@ def measure(cell: Cell, traces: Path, budget: Budget) -> dict[str, Any]:
     )
     shape = shapes[best_of(trials, SHARES[0])]
     search = RateSearch(partial(good_share, cell, shape, second, seed=budget.seed))
-    rates = [search.highest(share, guess, num_probes) for share, num_probes in zip(SHARES, budget.scoring, strict=True)]
+    for share, num_probes in zip(SHARES, budget.scoring, strict=True):
+        search.highest(share, guess, num_probes)
+    rates = [search.highest(share, guess, 0) for share in SHARES]  # later probes tell of the laxer share, too
     return {
         "goodput": [round(rate / cell.num_gpus, 4) for rate in rates],
         "tuned": str(shape),

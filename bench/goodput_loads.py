@@ -1,7 +1,7 @@
 """Loads of the goodput benchmark: which traces, inside which SLOs, and how a trace becomes a load of any rate. Pure.
 
     trace -> half -> the windows of `window_s` seconds that the half consists of, laid over one another; of a session
-          that reaches through several of them one is drawn -> `scale`: as many independent sessions as the rate asks for
+          that reaches through several of them one is drawn -> `scale`: as many independent sessions as the rate asks
 
 So sessions of all lengths are in a load, none is played twice with the same tokens, gaps within a session stay, and
 what different sessions share stays shared. Bursts of the whole trace are averaged out, as those of many independent

@@ -1,4 +1,4 @@
-"""Two searches with a budget of simulations: the highest rate that still serves enough, and the best configuration. Pure.
+"""Two searches of a fixed number of simulations: for the highest rate that passes, for the best configuration. Pure.
 
 Both spend the same on every policy, whatever they find.
 """
@@ -88,21 +88,14 @@ def tune(
 
 
 def best_of(trials: Sequence[Trial], share: float) -> int:
-    """The configuration that passed at the highest rate; among equals, and when none passed, the one with the largest
-    share at its highest rate; then the first."""
-
-    def merit(trial: Trial) -> tuple[float, float, int]:
-        passes = trial.probe.share >= share
-        return (trial.probe.rate if passes else 0.0), trial.probe.share, -trial.number
-
-    highest = (
-        max(trial.probe.rate for trial in trials if trial.probe.share >= share)
-        if any(trial.probe.share >= share for trial in trials)
-        else None
-    )
-    if highest is None:
-        return max(trials, key=merit).number
-    beyond = [trial for trial in trials if trial.probe.rate > highest]
-    finalists = {trial.number for trial in trials if trial.probe.rate == highest and trial.probe.share >= share}
-    ahead = [trial for trial in beyond if trial.number in finalists]
-    return max(ahead or [t for t in trials if t.probe.rate == highest], key=lambda t: (t.probe.share, -t.number)).number
+    """The configuration that passed at the highest rate; of several that of the largest share at the highest rate that
+    all of them were tried at; when none passed anywhere that of the largest share; then the first.
+    """
+    passed = [trial for trial in trials if trial.probe.share >= share]
+    if not passed:
+        return max(trials, key=lambda trial: (trial.probe.share, -trial.number)).number
+    highest = max(trial.probe.rate for trial in passed)
+    finalists = {trial.number for trial in passed if trial.probe.rate == highest}
+    tried = {number: {t.probe.rate: t.probe.share for t in trials if t.number == number} for number in finalists}
+    common = max(rate for rate in tried[min(finalists)] if all(rate in rates for rates in tried.values()))
+    return max(finalists, key=lambda number: (tried[number][common], -number))

@@ -120,6 +120,38 @@ def test_the_queue_is_measured_in_seconds_of_the_work_before():
     assert world.decide(world.request(1000)).terms.queue_s == pytest.approx(prefill_s(2000) / 2, rel=0.05)
 
 
+def test_work_that_runs_is_nearer_to_its_end_the_longer_it_runs():
+    """Between two reports time goes by, and nobody says so."""
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    world.plan(world.request(2000))
+    half_s = prefill_s(2000) / 2
+    assert world.decide(world.request(1000), now=half_s).terms.queue_s == pytest.approx(half_s, rel=0.05)
+    assert world.decide(world.request(1000), now=1.0).terms.queue_s == 0.0
+
+
+def test_short_prompts_share_a_step():
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    for _ in range(10):
+        world.plan(world.request(100))
+    assert world.decide(world.request(1000)).terms.queue_s == pytest.approx(prefill_s(1000), rel=0.05)
+
+
+def test_first_tokens_overtake_a_colocated_replicas_report():
+    """What the report says waits there has gone since, and all that is there was sent from here."""
+    world = World()
+    world.add("d0", Role.DECODE)
+    request = world.request(2000)
+    world.plan(request)
+    world.report("d0", num_running=1, num_waiting_tokens=2000)
+    world.admission.progress(Progress(request.request_id, 0), 0.0)
+    assert world.decide(world.request(1000)).terms.queue_s == 0.0
+    # somebody else's prompt is there, too: only the report knows
+    world.report("d0", num_running=2, num_waiting_tokens=2000)
+    assert world.decide(world.request(1000)).terms.queue_s > 0.09
+
+
 def test_attention_to_a_long_context_is_counted():
     world = World(PAIRS_ONLY)
     world.fleet(1, 1)
