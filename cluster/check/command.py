@@ -37,7 +37,9 @@ def run_check(
 
 
 def _table(plan: Plan) -> Table:
-    table = Table("one rank", *(pool.name for pool in plan.pools), box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for name in ("one rank", *(pool.name for pool in plan.pools)):
+        table.add_column(name)
     rows = {
         "device": [pool.pool.device for pool in plan.pools],
         "replicas": [f"{pool.pool.max_replicas} x {_degrees(pool.pool)}" for pool in plan.pools],
