@@ -40,7 +40,7 @@ def _table(plan: Plan) -> Table:
     table = Table(box=None, header_style="bold")
     for name in ("one rank", *(pool.name for pool in plan.pools)):
         table.add_column(name)
-    rows = {
+    rows: dict[str, list[str]] = {
         "device": [pool.pool.device for pool in plan.pools],
         "replicas": [f"{pool.pool.max_replicas} x {_degrees(pool.pool)}" for pool in plan.pools],
         "tokens of a replica": [str(pool.num_tokens) for pool in plan.pools],
