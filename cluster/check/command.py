@@ -37,8 +37,10 @@ def run_check(
 
 
 def _table(plan: Plan) -> Table:
-    table = Table("one rank", *(pool.name for pool in plan.pools), box=None, header_style="bold")
-    rows = {
+    table = Table(box=None, header_style="bold")
+    for name in ("one rank", *(pool.name for pool in plan.pools)):
+        table.add_column(name)
+    rows: dict[str, list[str]] = {
         "device": [pool.pool.device for pool in plan.pools],
         "replicas": [f"{pool.pool.max_replicas} x {_degrees(pool.pool)}" for pool in plan.pools],
         "tokens of a replica": [str(pool.num_tokens) for pool in plan.pools],
