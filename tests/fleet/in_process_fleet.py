@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.control_plane import ControlPlane, control_plane
 from bench.rank_processes import free_address
+from cluster.decision_record import DecisionRecorder
 from cluster.ingress.generation import Generation
 from cluster.ingress.orchestrator import Orchestrator
 from cluster.ingress.scheduler_client import SchedulerClient
@@ -120,6 +121,7 @@ async def running_fleet(
     scheduler: SchedulerConfig | None = None,
     connect: Connect = make_connectors,
     security: Security = UNGUARDED,
+    recorder: DecisionRecorder | None = None,
 ):
     """Starts everything, and ends everything, failure or not."""
     pool = pool or PoolConfig(num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64)
@@ -131,7 +133,7 @@ async def running_fleet(
         addresses, incarnation = (f"{HOST}:0",), new_incarnation()
         return RankSpec(role, name, incarnation, 0, addresses, "", model, pool, transfer, BLOCK_SIZE, security)
 
-    async with control_plane(scheduler, transfer, BLOCK_SIZE, security) as plane:
+    async with control_plane(scheduler, transfer, BLOCK_SIZE, security, recorder) as plane:
         fleet = FleetHandle(plane, spec_for, connect)
         try:
             for i in range(num_prefill):

@@ -2,7 +2,6 @@
 
 from typer.testing import CliRunner
 
-import cluster.scheduler_service as service
 from cluster.decision_record import DecisionRecorder, read_config, read_events
 from cluster.scheduler.decision import DecisionMaker
 from core.config import PoolConfig, SchedulerConfig
@@ -11,16 +10,12 @@ from simulator.replay_command import app
 from tests.fleet.in_process_fleet import generate, running_fleet
 
 
-async def test_a_running_scheduler_writes_what_the_command_replays(tiny_llama, tmp_path, monkeypatch):
+async def test_a_running_scheduler_writes_what_the_command_replays(tiny_llama, tmp_path):
     path = tmp_path / "s.decisions"
-    recorder = DecisionRecorder(path, SchedulerConfig(), 2**24)
-    start = service.SchedulerService.__init__
-
-    def with_recorder(self, *args, **more) -> None:
-        start(self, *args, **more, recorder=recorder)
-
-    monkeypatch.setattr(service.SchedulerService, "__init__", with_recorder)
-    async with running_fleet(tiny_llama[0], 1, 2, pool=PoolConfig(num_blocks=64, max_num_seqs=4)) as fleet:
+    scheduler = SchedulerConfig(local_prefill_max_tokens=0)
+    recorder = DecisionRecorder(path, scheduler, 2**24)
+    pool = PoolConfig(num_blocks=64, max_num_seqs=4)
+    async with running_fleet(tiny_llama[0], 1, 2, pool, scheduler=scheduler, recorder=recorder) as fleet:
         for number in range(4):
             await generate(fleet, f"r{number}", list(range(40 + number)), 6)
         await fleet.until_quiet()
