@@ -11,8 +11,9 @@ from typing import Any
 
 from cluster.autoscaling.signals import FleetSignals
 from cluster.decision_record import DecisionRecorder, Event
-from cluster.scheduler.admission import Admission, Yielding
+from cluster.scheduler.admission import Admission
 from cluster.scheduler.asked_sizes import Asked
+from cluster.scheduler.batch_yields import Yielding
 from cluster.scheduler.fleet_signals import fleet_signals
 from cluster.scheduler.prefix_care import Copy
 from core.errors import BatonError, InvalidParameter

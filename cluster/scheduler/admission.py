@@ -8,10 +8,10 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from cluster.scheduler.asked_sizes import AskedSizes
+from cluster.scheduler.batch_yields import BatchYields, Yielding
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.decision import DecisionMaker
 from cluster.scheduler.decision_log import DecisionLog
@@ -38,15 +38,6 @@ PULL_PATIENCE = 3.0  # times the predicted time that a pulled prefix is waited f
 LEAST_PATIENCE_S = 0.1
 
 
-@dataclass(frozen=True)
-class Yielding:
-    """A batch request that shall make room on its decode replica; its ingress plans the rest anew."""
-
-    request_id: str
-    attempt: int
-    decode: ReplicaInfo
-
-
 class Admission:
     """The queue, dispatched in the order of WaitingLine to what reservations leave of the fleet."""
 
@@ -71,7 +62,7 @@ class Admission:
         self._forecast = WaitForecast()
         self.decisions = DecisionLog(config.decisions_kept)
         self._refused: dict[str, BatonError] = {}  # pushed out of a full line, not told yet
-        self._yields: list[Yielding] = []
+        self._yields = BatchYields()
         self._tombstones = Tombstones()
         self._first_heard_at: float | None = None
 
@@ -184,8 +175,7 @@ class Admission:
 
     def take_yields(self) -> list[Yielding]:
         """Batch requests that others now wait for, since the last call. The caller has their decode replicas let go."""
-        yields, self._yields = self._yields, []
-        return yields
+        return self._yields.take()
 
     def take_copies(self) -> list[Copy]:
         """Prefixes to be copied from one replica to another, since the last call; the caller has the takers do it."""
@@ -291,18 +281,9 @@ class Admission:
         self._refused[last.request.request_id] = error
 
     def _make_room(self, generation: str, decodes: Sequence[ReplicaView]) -> None:
-        """Has the youngest batch request yield, one at a time, where decode is what is full."""
-        if any(has_free_slot(decode, self._config.max_decode_kv_usage) for decode in decodes):
-            return
-        batch = [r for r in self.reservations if r.request.is_batch and r.generation == generation]
-        if any(reservation.yielding for reservation in batch):
-            return
-        decoding = [reservation for reservation in batch if reservation.decoding_since is not None]
-        if decoding:
-            youngest = max(decoding, key=lambda reservation: reservation.booked_at)
-            youngest.yielding = True
-            info = youngest.decision.decode.info
-            self._yields.append(Yielding(youngest.request_id, youngest.attempt, info))
+        """Where decode is what is full, batch work is in the way."""
+        if not any(has_free_slot(decode, self._config.max_decode_kv_usage) for decode in decodes):
+            self._yields.choose(one for one in self.reservations if one.generation == generation)
 
     def _book(self, waiting: Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request

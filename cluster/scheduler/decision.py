@@ -221,12 +221,11 @@ class DecisionMaker:
         request, choices = decided
         if not choices.cached.segments:
             return
-        depth, terms = choices.cached.segments[0].depth, reservation.decision.terms
+        deep, prefill_s = choices.cached.segments[0], reservation.decision.terms.prefill_s
+        depth = deep.depth
         num_tokens = depth * reservation.decision.decode.info.layout.block_size
-        rest_s = max(0.0, terms.prefill_s)
-        if self._care.used(request.block_hashes[depth - 1], num_tokens, rest_s, now):
+        if self._care.used(request.block_hashes[depth - 1], num_tokens, prefill_s, now):
             pool = choices.decodes if reservation.prefill_id is None else choices.prefills
-            deep = choices.cached.segments[0]
             have = {*choices.cached.names(deep)}
             holders = [view for view in choices.everyone.values() if view.usable and view.info.replica_id in have]
             others = [view for view in pool if view.usable and view.info.replica_id not in have]

@@ -92,10 +92,7 @@ class Site:
 
     def prefill_s(self, num_uncached: int, num_tokens: int, beside_s: float) -> float:
         """Computing the last tokens of a prompt; `beside_s`: what others add to each step."""
-        costs = self.costs
-        num_chunks = -(-num_uncached // self.max_at_once)
-        num_seen = num_tokens - (num_uncached - 1) / 2  # by a token, on average
-        return (costs.chunk_s + beside_s) * num_chunks + num_uncached * (costs.token_s + costs.pair_s * num_seen)
+        return self.costs.prefill_s(num_uncached, num_tokens - num_uncached, self.max_at_once, beside_s)
 
     def num_missing(self, depth: int, num_tokens: int) -> int:
         """Blocks that a prompt's first output token needs, and that are not among its first `depth`."""

@@ -28,15 +28,13 @@ class StepCosts(NamedTuple):
     sequence_s: float
     context_s: float
 
-    def prefill_s(self, num_tokens: int, num_cached: int, num_at_once: int) -> float:
-        """A prompt's last `num_tokens` tokens, behind `num_cached`, cut into chunks; nothing runs beside them."""
-        num_chunks = -(-num_tokens // num_at_once)
-        return self.chunk_s * num_chunks + self.token_s * num_tokens + self.pair_s * num_pairs(num_tokens, num_cached)
+    def prefill_s(self, num_tokens: int, num_cached: int, num_at_once: int, beside_s: float = 0.0) -> float:
+        """A prompt's last `num_tokens` tokens, behind `num_cached`, cut into chunks.
 
-    def chunk_step_s(self, num_tokens: int, num_before: int, num_decoding: int, num_kv_tokens: int) -> float:
-        """One chunk together with sequences that decode."""
-        pairs_s = self.pair_s * num_pairs(num_tokens, num_before)
-        return self.chunk_s + self.token_s * (num_tokens + num_decoding) + pairs_s + self.beside_s * num_kv_tokens
+        `beside_s`: what others add to each of these steps.
+        """
+        num_chunks, pairs_s = -(-num_tokens // num_at_once), self.pair_s * num_pairs(num_tokens, num_cached)
+        return (self.chunk_s + beside_s) * num_chunks + self.token_s * num_tokens + pairs_s
 
     def decode_step_s(self, num_decoding: float, num_kv_tokens: float) -> float:
         """One token for each of a batch."""

@@ -13,7 +13,6 @@ from importlib.resources import files
 from typing import Any
 
 EXPERT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.5, "mxfp4": 0.53}  # of one stored weight
-FLOAT8 = ("fp8", "fp8_block")
 
 
 @dataclass(frozen=True)

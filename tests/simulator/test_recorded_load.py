@@ -11,7 +11,7 @@ from simulator.traces.readers import read_trace
 from simulator.traces.trace import expand
 from simulator.twin import Twin
 from tests.simulator.costs import COSTS
-from tests.simulator.test_replay import recorded_run
+from tests.simulator.test_replay import recorded_run, write_record
 from tests.simulator.test_whole_fleets import random_trace
 
 BLOCK = 4
@@ -56,10 +56,7 @@ def test_a_lost_answer_asked_for_again_is_one_request(report):
 def test_a_record_of_a_run_is_its_trace(monkeypatch, tmp_path):
     spec, events = recorded_run(monkeypatch)
     path = tmp_path / "s.decisions"
-    recorder = DecisionRecorder(path, spec.scheduler, 2**26)
-    for _, event in events:
-        recorder.note(event)
-    recorder.close()
+    write_record(path, spec, events, 2**26)
     played = sorted(random_trace(1, num_requests=120), key=lambda one: one.arrival_s)
     found = read_decisions(events)
     assert [len(one.prompt) > 0 for one in found] == [True] * len(played)

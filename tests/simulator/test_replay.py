@@ -1,5 +1,7 @@
 """Records of decisions: written by a scheduler that runs, read whole or torn, played to other policies."""
 
+from pathlib import Path
+
 import pytest
 
 from cluster.decision_record import DecisionRecorder, read_config, read_events
@@ -59,6 +61,14 @@ def recorded_run(monkeypatch, seed: int = 1) -> tuple[FleetSpec, list[tuple[floa
     return spec, events
 
 
+def write_record(path: Path, spec: FleetSpec, events: list[tuple[float, object]], max_bytes: int) -> None:
+    """As a scheduler does, at the recorder's own clock."""
+    recorder = DecisionRecorder(path, spec.scheduler, max_bytes)
+    for _, event in events:
+        recorder.note(event)
+    recorder.close()
+
+
 def test_the_same_policy_decides_as_it_did(monkeypatch):
     spec, events = recorded_run(monkeypatch)
     replayed = replay(events, spec.scheduler, DecisionMaker(spec.scheduler))
@@ -99,10 +109,7 @@ def test_other_settings_are_another_policy(monkeypatch):
 def test_a_file_gives_back_what_was_noted_up_to_where_it_was_torn(tmp_path, monkeypatch):
     spec, events = recorded_run(monkeypatch)
     path = tmp_path / "s.decisions"
-    recorder = DecisionRecorder(path, spec.scheduler, 2**24)
-    for _, event in events:
-        recorder.note(event)
-    recorder.close()
+    write_record(path, spec, events, 2**24)
     assert read_config(path) == spec.scheduler
     read = list(read_events(path))
     assert [event for _, event in read] == [event for _, event in events]
@@ -113,10 +120,7 @@ def test_a_file_gives_back_what_was_noted_up_to_where_it_was_torn(tmp_path, monk
 
 def test_a_full_file_ends_with_a_whole_event(tmp_path, monkeypatch, caplog):
     spec, events = recorded_run(monkeypatch)
-    recorder = DecisionRecorder(tmp_path / "s", spec.scheduler, 20_000)
-    for _, event in events:
-        recorder.note(event)
-    recorder.close()
+    write_record(tmp_path / "s", spec, events, 20_000)
     assert (tmp_path / "s").stat().st_size <= 20_000
     kept = [event for _, event in read_events(tmp_path / "s")]
     assert 0 < len(kept) < len(events) and kept == [event for _, event in events[: len(kept)]]
