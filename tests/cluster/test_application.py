@@ -195,6 +195,12 @@ def replica_ids(fleet, role: Role) -> dict[str, str]:
     return {info["replica_id"]: info["rank_addresses"][0] for info in infos if info["role"] == role}
 
 
+def num_running(fleet, role: Role) -> list[int]:
+    """Of each replica of a pool, sequences in its batch."""
+    found = httpx.get(f"{fleet.url}/fleet", trust_env=False, timeout=10).json()["replicas"]
+    return [one["status"]["num_running"] for one in found if one["info"]["role"] == role]
+
+
 async def test_a_replica_that_was_drained_on_request_is_replaced(fleet, expected):
     await until_degraded_is_over(fleet)
     before = replica_ids(fleet, Role.PREFILL)
@@ -214,10 +220,15 @@ async def test_a_replica_that_was_drained_on_request_is_replaced(fleet, expected
 async def test_scale_down_of_decode_under_load_costs_no_stream(fleet, oracle):
     await until_degraded_is_over(fleet)
     before = resumes_of(fleet)
-    prompts = [f"Page {i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(8)]  # cached nowhere, so both replicas get some
+    prompts = [f"Page {i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(16)]  # cached nowhere
     expected = [oracle.tokens(prompt, NUM_TOKENS) for prompt in prompts]
-    load = Load(client_of(fleet), expected, 8, prompts)
-    await load.until_done(8)
+    load = Load(client_of(fleet), expected, 16, prompts)
+    await load.until_done(16)
+    async with asyncio.timeout(60):  # whichever goes has streams
+        while not all(numbers := num_running(fleet, Role.DECODE)):
+            load.require_health()
+            await asyncio.sleep(0.05)
+    assert len(numbers) == 2
     await asyncio.to_thread(resize_pool, "v1", Role.DECODE, 1)
     async with asyncio.timeout(60):
         while pool_states(Role.DECODE) != {"RUNNING": 1}:
