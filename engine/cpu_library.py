@@ -1,17 +1,6 @@
-"""Compiles cpu_kernels.cpp and cpu_products.cpp once per machine, and loads them.
-
-Takes three seconds the first time, and a C++ compiler. The library lies in the user's cache folder under a name made of
-sources, flags, compiler and processor.
-"""
+"""What a CPU computes faster by code of our own: cpu_kernels.cpp and cpu_products.cpp, compiled once per machine."""
 
 import ctypes
-import hashlib
-import logging
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+from core.compiled_library import compiled_library
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_products.cpp"))
-FOLDER = Path("~/.cache/baton")
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC", "-c")
-LINK = ("-shared",)  # without -fopenmp: torch has loaded an OpenMP; without -ffast-math: that would change the process
-_TIMEOUT_S = 120
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC")
+LINK = ()  # without -fopenmp: torch has loaded an OpenMP; without -ffast-math: that would change the process
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _ARGUMENTS = {
@@ -63,14 +50,8 @@ class CpuLibrary:
 @cache
 def load_cpu_library() -> CpuLibrary | None:
     """None, with the reason logged, where it cannot be made."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None or sys.platform != "linux":
-        logger.info("no C++ compiler: what lies between products is computed by torch")
-        return None
-    try:
-        library = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning("kernels for this CPU could not be compiled, torch computes in their place: %s", error)
+    library = compiled_library("cpu_kernels", SOURCES, COMPILE, LINK, torch.__version__)
+    if library is None:
         return None
     functions: dict[str, Function] = {}
     for name, types in _ARGUMENTS.items():
@@ -78,29 +59,3 @@ def load_cpu_library() -> CpuLibrary | None:
         function.argtypes, function.restype = types, None
         functions[name] = function
     return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs())
-
-
-def _built(compiler: str) -> Path:
-    """Raises OSError, RuntimeError without a home, subprocess.SubprocessError."""
-    told = subprocess.run((compiler, "--version"), capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
-    sources = b"".join(source.read_bytes() for source in SOURCES)
-    parts = (sources, repr((COMPILE, LINK)).encode(), told, torch.__version__.encode(), _processor())
-    library = FOLDER.expanduser() / f"cpu_kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            linked = Path(folder, "kernels.so")
-            for command in (
-                (*COMPILE, *map(str, SOURCES)),
-                (*LINK, *(f"{s.stem}.o" for s in SOURCES), "-o", str(linked)),
-            ):
-                subprocess.run((compiler, *command), cwd=folder, capture_output=True, check=True, timeout=_TIMEOUT_S)
-            linked.replace(library)
-    return library
-
-
-def _processor() -> bytes:
-    """What -march=native depends on."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    told = [line for line in lines if line.startswith((b"model name", b"flags", b"Features"))]
-    return platform.machine().encode() + b"".join(told[:2])

@@ -1,8 +1,8 @@
-"""Spans of KV pools in host memory, copied at the speed of memcpy.
+"""Spans of KV pools in host memory, copied at the speed of memcpy or faster.
 
-One strided assignment moves all layers of a run of neighbouring blocks, or of one piece of a block. NumPy's moves
-contiguous parts by memmove and lets other threads run meanwhile; torch's index_copy_ takes twice, one call per
-contiguous part a quarter longer.
+Large slabs pass by the caches (stream_copy.py). Of others, and where that cannot be, one strided assignment moves all
+layers of a run of neighbouring blocks, or of one piece of a block. NumPy's moves contiguous parts by memmove and lets
+other threads run meanwhile; torch's index_copy_ takes twice, one call per contiguous part a quarter longer.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from core.errors import TransferFailed
 from core.messages.to_rank import Span
-from kv_transfer.runs import runs_of
+from kv_transfer.runs import Starts, least_run_bytes, runs_of, starts_of
+from kv_transfer.stream_copy import LEAST_BYTES, StreamRuns, load_stream_copy
 
 Bytes = NDArray[np.uint8]
 Place = tuple[slice, ...]
@@ -29,12 +30,26 @@ class HostPool:
         self._pool = pool
         self._bytes: Bytes = pool.view(torch.uint8).view(*self.shape[:4], -1).numpy()
         self._flat = self._bytes.reshape(-1).data
+        self.address = pool.data_ptr()
+        self._stream = load_stream_copy()
         self._by_parts: dict[int, Bytes] = {}
 
     def span_bytes(self, span: Span) -> int:
         """See spans.span_bytes."""
         num_tokens = span.block_tokens or self.shape[4]
         return span.num_layers * len(span.blocks) * self.shape[2] * span.num_heads * num_tokens * self._token_bytes
+
+    def stream_of(self, num_bytes: int) -> StreamRuns | None:
+        """What copies as many bytes of this pool faster than NumPy does."""
+        return self._stream if num_bytes >= LEAST_BYTES else None
+
+    def least_run_bytes(self, span: Span) -> int:
+        """See runs.least_run_bytes."""
+        return least_run_bytes(self._pool, span)
+
+    def starts(self, span: Span, run_bytes: int) -> Starts:
+        """See runs.starts_of."""
+        return starts_of(self._pool, span, run_bytes)
 
     def part(self, span: Span) -> Bytes:
         """[layers of the span, B, P, heads of the span, R, bytes of a run], a view."""
@@ -65,6 +80,10 @@ class HostPool:
 
 def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
     """See spans.gather."""
+    if (stream := pool.stream_of(slab.numel())) is not None:
+        run_bytes = pool.least_run_bytes(span)
+        stream(slab.data_ptr(), _packed_starts(slab, run_bytes), pool.address, pool.starts(span, run_bytes), run_bytes)
+        return
     held = pool.part(span)
     packed = _packed(slab, held, len(span.blocks))
     for first, last, place in _places(held, span):
@@ -73,6 +92,10 @@ def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
 
 def scatter(slab: Tensor, pool: HostPool, span: Span) -> None:
     """See spans.scatter."""
+    if (stream := pool.stream_of(slab.numel())) is not None:
+        run_bytes = pool.least_run_bytes(span)
+        stream(pool.address, pool.starts(span, run_bytes), slab.data_ptr(), _packed_starts(slab, run_bytes), run_bytes)
+        return
     held = pool.part(span)
     packed = _packed(slab, held, len(span.blocks))
     for first, last, place in _places(held, span):
@@ -84,6 +107,11 @@ def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destin
     num_bytes = source_pool.span_bytes(source)
     if num_bytes != destination_pool.span_bytes(destination):
         raise TransferFailed(f"a copy between spans of unequal size: {source} to {destination}")
+    if (stream := destination_pool.stream_of(num_bytes)) is not None:
+        run_bytes = min(source_pool.least_run_bytes(source), destination_pool.least_run_bytes(destination))
+        to_starts, from_starts = destination_pool.starts(destination, run_bytes), source_pool.starts(source, run_bytes)
+        stream(destination_pool.address, to_starts, source_pool.address, from_starts, run_bytes)
+        return num_bytes
     taken, filled = source_pool.part(source), destination_pool.part(destination)
     if _num_parts(taken) == _num_parts(filled) == 1:
         for first, last, from_block, to_block in _neighbours(source.blocks, destination.blocks):
@@ -97,6 +125,10 @@ def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destin
 def _packed(slab: Tensor, held: Bytes, num_pieces: int) -> Bytes:
     """The slab [layers, pieces of the span, P, heads, 1, bytes of a run], a view."""
     return slab.numpy().reshape(held.shape[0], num_pieces, *held.shape[2:4], 1, held.shape[5])
+
+
+def _packed_starts(slab: Tensor, run_bytes: int) -> Starts:
+    return np.arange(0, slab.numel(), run_bytes)
 
 
 def _places(held: Bytes, span: Span) -> Iterator[tuple[int, int, Place]]:

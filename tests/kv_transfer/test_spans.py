@@ -7,8 +7,10 @@ import torch
 
 from core.errors import TransferFailed
 from core.messages.to_rank import Copy, Span
+from kv_transfer import host_copy
 from kv_transfer.runs import runs_of
 from kv_transfer.spans import copy_span, gather, require_inside, require_same_shape, scatter, span_bytes
+from kv_transfer.stream_copy import load_stream_copy
 
 SPANS = [
     Span(0, 3, (0,), 0, 4),
@@ -16,6 +18,17 @@ SPANS = [
     Span(2, 1, (6, 7), 1, 2),
     Span(0, 3, (3, 1), 3, 1),
 ]
+
+
+@pytest.fixture(params=["streamed", "by NumPy"], autouse=True)
+def way_to_copy(request, monkeypatch):
+    """Slabs of any size are copied past the caches, or none is."""
+    if request.param == "streamed":
+        if load_stream_copy() is None:
+            pytest.skip("nothing here compiles it, or the processor has no such writes")
+        monkeypatch.setattr(host_copy, "LEAST_BYTES", 0)
+    else:
+        monkeypatch.setattr(host_copy, "load_stream_copy", lambda: None)
 
 
 def pool_of(seed: int, dtype: torch.dtype, block_size: int = 4, head_dim: int = 8) -> torch.Tensor:
@@ -31,7 +44,14 @@ def part(pool: torch.Tensor, span: Span) -> torch.Tensor:
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(
     ("dtype", "block_size", "head_dim"),
-    [(torch.bfloat16, 4, 8), (torch.float32, 4, 8), (torch.float16, 1, 3), (torch.float16, 2, 3), (torch.uint8, 1, 3)],
+    [
+        (torch.bfloat16, 4, 8),
+        (torch.float32, 4, 8),
+        (torch.float16, 1, 3),
+        (torch.float16, 2, 3),
+        (torch.uint8, 1, 3),
+        (torch.uint8, 5, 67),
+    ],
 )
 def test_a_slab_holds_the_span_in_order_and_puts_it_back_elsewhere(span, dtype, block_size, head_dim):
     source, destination = pool_of(1, dtype, block_size, head_dim), pool_of(2, dtype, block_size, head_dim)
@@ -147,6 +167,13 @@ def test_a_span_moves_between_pools(block_size):
     num_bytes = copy_span(source, Span(1, 2, (6, 2), 2, 2), destination, Span(1, 2, (0, 5), 1, 2))
     assert num_bytes == 2 * 2 * 2 * 2 * block_size * 8 * 2
     assert destination.equal(expected)
+
+
+def test_all_heads_of_one_pool_are_some_of_another():
+    source, destination = pool_of(1, torch.bfloat16), torch.zeros(3, 8, 2, 6, 4, 8, dtype=torch.bfloat16)
+    copy_span(source, Span(0, 3, (1, 2, 6), 0, 4), destination, Span(0, 3, (5, 6, 7), 2, 4))
+    assert destination[:, 5:, :, 2:].equal(source[:, [1, 2, 6]])
+    assert not destination[:, :5].any() and not destination[:, :, :, :2].any()
 
 
 @pytest.mark.parametrize(
