@@ -32,6 +32,15 @@ def test_ranks_draw_what_one_draws(alone, size):
         assert draw(runner) == expected
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES])
+def test_eight_ranks_draw_what_one_draws_with_fewer_kv_heads_than_ranks(tmp_path, family):
+    kv_heads = 8 if family.startswith("deepseek") else 2  # latents are whole on each rank
+    checkpoint = make_checkpoint(tmp_path, family, num_attention_heads=8, num_key_value_heads=kv_heads)
+    expected = draw(make_runner(checkpoint, num_blocks=512))
+    with rank_threads(checkpoint, 8) as runner:
+        assert draw(runner) == expected
+
+
 @pytest.mark.parametrize("alone", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_with_whole_experts_draw_what_one_draws(alone, size):
