@@ -73,6 +73,10 @@ def run_all(args: argparse.Namespace, environment: dict[str, str]) -> Iterator[S
         for shape in args.shapes:
             options = ("--shape", shape, *on_device, *HANDOFF_SIZES[args.device])
             yield run_step(f"handoff-{shape}", ("bench.handoff", *options), environment)
+        options = ("--shape", args.shapes[0], *on_device, *HANDOFF_SIZES[args.device], "--repeats", "3")
+        for degree in ("stages", "tensor"):
+            step = f"handoff-{args.shapes[0]}-2-{degree}"
+            yield run_step(step, ("bench.handoff", *options, f"--prefill-{degree}", "2"), environment)
 
 
 def ways(device: str) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ plus one copy of that last piece; the copy's speed is memory bandwidth, measured
 the bound is control messages, a channel slower than memory, and two ranks that compete for the same cores.
 The first token comes from prefill and waits for no transfer: its bound is the first token of local prefill.
 
-One prefill and one decode rank are processes; scheduler and orchestrator run in this one, without Ray and HTTP.
-Requests come one at a time, placements in turns, every prompt different so that nothing is cached.
+The ranks of one prefill replica and one decode rank are processes; scheduler and orchestrator run in this one, without
+Ray and HTTP. Requests come one at a time, placements in turns, every prompt different so that nothing is cached.
 
     python -m bench.handoff --channel shared_memory
     python -m bench.handoff --device cuda --shape 8b
@@ -24,7 +24,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -32,7 +32,7 @@ from bench.control_plane import ControlPlane, control_plane
 from bench.handoff_report import Line, Seen, compare, print_lines, summarise
 from bench.handoff_timeline import plot_timelines, print_timeline, read_handoff
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
-from bench.rank_processes import RankProcess, lone_rank, rank_devices, rank_processes, visible_devices
+from bench.rank_processes import RankProcess, rank_devices, rank_processes, replica_ranks, visible_devices
 from bench.report import print_json
 from cluster.ingress.generation import Generation
 from cluster.settings import demo_model_path
@@ -108,17 +108,23 @@ class HandoffBench:
             max_num_batched_tokens=args.chunk,
             resources_per_rank=RankResources(num_threads=args.threads),
         )
-        self._devices = rank_devices(device)
+        split: dict[str, Any] = {"pipeline_parallel": args.prefill_stages, "tensor_parallel": args.prefill_tensor}
+        if args.prefill_stages > 1:
+            split |= {"steps_in_flight": 2, "engine": {"attention": "torch"}}
+        prefill = PoolConfig.model_validate(self._pool.model_dump() | split)
+        self._pools = {Role.PREFILL: prefill, Role.DECODE: self._pool}
+        self._devices = rank_devices(device, prefill.num_ranks + 1)
 
     async def run(self, folder: Path) -> list[Line]:
         """All prompt lengths, on one fleet."""
+        specs = [
+            spec
+            for role, pool in self._pools.items()
+            for spec in replica_ranks(role, self._model, pool, self._transfer, self._args.block_size)
+        ]
         ranks = [
-            RankProcess(
-                lone_rank(role, self._model, self._pool, self._transfer, self._args.block_size),
-                folder,
-                visible_devices(device),
-            )
-            for role, device in zip(Role, self._devices, strict=True)
+            RankProcess(spec, folder, visible_devices(device))
+            for spec, device in zip(specs, self._devices, strict=True)
         ]
         scheduler = SchedulerConfig(local_prefill_max_tokens=0)
         async with (
@@ -127,7 +133,7 @@ class HandoffBench:
         ):
             for info in infos.values():
                 plane.register(info)
-            await plane.until_ready(len(ranks))
+            await plane.until_ready(len(self._pools))
             lines = []
             for length in self._args.prompt:
                 lines += await self._measure(plane, length)
@@ -179,6 +185,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", default=[128, 512, 1024], help="tokens")
     parser.add_argument("--output", type=int, default=16, help="tokens, at least 3")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of one prefill step")
+    parser.add_argument("--prefill-stages", type=int, default=1, help="pipeline parallel degree of prefill")
+    parser.add_argument("--prefill-tensor", type=int, default=1, help="tensor parallel degree of prefill")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--repeats", type=int, default=9, help="requests of each length and placement")

@@ -31,11 +31,11 @@ def free_address() -> str:
         return f"{LOOPBACK}:{probe.getsockname()[1]}"
 
 
-def rank_devices(device: Device) -> list[torch.device]:
-    """One per rank: the first GPUs, the same one twice when there is no other."""
+def rank_devices(device: Device, num_ranks: int) -> list[torch.device]:
+    """One per rank: the first GPUs, one for several ranks when there are too few."""
     if device == "cpu":
-        return [torch.device("cpu")] * len(Role)
-    return [torch.device("cuda", i % torch.cuda.device_count()) for i in range(len(Role))]
+        return [torch.device("cpu")] * num_ranks
+    return [torch.device("cuda", i % torch.cuda.device_count()) for i in range(num_ranks)]
 
 
 def visible_devices(device: torch.device) -> dict[str, str]:
@@ -48,8 +48,21 @@ def visible_devices(device: torch.device) -> dict[str, str]:
 
 def lone_rank(role: Role, model: ModelConfig, pool: PoolConfig, transfer: TransferConfig, block_size: int) -> RankSpec:
     """The only rank of the only replica of its role."""
-    address = f"{LOOPBACK}:0"
-    return RankSpec(role, f"{role.value}0", new_incarnation(), 0, (address,), "", model, pool, transfer, block_size)
+    (spec,) = replica_ranks(role, model, pool, transfer, block_size)
+    return spec
+
+
+def replica_ranks(
+    role: Role, model: ModelConfig, pool: PoolConfig, transfer: TransferConfig, block_size: int
+) -> list[RankSpec]:
+    """All ranks of the only replica of a role."""
+    name, incarnation, num_ranks = f"{role.value}0", new_incarnation(), pool.num_ranks
+    addresses = tuple(free_address() for _ in range(num_ranks)) if num_ranks > 1 else (f"{LOOPBACK}:0",)
+    store = free_address() if num_ranks > 1 else ""
+    return [
+        RankSpec(role, name, incarnation, rank, addresses, store, model, pool, transfer, block_size)
+        for rank in range(num_ranks)
+    ]
 
 
 class RankProcess:

@@ -32,7 +32,7 @@ def test_ranks_draw_what_one_draws(alone, size):
         assert draw(runner) == expected
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_eight_ranks_draw_what_one_draws_with_fewer_kv_heads_than_ranks(tmp_path, family):
     kv_heads = 8 if family.startswith("deepseek") else 2  # latents are whole on each rank
     checkpoint = make_checkpoint(tmp_path, family, num_attention_heads=8, num_key_value_heads=kv_heads)
