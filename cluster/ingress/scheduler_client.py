@@ -37,6 +37,7 @@ BOOK_GRACE_S = 3.0
 RENEW_INTERVAL_S = 5.0
 CALL_TIMEOUT_S = 2.0
 LOOK_AROUND_S = 1.0
+TELL_PAUSES_S = (0.0, 0.0, 0.5, 1.0, 2.0)  # before each try; at worst half of the time after which reservations expire
 
 
 class SchedulerClient:
@@ -177,8 +178,9 @@ class SchedulerClient:
                 await self._tell(RENEW, Renew(tuple(self._reserved)))
 
     async def _tell(self, method: Unary[Any, Acknowledged], message: object) -> None:
-        """Twice if need be: a Finish that is lost holds its reservation until that expires."""
-        for _ in range(2):
+        """More than once if need be: a Finish that is lost holds its reservation until that expires."""
+        for pause_s in TELL_PAUSES_S:
+            await asyncio.sleep(pause_s)
             address = ""
             try:
                 address = await self._schedulers.address()

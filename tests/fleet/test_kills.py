@@ -110,7 +110,7 @@ class Processes:
         else:
             self.outcomes["finished"] += 1
             assert len(output) == NUM_TOKENS
-            assert are_greedy(self.model, prompt, output), generation.request_id
+            assert await asyncio.to_thread(are_greedy, self.model, prompt, output), generation.request_id
 
     async def _until(self, moment: str, outputs: list[list[int]]) -> None:
         """A random instant of a phase, as far as it shows from here."""

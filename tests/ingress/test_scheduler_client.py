@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from cluster.ingress.scheduler_client import SchedulerClient
+from core.errors import PeerLost
 from core.kv_layout import Compatibility, KVLayout
-from core.messages.fleet import Empty, ReplicaInfo, Role
-from core.messages.to_scheduler import Book, Plan, Reserve
+from core.messages.fleet import Acknowledged, Empty, ReplicaInfo, Role
+from core.messages.to_scheduler import Book, Finish, Plan, Reserve
 from core.security import UNGUARDED
 from rpc.client import RpcClient
-from rpc.methods import BOOK, RESERVE
+from rpc.methods import BOOK, FINISH, RESERVE
 from rpc.server import RpcServer
 
 
@@ -147,3 +148,33 @@ async def test_a_standby_plans_while_the_first_scheduler_is_away_and_no_longer()
         finally:
             await client.close()
             await rpc.close()
+
+
+async def test_the_end_of_a_request_is_told_until_the_scheduler_hears_it():
+    """Twice in a row a busy scheduler does not answer: what the request held would be held until it expires."""
+    decode, told, heard = replica(Role.DECODE, "v1"), list[Finish](), asyncio.Event()
+
+    async def reserve(request: Reserve) -> Plan:
+        return Plan(request.request_id, request.attempt, None, decode, 0.0, 0.0, "")
+
+    async def finish(message: Finish) -> Acknowledged:
+        told.append(message)
+        if len(told) < 3:
+            raise PeerLost("busy")
+        heard.set()
+        return Acknowledged()
+
+    server, rpc = RpcServer("127.0.0.1", UNGUARDED), RpcClient(UNGUARDED)
+    server.unary(RESERVE, reserve)
+    server.unary(FINISH, finish)
+    address = f"127.0.0.1:{server.listen()}"
+    await server.start()
+    client = SchedulerClient(rpc, lambda: asyncio.sleep(0, address))
+    try:
+        await plan_alone(client)
+        await asyncio.wait_for(heard.wait(), 10)
+        assert told == [Finish("r", 0, 7)] * 3
+    finally:
+        await client.close()
+        await rpc.close()
+        await server.stop()
