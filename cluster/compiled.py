@@ -65,7 +65,7 @@ def compile_scheduler() -> Path:
     build.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=build.parent) as folder:
         work, made = Path(folder, "work"), Path(folder, "made")
-        for source in (ROOT / "cluster/__init__.py", Path(__file__), *_sources()):
+        for source in (ROOT / "cluster/__init__.py", ROOT / "cluster/compiled.py", *_sources()):
             copy = work / source.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
