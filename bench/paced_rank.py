@@ -25,7 +25,7 @@ UNIT = StepCosts(0.020, 4e-4, 1e-7, 1e-6, 0.016, 1e-3, 2e-6)  # of pace 1: above
 
 def paced_costs(pace: float) -> StepCosts:
     """So many times the seconds of `UNIT`."""
-    return StepCosts(*(pace * seconds for seconds in UNIT))
+    return StepCosts(*(pace * seconds for seconds in UNIT.of_chunks + UNIT.of_decodes))
 
 
 def device_s(costs: StepCosts, batch: StepBatch) -> float:
@@ -34,7 +34,7 @@ def device_s(costs: StepCosts, batch: StepBatch) -> float:
     if not num_tokens:
         return costs.decode_step_s(num_decoding, num_kv_tokens)
     features = 1, num_tokens + num_decoding, num_pairs, num_kv_tokens
-    return sum(c * x for c, x in zip(costs[:4], features, strict=True))
+    return sum(c * x for c, x in zip(costs.of_chunks, features, strict=True))
 
 
 class PacedRunner(ModelRunner):

@@ -11,6 +11,8 @@ others took of its core; `dispatch` is a whole plan, booked and logged nowhere.
 With --dynamo-python, the interpreter of an environment with ai-dynamo-runtime, its KV index (RadixTree, by its Python
 binding) and its selection service (8 workers, events over ZMQ) answer in turns with ours.
 
+After `baton compile` the decisions run as machine code; the JSON line says which it was.
+
     python -m bench.scheduler
     python -m bench.scheduler --replicas 1000 --blocks 10000000 --dynamo-python PATH/bin/python
 """
@@ -26,6 +28,7 @@ from bench.http import percentile
 from bench.peer_process import PeerProcess
 from bench.report import print_json, print_table
 from bench.scheduler_fleet import BLOCK_SIZE, CHAIN, ScheduledFleet
+from cluster.scheduler import decision
 from core.block_hash import BlockKey
 
 PEER_SCRIPT = Path(__file__).with_name("index_peer.py")
@@ -63,7 +66,8 @@ def main() -> None:
     print_found("decision, us", rows)
     print_found("index", indexes)
     print_found("Dynamo beside ours, us and M blocks/s", peers)
-    print_json("scheduler", args, decisions=rows, indexes=indexes, dynamo=peers)
+    is_compiled = not decision.__file__.endswith(".py")
+    print_json("scheduler", args, compiled=is_compiled, decisions=rows, indexes=indexes, dynamo=peers)
 
 
 def measure_decisions(fleet: ScheduledFleet, num_tokens: int, num_requests: int) -> Found:

@@ -117,6 +117,16 @@ def demo(port: Port = None, api_key: ApiKey = "") -> None:
 
 
 @app.command()
+def compile() -> None:
+    """Turn the scheduler's decisions into machine code, once per version and host; about a minute."""
+    from cluster.compiled import compile_scheduler
+
+    with console.status("compiling"):
+        folder = compile_scheduler()
+    console.print(f"schedulers that start on this host use {folder}")
+
+
+@app.command()
 def up(cluster: ClusterYaml, config: ServeYaml) -> None:
     """Start a cluster's hosts (`ray up`) and deploy to them (`serve deploy`)."""
     from cluster.ray_up import bring_up, read_cluster_file

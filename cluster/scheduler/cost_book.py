@@ -21,8 +21,8 @@ class _Class:
     """Machines that are alike."""
 
     def __init__(self, prior: StepCosts) -> None:
-        self.chunks = ClassFit(prior[:4])
-        self.decodes = ClassFit(prior[4:])
+        self.chunks = ClassFit(prior.of_chunks)
+        self.decodes = ClassFit(prior.of_decodes)
 
 
 class CostBook:
@@ -78,8 +78,8 @@ class CostBook:
     def _refresh(self, replica: ReplicaView) -> StepCosts:
         info, status, alike = replica.info, replica.status, self._class_of(replica.info)
         first = roofline(info)
-        prompt: tuple[float, ...] = first[:4]
-        decode: tuple[float, ...] = first[4:]
+        prompt: tuple[float, ...] = first.of_chunks
+        decode: tuple[float, ...] = first.of_decodes
         if alike.chunks.fit.num_samples >= LEAST_SAMPLES:
             factor = alike.chunks.factor(info.replica_id)
             prompt = tuple(factor * c for c in alike.chunks.fit.coefficients)

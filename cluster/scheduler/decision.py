@@ -15,7 +15,7 @@ Reasons: pair; of local prefill
 """
 
 from collections.abc import Sequence
-from operator import itemgetter
+from operator import attrgetter
 
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.headroom import Headroom
@@ -152,7 +152,7 @@ class DecisionMaker:
                 continue
             num_bytes = num_blocks * site.block_bytes
             excess = excess_of(itl_s, slo_s)
-            sinks.append(Sink(excess, wait_s, site.num_reserved, itl_s, num_bytes, num_blocks, depth, site))
+            sinks.append(Sink(site, depth, num_blocks, num_bytes, wait_s, itl_s, excess))
         return sinks
 
     def _locals(
@@ -187,7 +187,7 @@ class DecisionMaker:
             ):
                 itl_s = max(sink.itl_s, harm_s)
                 rank = rank_of(source.first_token_s, excess_of(itl_s, slo_s), site.num_reserved)
-                weighed.append(Weighed(rank, "", site.replica_id, reason, source, sink, 0.0, itl_s))
+                weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s))
         return weighed
 
     def _headroom_for(self, request: Reserve) -> Headroom:
@@ -252,7 +252,7 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
     """The first by rank, with the next ones beside it."""
     if not weighed:
         return None
-    ranked = sorted(weighed, key=itemgetter(0, 1, 2))[:NUM_EXPLAINED]
+    ranked = sorted(weighed, key=attrgetter("place"))[:NUM_EXPLAINED]
     first = ranked[0]
     source, sink, is_pair = first.source, first.sink, first.reason == "pair"
     return Decision(

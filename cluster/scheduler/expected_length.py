@@ -52,4 +52,4 @@ class ExpectedLength:
     def of(self, generation: str, tenant: str, max_new_tokens: int) -> float:
         """The mean over its tenant's, none taken for longer than this one may become: never beyond the worst case."""
         history = self._histories.get((generation, tenant))
-        return history.expected(max_new_tokens) if history is not None else min(FIRST_GUESS, max_new_tokens)
+        return history.expected(max_new_tokens) if history is not None else float(min(FIRST_GUESS, max_new_tokens))

@@ -26,45 +26,59 @@ class Pairing:
         fastest link there is. Likely ones come first, and of equal ones that with the fewest reservations.
         """
         least_latency_s, least_byte_s = self._links.fastest
-        sent, received = self._flights.sent, self._flights.received
-        ends = []
-        for number, one in enumerate(sources):
-            ready_s = one.first_token_s + one.last_bytes * least_byte_s
-            goes_s = max(one.first_piece_s, sent.get(one.site.replica_id, 0) * least_byte_s)
-            ends.append((rank_of(ready_s, 0, one.site.num_reserved), number, ready_s, goes_s, one))
-        ends.sort()
+        ends = self._ends(sources, least_byte_s)
         starts = sorted(
             (rank_of(one.wait_s + one.num_bytes * least_byte_s, one.excess, one.num_reserved), number)
             for number, one in enumerate(sinks)
         )
+        first_ready_s = min((ready_s for _, _, ready_s, _ in ends), default=0.0)
+        first_goes_s = min((goes_s for _, _, _, goes_s in ends), default=0.0)
+        least_reserved = min((one.site.num_reserved for one in sources), default=0)
         weighed: list[Weighed] = []
         best = CROSSING << 1
         for _, number in starts:
             sink = sinks[number]
-            num_bytes, decode = sink.num_bytes, sink.site
-            least_s = sink.wait_s + (least_latency_s if num_bytes else 0.0)
-            wire_s, comes_s = num_bytes * least_byte_s, received.get(decode.replica_id, 0) * least_byte_s
-            for _, _, ready_s, goes_s, source in ends:
-                if not self._exhaustive:
-                    num_reserved = source.site.num_reserved + sink.num_reserved
-                    if rank_of(ready_s + least_s, sink.excess, num_reserved) >= best:
-                        break
-                    begins_s = goes_s if goes_s > comes_s else comes_s
-                    if num_bytes and rank_of(begins_s + wire_s + least_s, sink.excess, num_reserved) >= best:
-                        continue
+            num_bytes, excess, decode = sink.num_bytes, sink.excess, sink.site
+            least_s, wired_s = sink.wait_s, 0.0
+            if num_bytes:
+                least_s += least_latency_s
+                wired_s = num_bytes * least_byte_s + least_s
+            comes_s = self._flights.received.get(decode.replica_id, 0) * least_byte_s
+            if not self._exhaustive:
+                bound_s = first_ready_s + least_s
+                if num_bytes:
+                    bound_s = max(bound_s, max(first_goes_s, comes_s) + wired_s)
+                if rank_of(bound_s, excess, least_reserved + sink.num_reserved) >= best:
+                    continue  # even with the best of each source
+            for _, number, ready_s, goes_s in ends:
+                source = sources[number]
                 prefill = source.site
+                num_reserved = prefill.num_reserved + sink.num_reserved
+                if not self._exhaustive:
+                    if rank_of(ready_s + least_s, excess, num_reserved) >= best:
+                        break
+                    if num_bytes and rank_of(max(goes_s, comes_s) + wired_s, excess, num_reserved) >= best:
+                        continue
                 crosses = self._zones_count and prefill.zone != decode.zone
                 if (crosses and self._must_be_near) or prefill.kind != decode.kind:
                     continue
                 transfer_s = self._transfer_s(source, sink) if num_bytes else 0.0
-                ttft_s = source.first_token_s + transfer_s + sink.wait_s
-                rank = rank_of(ttft_s, sink.excess, prefill.num_reserved + decode.num_reserved)
+                rank = rank_of(source.first_token_s + transfer_s + sink.wait_s, excess, num_reserved)
                 if crosses:
                     rank += CROSSING
-                ids = prefill.replica_id, decode.replica_id
-                weighed.append(Weighed(rank, *ids, "pair", source, sink, transfer_s, sink.itl_s))
+                weighed.append(Weighed(rank, "pair", source, sink, transfer_s, sink.itl_s))
                 best = min(best, rank)
         return weighed
+
+    def _ends(self, sources: Sequence[Source], least_byte_s: float) -> list[tuple[int, int, float, float]]:
+        """Of each source, likely ones first: rank, number, when it can be ready and when its KV can set out."""
+        sent, ends = self._flights.sent, []
+        for number, one in enumerate(sources):
+            ready_s = one.first_token_s + one.last_bytes * least_byte_s
+            goes_s = max(one.first_piece_s, sent.get(one.site.replica_id, 0) * least_byte_s)
+            ends.append((rank_of(ready_s, 0, one.site.num_reserved), number, ready_s, goes_s))
+        ends.sort()
+        return ends
 
     def _transfer_s(self, source: Source, sink: Sink) -> float:
         prefill, decode = source.site, sink.site

@@ -1,10 +1,10 @@
 """The few replicas that a request is weighed between: the least loaded, and those that hold most of it. Pure."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from math import log
 
-from cluster.scheduler.matches import Matches
+from cluster.scheduler.matches import Matches, Segment
 from cluster.scheduler.ranked import Bucket, Entry, Ranked
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.site import Site, Sites
@@ -55,15 +55,11 @@ class Shortlist:
                 self.changed(self._sites.of(view))
         found = {site.replica_id: site for site in self._least(num_tokens, may)}
         for segment in matches.segments[:NUM_DEPTHS]:
-            if segment.numbers.bit_count() > FEW_HOLDERS:
-                holders = self._by_load(matches, segment.numbers)
-            else:
-                holders = iter(self._ranked.among(matches.names(segment)))
-            for site in islice(filter(may, holders), NUM_HOLDERS):
+            for site in self._holders(matches, segment, may):
                 found[site.replica_id] = site
         return list(found.values())
 
-    def _least(self, num_tokens: int, may: May) -> Iterable[Site]:
+    def _least(self, num_tokens: int, may: May) -> list[Site]:
         """Of each zone: by load alone, and by load and what the prompt takes at the replica's pace."""
         zones: dict[str, list[Entry]] = {}
         buckets = self._ranked.buckets
@@ -75,18 +71,26 @@ class Shortlist:
                     num_left -= 1
                     if not num_left:
                         break
+        least: list[Site] = []
         for heads in zones.values():
             if len(heads) > NUM_LEAST:
                 heads.sort()
-                yield from (entry[3] for entry in heads[:NUM_BY_LOAD])
-                timed = sorted((entry[0] + num_tokens * entry[3].costs.token_s, entry) for entry in heads)
-                yield from (entry[3] for _, entry in timed[: NUM_LEAST - NUM_BY_LOAD])
+                timed = sorted([(entry[0] + num_tokens * entry[3].costs.token_s, entry) for entry in heads])
+                least += [entry[3] for entry in heads[:NUM_BY_LOAD]]
+                least += [entry[3] for _, entry in timed[: NUM_LEAST - NUM_BY_LOAD]]
             else:
-                yield from (entry[3] for entry in heads)
+                least += [entry[3] for entry in heads]
+        return least
 
-    def _by_load(self, matches: Matches, numbers: int) -> Iterator[Site]:
-        """Holders, where there are many: found by the way."""
+    def _holders(self, matches: Matches, segment: Segment, may: May) -> list[Site]:
+        """The least loaded of those that match so deep; where they are many, those found by the way."""
+        if segment.numbers.bit_count() <= FEW_HOLDERS:
+            return list(islice(filter(may, self._ranked.among(matches.names(segment))), NUM_HOLDERS))
+        found: list[Site] = []
         for entries in self._ranked.buckets.values():
             for entry in entries:
-                if matches.is_of(entry[2], numbers):
-                    yield entry[3]
+                if matches.is_of(entry[2], segment.numbers) and may(entry[3]):
+                    found.append(entry[3])
+                    if len(found) == NUM_HOLDERS:
+                        return found
+        return found

@@ -1,25 +1,50 @@
 """Whoever prefills a prompt: what stands before its first token there, computed or pulled from a lender. Pure."""
 
-from typing import NamedTuple
-
 from cluster.scheduler.link_book import LinkBook
 from cluster.scheduler.matches import Matches
 from cluster.scheduler.site import Site
 
 
-class Source(NamedTuple):
-    """A prefill replica, or decode itself. `first_token_s` is the sum of the four seconds after it."""
+class Source:
+    """A prefill replica, or decode itself. A plain class: each decision makes several, and quickly."""
 
-    first_token_s: float
-    queue_s: float
-    pull_s: float
-    restore_s: float
-    prefill_s: float
-    num_uncached: int
-    last_bytes: float  # of KV that is ready only with the first token: the last layer's of the last chunk
-    first_piece_s: float  # until the first piece of KV is ready: one layer's of the first chunk
-    lender: Site | None
-    site: Site
+    __slots__ = (
+        "first_piece_s",
+        "first_token_s",
+        "last_bytes",
+        "lender",
+        "num_uncached",
+        "prefill_s",
+        "pull_s",
+        "queue_s",
+        "restore_s",
+        "site",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        site: Site,
+        lender: Site | None,
+        num_uncached: int,
+        queue_s: float,
+        pull_s: float,
+        restore_s: float,
+        prefill_s: float,
+    ) -> None:
+        before_s = queue_s + pull_s + restore_s
+        num_pieces = -(-num_uncached // site.max_at_once) * site.num_layers
+        self.site = site
+        self.lender = lender  # whom a prefix is pulled from
+        self.num_uncached = num_uncached
+        self.queue_s = queue_s
+        self.pull_s = pull_s
+        self.restore_s = restore_s
+        self.prefill_s = prefill_s
+        self.first_token_s = before_s + prefill_s
+        # of KV that is ready only with the first token: the last layer's of the last chunk
+        self.last_bytes = min(num_uncached, site.max_at_once) * site.kv_layer_bytes
+        # until the first piece of KV is ready: one layer's of the first chunk
+        self.first_piece_s = before_s + prefill_s / num_pieces
 
 
 class Sources:
@@ -65,18 +90,4 @@ class Sources:
             if other_pull_s + other_prefill_s < pull_s + prefill_s:
                 pull_s, prefill_s, num_uncached, best_lender = other_pull_s, other_prefill_s, num_left, lender
         queue_s = site.queue_left_s(self.now)
-        before_s = queue_s + pull_s + restore_s
-        last_bytes = min(num_uncached, site.max_at_once) * site.kv_layer_bytes
-        num_pieces = -(-num_uncached // site.max_at_once) * site.num_layers
-        return Source(
-            before_s + prefill_s,
-            queue_s,
-            pull_s,
-            restore_s,
-            prefill_s,
-            num_uncached,
-            last_bytes,
-            before_s + prefill_s / num_pieces,
-            best_lender,
-            site,
-        )
+        return Source(site, best_lender, num_uncached, queue_s, pull_s, restore_s, prefill_s)

@@ -1,7 +1,7 @@
 """What steps of a replica take: coefficients, the roofline that they start from, and sums over a prompt. Pure."""
 
+from dataclasses import dataclass
 from math import sqrt
-from typing import NamedTuple
 
 from core.kv_layout import KVLayout
 from core.messages.fleet import ReplicaInfo
@@ -14,7 +14,8 @@ GUESSED_TOKENS_PER_S = 2000.0  # of prefill, where a replica does not say what i
 GUESSED_STEP_S = 0.02  # of decode, likewise
 
 
-class StepCosts(NamedTuple):
+@dataclass(frozen=True)
+class StepCosts:
     """Seconds. Of steps that compute parts of prompts: the step, a token, a pair of a token with one that it sees, and
     a token of context of the sequences that decode along. Of steps that only decode: the step, a sequence, a token of
     context.
@@ -27,6 +28,16 @@ class StepCosts(NamedTuple):
     step_s: float
     sequence_s: float
     context_s: float
+
+    @property
+    def of_chunks(self) -> tuple[float, float, float, float]:
+        """The first four."""
+        return self.chunk_s, self.token_s, self.pair_s, self.beside_s
+
+    @property
+    def of_decodes(self) -> tuple[float, float, float]:
+        """The others."""
+        return self.step_s, self.sequence_s, self.context_s
 
     def prefill_s(self, num_tokens: int, num_cached: int, num_at_once: int, beside_s: float = 0.0) -> float:
         """A prompt's last `num_tokens` tokens, behind `num_cached`, cut into chunks.

@@ -1,37 +1,53 @@
 """A candidate with what it costs, comparable with others, and written out for those who ask why. Pure."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import overload
 
 from cluster.scheduler.candidate import Candidate, Terms
 from cluster.scheduler.site import Site
 from cluster.scheduler.source import Source
 
 
-class Sink(NamedTuple):
-    """A decode replica."""
+class Sink:
+    """A decode replica. A plain class: each decision makes several, and quickly."""
 
-    excess: int  # tenths of the SLO that the ITL is beyond it
-    wait_s: float  # until its batch takes the request in
-    num_reserved: int
-    itl_s: float  # with the request in its batch
-    num_bytes: int  # of KV that it lacks
-    num_blocks: int
-    depth: int  # leading blocks that it has cached
-    site: Site
+    __slots__ = ("depth", "excess", "itl_s", "num_blocks", "num_bytes", "num_reserved", "site", "wait_s")
+
+    def __init__(
+        self, site: Site, depth: int, num_blocks: int, num_bytes: int, wait_s: float, itl_s: float, excess: int
+    ) -> None:
+        self.site = site
+        self.num_reserved = site.num_reserved
+        self.depth = depth  # leading blocks that it has cached
+        self.num_blocks = num_blocks  # that it lacks
+        self.num_bytes = num_bytes  # of KV in them
+        self.wait_s = wait_s  # until its batch takes the request in
+        self.itl_s = itl_s  # with the request in its batch
+        self.excess = excess  # tenths of the SLO that the ITL is beyond it
 
 
-class Weighed(NamedTuple):
-    """A candidate. Ranks are integers, quick to compare; ids after them make a decision repeatable."""
+class Weighed:
+    """A candidate, compared by its place. Ranks are integers, quick to compare."""
 
-    rank: int
-    prefill_id: str
-    decode_id: str
-    reason: str
-    source: Source
-    sink: Sink
-    transfer_s: float
-    itl_s: float
+    __slots__ = ("itl_s", "rank", "reason", "sink", "source", "transfer_s")
+
+    def __init__(self, rank: int, reason: str, source: Source, sink: Sink, transfer_s: float, itl_s: float) -> None:
+        self.rank = rank
+        self.reason = reason
+        self.source = source
+        self.sink = sink
+        self.transfer_s = transfer_s
+        self.itl_s = itl_s
+
+    @property
+    def prefill_id(self) -> str:
+        """Empty for local prefill."""
+        return self.source.site.replica_id if self.reason == "pair" else ""
+
+    @property
+    def place(self) -> tuple[int, str, str]:
+        """Lower ones first; ids after the rank make a decision repeatable."""
+        return self.rank, self.prefill_id, self.sink.site.replica_id
 
     @property
     def crosses_zones(self) -> bool:
@@ -41,9 +57,10 @@ class Weighed(NamedTuple):
     @property
     def terms(self) -> Terms:
         """Local prefill waits for no batch: it is its own."""
-        queue_s, pull_s, restore_s, prefill_s = self.source[1:5]
-        wait_s = self.sink.wait_s if self.reason == "pair" else 0.0
-        return Terms(queue_s, pull_s, restore_s, prefill_s, self.transfer_s, wait_s, self.itl_s)
+        source, wait_s = self.source, self.sink.wait_s if self.reason == "pair" else 0.0
+        return Terms(
+            source.queue_s, source.pull_s, source.restore_s, source.prefill_s, self.transfer_s, wait_s, self.itl_s
+        )
 
 
 # What decides, in this order: crosses zones, tenths of the SLO that the ITL is beyond it, TTFT, reservations.
@@ -80,4 +97,4 @@ class Explained(Sequence[Candidate]):
             return Explained(self._weighed[index])
         one = self._weighed[index]
         lender_id = one.source.lender.replica_id if one.source.lender is not None else ""
-        return Candidate(one.prefill_id, one.decode_id, lender_id, one.reason, one.terms)
+        return Candidate(one.prefill_id, one.sink.site.replica_id, lender_id, one.reason, one.terms)

@@ -47,7 +47,7 @@ class MeasuredCosts:
             num_tokens = sum(num for num, _ in work.chunks)
             pairs = int(sum(num_pairs(num, before) for num, before in work.chunks))
             features = 1, num_tokens + num_decoding, pairs, work.num_kv_tokens + num_decoding
-            fitted_s = sum(c * x for c, x in zip(costs[:4], features, strict=True))
+            fitted_s = sum(c * x for c, x in zip(costs.of_chunks, features, strict=True))
             ratios, place = self.chunk_ratios, _scattered(num_tokens, pairs + work.num_kv_tokens)
         return fitted_s * ratios[place % len(ratios)]
 

@@ -24,7 +24,7 @@ def noisy_steps(num: int, chance: Random, noise: float, outliers: float = 0.0) -
             num_tokens = chance.randrange(20, 512)
             pairs = int(num_pairs(num_tokens, chance.randrange(0, 1000)))
             features = 1, num_tokens + num_decoding, pairs, num_kv_tokens
-            seconds = sum(c * x for c, x in zip(TRUE[:4], features, strict=True))
+            seconds = sum(c * x for c, x in zip(TRUE.of_chunks, features, strict=True))
             samples.append((num_tokens, pairs, num_decoding, num_kv_tokens, factor * seconds))
         else:
             samples.append(
