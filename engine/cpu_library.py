@@ -1,4 +1,4 @@
-"""Compiles cpu_kernels.cpp and cpu_products.cpp once per machine, and loads them.
+"""Compiles the C++ sources beside it once per machine, and loads them.
 
 Takes three seconds the first time, and a C++ compiler. The library lies in the user's cache folder under a name made of
 sources, flags, compiler and processor.
@@ -21,7 +21,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_products.cpp"))
+_NAMES = ("cpu_kernels.cpp", "cpu_products.cpp", "cpu_pair_products.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 FOLDER = Path("~/.cache/baton")
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)  # without -fopenmp: torch has loaded an OpenMP; without -ffast-math: that would change the process
@@ -58,6 +59,7 @@ class CpuLibrary:
     unpack: Function
     multiply: Function
     panel_outputs: int
+    multiplies_pairs: bool  # products take rows in bfloat16, by the processor's own instructions
 
 
 @cache
@@ -77,7 +79,8 @@ def load_cpu_library() -> CpuLibrary | None:
         function = library[f"baton_{name}"]
         function.argtypes, function.restype = types, None
         functions[name] = function
-    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs())
+    pairs = bool(library.baton_multiplies_pairs())
+    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs(), multiplies_pairs=pairs)
 
 
 def _built(compiler: str) -> Path:
