@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("cpu_kernels.cpp", "cpu_products.cpp", "cpu_pair_products.cpp")
+_NAMES = ("cpu_kernels.cpp", "cpu_products.cpp", "cpu_pair_products.cpp", "cpu_pair_attention.cpp")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_attention.h", "cpu_pairs.h"))
 FOLDER = Path("~/.cache/baton")
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)  # without -fopenmp: torch has loaded an OpenMP; without -ffast-math: that would change the process
@@ -40,7 +41,7 @@ _ARGUMENTS = {
     "unpack": (_POINTER, _LONG, _LONG, _POINTER, _INT),
     "multiply": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
 }
-
+_OF_CHUNK = (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT)
 
 Function = Callable[..., None]
 
@@ -59,7 +60,12 @@ class CpuLibrary:
     unpack: Function
     multiply: Function
     panel_outputs: int
-    multiplies_pairs: bool  # products take rows in bfloat16, by the processor's own instructions
+    attend_chunk: Function | None  # where products take rows in bfloat16, by the processor's own instructions
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether they do."""
+        return self.attend_chunk is not None
 
 
 @cache
@@ -74,19 +80,21 @@ def load_cpu_library() -> CpuLibrary | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("kernels for this CPU could not be compiled, torch computes in their place: %s", error)
         return None
-    functions: dict[str, Function] = {}
-    for name, types in _ARGUMENTS.items():
-        function = library[f"baton_{name}"]
-        function.argtypes, function.restype = types, None
-        functions[name] = function
-    pairs = bool(library.baton_multiplies_pairs())
-    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs(), multiplies_pairs=pairs)
+    functions = {name: _function(library, name, types) for name, types in _ARGUMENTS.items()}
+    attend_chunk = _function(library, "attend_chunk", _OF_CHUNK) if library.baton_multiplies_pairs() else None
+    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs(), attend_chunk=attend_chunk)
+
+
+def _function(library: ctypes.CDLL, name: str, types: Sequence[type]) -> Function:
+    function = library[f"baton_{name}"]
+    function.argtypes, function.restype = types, None
+    return function
 
 
 def _built(compiler: str) -> Path:
     """Raises OSError, RuntimeError without a home, subprocess.SubprocessError."""
     told = subprocess.run((compiler, "--version"), capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
-    sources = b"".join(source.read_bytes() for source in SOURCES)
+    sources = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
     parts = (sources, repr((COMPILE, LINK)).encode(), told, torch.__version__.encode(), _processor())
     library = FOLDER.expanduser() / f"cpu_kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if not library.exists():
