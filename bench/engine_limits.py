@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.arithmetic import arithmetic_dtype
+from engine.arithmetic import product_dtype
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -41,9 +41,9 @@ def measure_upload(device: torch.device) -> float:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, in the precision that is quickest for numbers of `dtype`."""
+    """FLOP/s of a large matrix product, in the precision that torch is quickest in for numbers of `dtype`."""
     size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(arithmetic_dtype(device, dtype)) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(product_dtype(device, dtype)) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b, device, 8)
 
 

@@ -22,9 +22,17 @@ _TIMEOUT_S = 120
 
 
 def compiled_library(
-    name: str, sources: Sequence[Path], compile_flags: Sequence[str], link_flags: Sequence[str], depends_on: str = ""
+    name: str,
+    sources: Sequence[Path],
+    compile_flags: Sequence[str],
+    link_flags: Sequence[str],
+    headers: Sequence[Path] = (),
+    depends_on: str = "",
 ) -> ctypes.CDLL | None:
-    """None, with the reason logged, where it cannot be made. `depends_on`: whatever else it is not to outlive."""
+    """None, with the reason logged, where it cannot be made.
+
+    `headers` are what the sources include, `depends_on` whatever else the library is not to outlive.
+    """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None or sys.platform != "linux":
         log.info("no C++ compiler for %s: slower code takes its place", name)
@@ -34,18 +42,18 @@ def compiled_library(
         (compiler, "-shared", *link_flags, *(f"{source.stem}.o" for source in sources), "-o", "linked.so"),
     )
     try:
-        return ctypes.CDLL(str(_built(name, sources, commands, depends_on)))
+        return ctypes.CDLL(str(_built(name, (*headers, *sources), commands, depends_on)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("%s could not be compiled, slower code takes its place: %s", name, error)
         return None
 
 
-def _built(name: str, sources: Sequence[Path], commands: Sequence[Sequence[str]], depends_on: str) -> Path:
+def _built(name: str, code: Sequence[Path], commands: Sequence[Sequence[str]], depends_on: str) -> Path:
     """Raises OSError, RuntimeError without a home, subprocess.SubprocessError."""
     version = (commands[0][0], "--version")
     told = subprocess.run(version, capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
-    code = b"".join(source.read_bytes() for source in sources)
-    parts = (code, repr([command[1:] for command in commands]).encode(), told, depends_on.encode(), _processor())
+    text = b"".join(file.read_bytes() for file in code)
+    parts = (text, repr([command[1:] for command in commands]).encode(), told, depends_on.encode(), _processor())
     library = FOLDER.expanduser() / f"{name}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.arithmetic import arithmetic_dtype
+from engine.arithmetic import product_dtype
 from engine.latent_up import LatentUp
 
 _LARGEST_FUSED_HEAD = 256  # of fused kernels
@@ -97,8 +97,8 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _in_arithmetic(query: Tensor, keys: Tensor, values: Tensor) -> tuple[torch.dtype, Tensor, Tensor, Tensor]:
-    """The model's dtype, and all three in the one that they are multiplied in."""
-    wide = arithmetic_dtype(query.device, query.dtype)
+    """That of the query, and all three in the one that they are multiplied in."""
+    wide = product_dtype(query.device, keys.dtype)
     return query.dtype, query.to(wide), keys.to(wide), values.to(wide)
 
 

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu_attention.h"
+
 namespace {
 
 struct bfloat16 {
@@ -100,24 +102,19 @@ void write(const float* keys, const float* values, const int64_t* strides, const
     }
 }
 
-struct Shape {
-    int64_t num_sequences, num_query_heads, num_heads, block_size, head_dim, query_stride, table_stride, window;
-    float scale, softcap;  // 0: none
-};
-
 // One query per sequence over the `ends[n]` positions that its row of `tables` maps to blocks: keys are read once for
 // all query heads of a KV head, then values.
 template <class C>
-void attend(const Shape& shape, const float* query, const C* cache, const int64_t* tables, const int64_t* ends,
+void attend(const AttentionShape& shape, const float* query, const C* cache, const int64_t* tables, const int64_t* ends,
             const float* sinks, float* out, int threads) {
     int64_t group = shape.num_query_heads / shape.num_heads, D = shape.head_dim, S = shape.block_size;
     int64_t work = 0;
-    for (int64_t n = 0; n < shape.num_sequences; n++) work += ends[n] * shape.num_query_heads * D;
+    for (int64_t n = 0; n < shape.num_rows; n++) work += ends[n] * shape.num_query_heads * D;
 #pragma omp parallel num_threads(threads) if (work >= 4 * LEAST_PARALLEL)
     {
         std::vector<float> weights, wide(D), sums(group * D), queries(group * D);
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t n = 0; n < shape.num_sequences; n++) {
+        for (int64_t n = 0; n < shape.num_rows; n++) {
             for (int64_t head = 0; head < shape.num_heads; head++) {
                 int64_t end = ends[n], first = shape.window ? std::max<int64_t>(0, end - shape.window) : 0;
                 int64_t count = end - first;
@@ -192,7 +189,7 @@ void baton_write(const float* keys, const float* values, int64_t key_stride, int
     else
         write(keys, values, strides, slots, (bfloat16*)cache, rows, heads, block_size, head_dim, threads);
 }
-void baton_attend(const Shape* shape, const float* query, const void* cache, const int64_t* tables, const int64_t* ends,
+void baton_attend(const AttentionShape* shape, const float* query, const void* cache, const int64_t* tables, const int64_t* ends,
                   const float* sinks, float* out, int is_wide, int threads) {
     if (is_wide)
         attend(*shape, query, (const float*)cache, tables, ends, sinks, out, threads);

@@ -1,7 +1,7 @@
-"""What a CPU computes faster by code of our own: cpu_kernels.cpp and cpu_products.cpp, compiled once per machine."""
+"""What a CPU computes faster by code of our own: the C++ sources beside this file, compiled once per machine."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,9 @@ import torch
 
 from core.compiled_library import compiled_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_products.cpp"))
+_NAMES = ("cpu_kernels.cpp", "cpu_products.cpp", "cpu_pair_products.cpp", "cpu_pair_attention.cpp")
+_HEADERS = ("cpu_attention.h", "cpu_pairs.h")
+SOURCES, HEADERS = (tuple(Path(__file__).with_name(name) for name in names) for names in (_NAMES, _HEADERS))
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fopenmp", "-fPIC")
 LINK = ()  # without -fopenmp: torch has loaded an OpenMP; without -ffast-math: that would change the process
 
@@ -26,7 +28,7 @@ _ARGUMENTS = {
     "unpack": (_POINTER, _LONG, _LONG, _POINTER, _INT),
     "multiply": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
 }
-
+_OF_CHUNK = (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT)
 
 Function = Callable[..., None]
 
@@ -45,17 +47,26 @@ class CpuLibrary:
     unpack: Function
     multiply: Function
     panel_outputs: int
+    attend_chunk: Function | None  # where products take rows in bfloat16, by the processor's own instructions
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether they do."""
+        return self.attend_chunk is not None
 
 
 @cache
 def load_cpu_library() -> CpuLibrary | None:
     """None, with the reason logged, where it cannot be made."""
-    library = compiled_library("cpu_kernels", SOURCES, COMPILE, LINK, torch.__version__)
+    library = compiled_library("cpu_kernels", SOURCES, COMPILE, LINK, HEADERS, torch.__version__)
     if library is None:
         return None
-    functions: dict[str, Function] = {}
-    for name, types in _ARGUMENTS.items():
-        function = library[f"baton_{name}"]
-        function.argtypes, function.restype = types, None
-        functions[name] = function
-    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs())
+    functions = {name: _function(library, name, types) for name, types in _ARGUMENTS.items()}
+    attend_chunk = _function(library, "attend_chunk", _OF_CHUNK) if library.baton_multiplies_pairs() else None
+    return CpuLibrary(**functions, panel_outputs=library.baton_panel_outputs(), attend_chunk=attend_chunk)
+
+
+def _function(library: ctypes.CDLL, name: str, types: Sequence[type]) -> Function:
+    function = library[f"baton_{name}"]
+    function.argtypes, function.restype = types, None
+    return function

@@ -1,9 +1,11 @@
-// Products of float32 rows with a bfloat16 matrix, for CPUs without instructions for such products.
+// Products of float32 rows with a bfloat16 matrix, for CPUs without instructions for such products:
+// cpu_pair_products.cpp is for the others.
 //
 // W [outputs, inputs] is packed into panels of 2 * LANES outputs. For every input a panel holds LANES words; the low
 // half of a word is of one output, the high half of the output LANES further. One shift and one mask widen both.
 // A tile keeps the sums of R rows with P panels in registers while it reads the panels once.
 
+#ifndef __AVX512BF16__
 #include <algorithm>
 #include <cstdint>
 
@@ -101,6 +103,7 @@ void multiply(const float* x, const uint32_t* panels, const float* bias, int64_t
 
 extern "C" {
 int64_t baton_panel_outputs() { return PANEL; }
+int64_t baton_multiplies_pairs() { return 0; }
 
 void baton_pack(const uint16_t* weight, int64_t outputs, int64_t inputs, uint32_t* panels, int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -133,3 +136,4 @@ void baton_multiply(const float* x, const uint32_t* panels, const float* bias, i
         multiply<1>(x, panels, bias, rows, {inputs, outputs}, y, threads);
 }
 }
+#endif

@@ -1,4 +1,4 @@
-"""A bfloat16 matrix that a CPU without instructions for it multiplies in float32: see cpu_products.cpp."""
+"""A bfloat16 matrix that compiled code multiplies with rows of float32: see cpu_products.cpp, cpu_pair_products.cpp."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class PanelMatrix:
         self._num_outputs, self._num_inputs = weight.shape
         self._num_threads = torch.get_num_threads()
         num_padded = -(-self._num_outputs // library.panel_outputs) * library.panel_outputs
-        self._panels = torch.empty(num_padded, self._num_inputs, dtype=torch.bfloat16)
+        self._panels = torch.empty(num_padded, self._num_inputs + self._num_inputs % 2, dtype=torch.bfloat16)
         rows = weight.contiguous()
         library.pack(rows.data_ptr(), *rows.shape, self._panels.data_ptr(), self._num_threads)
 

@@ -6,13 +6,21 @@ import pytest
 import torch
 
 from engine import attention_math, matrix
-from engine.arithmetic import arithmetic_dtype
+from engine.arithmetic import arithmetic_dtype, product_dtype
+from engine.cpu_library import load_cpu_library
 from engine.half_matrix import HalfMatrix, pack_halves
 from engine.linear import Linear
+from engine.panel_matrix import PanelMatrix
 
 CPU = torch.device("cpu")
 needs_fbgemm = pytest.mark.skipif(torch.backends.quantized.engine not in ("fbgemm", "x86"), reason="no FBGEMM here")
 ROWS = [1, 2, 3, 4, 5, 16, 63, 65, 400]  # of 300 inputs: more than are taken together
+
+
+def rounds_rows() -> bool:
+    """Whether compiled products take rows in bfloat16."""
+    library = matrix.load_cpu_library()
+    return library is not None and library.multiplies_pairs
 
 
 @pytest.fixture(params=["as the CPU computes", "widened", "widened without a compiler"])
@@ -21,8 +29,8 @@ def precision(request, monkeypatch) -> str:
     if request.param.endswith("a compiler"):
         monkeypatch.setattr(matrix, "load_cpu_library", lambda: None)
     if request.param.startswith("widened"):
-        for module in (matrix, attention_math):
-            monkeypatch.setattr(module, "arithmetic_dtype", lambda _device, _dtype: torch.float32)
+        for module, name in ((matrix, "arithmetic_dtype"), (attention_math, "product_dtype")):
+            monkeypatch.setattr(module, name, lambda _device, _dtype: torch.float32)
     return request.param
 
 
@@ -39,7 +47,8 @@ def test_a_product_is_that_of_float64_but_for_one_rounding(dtype, rows, with_bia
     expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
     got = Linear(weight.clone(), bias)(x)
     assert got.dtype == arithmetic and got.shape == (rows, 5000)
-    tolerance = 2 * torch.finfo(arithmetic).eps
+    rounded = torch.bfloat16 if dtype == torch.bfloat16 and rounds_rows() else arithmetic
+    tolerance = 2 * torch.finfo(rounded).eps
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance + 1e-5)
 
 
@@ -72,11 +81,26 @@ def test_attention_is_that_of_float64_but_for_rounding(dtype, window, softcap, h
 
 
 def test_only_half_precision_on_a_cpu_without_its_instructions_is_widened():
-    assert arithmetic_dtype(CPU, torch.float32) == torch.float32
+    assert arithmetic_dtype(CPU, torch.float32) == product_dtype(CPU, torch.float32) == torch.float32
     assert arithmetic_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
     flags = Path("/proc/cpuinfo").read_text()
     native = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
-    assert arithmetic_dtype(CPU, torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
+    assert product_dtype(CPU, torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_rows_that_the_cpu_multiplies_as_bfloat16_are_rounded_to_it_and_to_nothing_less():
+    """Also an odd number of inputs, of which the last has no pair."""
+    library = load_cpu_library()
+    if library is None or not library.multiplies_pairs:
+        pytest.skip("no pairs of bfloat16 here")
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs, rows in ((301, 33, 5), (32, 7, 13), (1, 1, 1), (768, 96, 400)):
+        weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+        x = torch.randn(rows, inputs, generator=generator)
+        panels = PanelMatrix(library, weight, None)
+        expected = x.bfloat16().double() @ weight.double().T
+        torch.testing.assert_close(panels.multiply(x).double(), expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(panels.rows(), weight)
 
 
 @pytest.mark.usefixtures("precision")
