@@ -114,10 +114,8 @@ class DecisionMaker:
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """Its prefill is over."""
         self.learned.first_token(reservation, num_cached_tokens, now)
-        site = self._sites.of(reservation.decision.prefill or reservation.decision.decode)
-        before_s = site.queue_s
+        self._sites.of(reservation.decision.prefill or reservation.decision.decode).begun_at = now
         self._replicas_changed(reservation)
-        site.computed(before_s - site.queue_s, now)
 
     def finished(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
         """Its replicas are free of it."""

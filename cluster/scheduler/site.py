@@ -88,10 +88,6 @@ class Site:
         if view.prefill_tokens:
             self.itl_s += costs.token_s * min(self.num_queued, self.max_at_once)
 
-    def computed(self, seconds: float, now: float) -> None:
-        """Prompts of `seconds` have left the queue: time beyond them went into the next one, a step's at most."""
-        self.begun_at = now - min(max(0.0, now - self.begun_at - seconds), self.full_step_s)
-
     @property
     def full_step_s(self) -> float:
         """Of as many prompt tokens as a step takes, beside the batch."""
