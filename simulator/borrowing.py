@@ -99,7 +99,8 @@ class Borrowing:
             coming += [chain_key(hashes, of_group.group, group, block) for block in logical]
         stack = ExitStack()
         try:
-            stack.enter_context(arriving(pool, before, coming))
+            with self._host.touching_blocks():
+                stack.enter_context(arriving(pool, before, coming))
         except OutOfBlocks:
             over(None)
             return
@@ -118,11 +119,12 @@ class Borrowing:
             if loan.num_transfers or not self._host.alive:
                 return
             if loan.is_whole:
-                loan.stack.close()
+                with self._host.touching_blocks():
+                    loan.stack.close()
                 over(Fetched(loan.num_bytes, self._host.world.queue.now - loan.begun_at))
             else:
                 lost = PeerLost(f"{source.info.replica_id} is gone")
-                with suppress(PeerLost):
+                with self._host.touching_blocks(), suppress(PeerLost):
                     loan.stack.__exit__(PeerLost, lost, None)
                 over(None)
 

@@ -38,7 +38,7 @@ class DecodeReplica:
             host.pool, layout, self._book, self.scheduler, limit, self.scheduler.max_num_batched_tokens
         )
         self._tokens = DecodeTokens(host, peers, self.scheduler, self.handoffs, self._end)
-        self.engine = DecodeEngine(host, self.scheduler, self._tokens, skips)
+        self.engine = host.steps = DecodeEngine(host, self.scheduler, self._tokens, skips)
         self.links = Links()
         self._borrowing = Borrowing(host)
         self._opening: set[tuple[str, int]] = set()  # their prefix comes from elsewhere first
@@ -149,8 +149,9 @@ class DecodeReplica:
                 self._end(lease.request_id, lease.attempt)
             self.handoffs.stop_waiting(now, self._control_timeout_s)
             self._settle()
-        if self.host.lender.give_back_expired(now):
-            self._settle()
+        if len(self.host.lender):
+            with self.host.touching_blocks():
+                self.host.lender.give_back_expired(now)
 
     @property
     def busy_s(self) -> float:

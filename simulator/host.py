@@ -1,6 +1,9 @@
 """What both roles of a replica share: identity, clock, block pool, speed, loans, and how it tells of itself. Pure."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_lender import Borrow, Lent
@@ -21,6 +24,18 @@ class World:
     queue: EventQueue
     wire: Wire
     network: Network
+
+
+class StepLoop(Protocol):
+    """What changes a replica's blocks all by itself."""
+
+    def advance(self) -> None:
+        """Brings the blocks to this moment."""
+        ...
+
+    def changed(self) -> None:
+        """There may be other blocks to go on with."""
+        ...
 
 
 class Host:
@@ -53,6 +68,18 @@ class Host:
         self.busy_s = 0.0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
+        self.steps: StepLoop | None = None  # of a replica that may compute ahead; set before it computes anything
+
+    @contextmanager
+    def touching_blocks(self) -> Iterator[None]:
+        """Around a change of its pool that its own role did not ask for: steps that are over come first, and those
+        computed ahead go on with what is left.
+        """
+        if self.steps is not None:
+            self.steps.advance()
+        yield
+        if self.steps is not None:
+            self.steps.changed()
 
     @property
     def now(self) -> float:
@@ -79,8 +106,10 @@ class Host:
 
     def lend(self, message: Borrow) -> Lent:
         """Another replica wants what is cached here."""
-        return self.lender.lend(message, self.now)
+        with self.touching_blocks():
+            return self.lender.lend(message, self.now)
 
     def give_back(self, loan_id: str) -> None:
         """It has it, or will not fetch it."""
-        self.lender.give_back(loan_id, self.now)
+        with self.touching_blocks():
+            self.lender.give_back(loan_id, self.now)

@@ -9,6 +9,7 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 from cluster.scheduler.asked_sizes import AskedSizes
 from cluster.scheduler.batch_yields import BatchYields, Yielding
@@ -136,7 +137,8 @@ class Admission:
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests in their order, in each generation until one finds no room.
 
-        One that avoids replicas holds nobody up: there may be room where it does not want to go.
+        One that avoids replicas holds nobody up: there may be room where it does not want to go. One that has waited
+        too long to be in time goes after those that can be.
         """
         self._forecast.passed(now, len(self._line) > 0)
         plans = []
@@ -144,7 +146,8 @@ class Admission:
         decodes = generations.decodes
         full: set[str] = set()
         held_up: Counter[str] = Counter()  # by generation, requests that batch work may be in the way of
-        for waiting in self._line.in_order():
+        late: list[Waiting] = []
+        for waiting in chain(self._line.in_order(), late):
             if full >= decodes.keys():
                 break
             generation = generations.answering(waiting.request)
@@ -155,6 +158,9 @@ class Admission:
                 if not waiting.request.avoid:
                     full.add(generation)  # nobody of this generation overtakes
                     held_up[generation] += not waiting.is_batch
+                continue
+            if waiting.misses(decision.busy_ttft_s, now):
+                late.append(self._line.put_off(waiting))
                 continue
             self._line.remove(waiting.request.request_id)
             plans.append(self._book(waiting, decision, now))
@@ -261,14 +267,21 @@ class Admission:
 
     def _refuse_in_time(self, waiting: Waiting) -> None:
         """Raises Overloaded for a request that would wait in vain: it is told now, not when its time is over."""
-        wait_s = self._forecast.wait_s(self._line.tokens_before(waiting)) if self._line else None
+        wait_s = self._wait_s(waiting) if self._line else None
         if wait_s is not None and wait_s > waiting.timeout_s:
             raise self._overloaded(
                 waiting, f"a wait of {wait_s:.0f} s is foreseen, {waiting.timeout_s:.0f} s are allowed"
             )
 
-    def _overloaded(self, waiting: Waiting, message: str) -> Overloaded:
+    def _wait_s(self, waiting: Waiting) -> float | None:
+        """Foreseen; who will not be in time will have been put off by then."""
         wait_s = self._forecast.wait_s(self._line.tokens_before(waiting))
+        if wait_s is not None and waiting.since + wait_s > waiting.due_at:
+            wait_s = self._forecast.wait_s(self._line.tokens_before(waiting.put_off()))
+        return wait_s
+
+    def _overloaded(self, waiting: Waiting, message: str) -> Overloaded:
+        wait_s = self._wait_s(waiting)
         return Overloaded(message, retry_after_s=self._forecast.retry_after_s(wait_s, waiting.timeout_s))
 
     def _push_out(self, newest: Waiting) -> None:

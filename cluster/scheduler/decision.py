@@ -6,7 +6,9 @@ TTFT(P, D) = queue(P) + pull + restore + prefill(uncached, context on P)
 TTFT(D)    = queue(D) + pull + restore + prefill(uncached, context on D, beside its batch)
 
 subject to the ITL of D's batch with the request in it, and to the room that D has through the request's expected
-length. Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
+length. Where nobody else prefills, a prompt waits for a plan while every D has a full step's worth to compute: what is
+given out early goes by forecasts, and keeps its place whatever becomes more urgent.
+Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
 Reasons: pair; of local prefill
     local_asked, local_no_prefill: nothing else is possible
     local_short: at most `local_prefill_max_tokens` are uncached
@@ -74,6 +76,8 @@ class DecisionMaker:
         weighed: list[Weighed] = []
         if request.placement != "local" and choices.prefills:
             weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
+        elif all(sink.site.has_work(choices.now) for sink in sinks):
+            return None
         if request.placement != "pair" or not weighed:
             weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))
         best = _best(request, weighed, num_new)
@@ -86,9 +90,9 @@ class DecisionMaker:
         """Learns from samples; the replica's load has changed."""
         self.learned.reported(replica, report)
         site = self._sites.of(replica)
-        before_s = site.queue_s
+        num_before = site.num_queued
         self._changed(replica)
-        if site.queue_s < before_s:
+        if site.num_queued < num_before:
             site.begun_at = now
 
     def lost(self, replica_id: str) -> None:
@@ -267,5 +271,6 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
         first.crosses_zones,
         sink.num_bytes if is_pair else 0,
         request.num_tokens - source.num_uncached,
+        first.terms.ttft_s + source.site.full_step_s / 2,
         Explained(ranked),
     )

@@ -3,7 +3,7 @@
 from cluster.scheduler.cost_book import CostBook
 from cluster.scheduler.matches import Matches
 from cluster.scheduler.replica_view import ReplicaView
-from cluster.scheduler.rules import takes_more
+from cluster.scheduler.rules import STEPS_HELD, takes_more
 from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
 from core.messages.fleet import ReplicaInfo, Role
 
@@ -32,6 +32,7 @@ class Site:
         "layout",
         "max_at_once",
         "num_layers",
+        "num_queued",
         "num_reserved",
         "queue_s",
         "reaches",
@@ -73,6 +74,7 @@ class Site:
         num_decoding = view.num_decode_requests
         self.beside_tokens_s = costs.token_s * num_decoding + costs.beside_s * status.num_kv_tokens
         is_decode = self.info.role is Role.DECODE
+        self.num_queued = view.outstanding_prefill_tokens
         self.queue_s = _queue_s(view, costs, self.beside_tokens_s if is_decode else 0.0)
         self.busy = num_decoding > 0
         self.has_slot = num_decoding < self.info.max_num_seqs
@@ -84,7 +86,16 @@ class Site:
         self.grown_blocks = self.block_share * max(0.0, grown)  # that its requests will come to need, in all
         self.itl_s = costs.decode_step_s(num_decoding + 1, status.num_kv_tokens + coming)
         if view.prefill_tokens:
-            self.itl_s += costs.token_s * min(view.outstanding_prefill_tokens, self.max_at_once)
+            self.itl_s += costs.token_s * min(self.num_queued, self.max_at_once)
+
+    @property
+    def full_step_s(self) -> float:
+        """Of as many prompt tokens as a step takes, beside the batch."""
+        return self.costs.chunk_s + self.costs.token_s * self.max_at_once + self.beside_tokens_s
+
+    def has_work(self, now: float) -> bool:
+        """Prompts for a full step beside what is over of the one under way: it is given more before it idles."""
+        return self.queue_left_s(now) >= STEPS_HELD * self.full_step_s
 
     def queue_left_s(self, now: float) -> float:
         """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""

@@ -2,18 +2,19 @@
 
 1. batch after everything else
 2. the tenant that has been served least goes next
-3. of one tenant: higher priority, then the first token that is due first, then the first to come
+3. of one tenant: higher priority, then those whose first token can be out when it is due, then the first token that is
+   due first, then the first to come
 """
 
 from bisect import insort
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from cluster.scheduler.fair_share import FairShare
 from core.messages.to_scheduler import Reserve
 
-Place = tuple[bool, int, float, int]  # within a tenant's requests
+Place = tuple[bool, int, bool, float, int]  # within a tenant's requests
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class Waiting:
     since: float
     due_at: float  # when its first token should be out
     timeout_s: float  # it waits no longer
+    is_late: bool = False  # it has waited until its first token cannot be out when it is due
     number: int = field(default_factory=count().__next__)
 
     @property
@@ -31,10 +33,21 @@ class Waiting:
         """Others go first."""
         return self.request.is_batch
 
+    def misses(self, ttft_s: float, now: float) -> bool:
+        """Whether a plan that gives it its first token after `ttft_s` is too late now, and was not when it came.
+
+        Whom no plan could have served in time is in nobody's way more than others, and is not put off for what it asks.
+        """
+        return not self.is_late and self.since + ttft_s <= self.due_at < now + ttft_s
+
+    def put_off(self) -> "Waiting":
+        """Late."""
+        return replace(self, is_late=True)
+
     @property
     def place(self) -> Place:
         """Lower ones first."""
-        return self.is_batch, -self.request.priority, self.due_at, self.number
+        return self.is_batch, -self.request.priority, self.is_late, self.due_at, self.number
 
 
 class WaitingLine:
@@ -73,6 +86,15 @@ class WaitingLine:
             if not self._by_tenant[tenant]:
                 del self._by_tenant[tenant]
         return waiting
+
+    def put_off(self, waiting: Waiting) -> Waiting:
+        """Before those that are in time it would only make them late, too. Returns it as it waits from now on."""
+        late = waiting.put_off()
+        line = self._by_tenant[waiting.request.tenant]
+        line.remove(waiting)
+        insort(line, late, key=lambda one: one.place)
+        self._by_id[waiting.request.request_id] = late
+        return late
 
     def in_order(self) -> Iterator[Waiting]:
         """Each request once; whoever takes one away and charges its tenant for it changes who comes next."""

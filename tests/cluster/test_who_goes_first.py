@@ -239,10 +239,31 @@ def test_batch_work_leaves_room_for_others():
     fleet = Fleet(max_batch_kv_usage=0.3)
     fleet.ask(request("person", num_tokens=1600))
     assert fleet.plans() == ["person"]
-    fleet.ask(request("batch", num_tokens=3200, slo_class="batch"))
-    assert fleet.plans() == []
-    fleet.ask(request("other person", num_tokens=3200))
-    assert fleet.plans() == ["other person"]
+    fleet.ask(request("batch", num_tokens=3200, slo_class="batch"), now=1.2)
+    assert fleet.plans(1.2) == []
+    fleet.ask(request("other person", num_tokens=3200), now=1.5)
+    assert fleet.plans(1.5) == ["other person"]  # less than a step of the first prompt is left
+
+
+def test_who_has_waited_too_long_lets_those_go_first_who_can_be_in_time():
+    """Nobody is refused, and who is late keeps its place among the late."""
+    fleet = Fleet(slo={"standard": {"ttft_s": 0.9, "itl_s": 0.1}})
+    fleet.ask(*(request(f"running{i}") for i in range(SLOTS)))
+    fleet.plans()
+    fleet.ask(request("old0"), request("old1"), now=0.0)
+    fleet.ask(request("new"), now=0.8)
+    for name, expected in (("running0", "new"), ("running1", "old0"), ("running2", "old1")):
+        assert fleet.end(name, 0.8) == [expected]
+
+
+def test_a_prompt_waits_while_a_full_step_is_to_be_computed_before_it():
+    """1000 tokens/s in steps of 512: of 1600 tokens a step is left after 1.088 s."""
+    fleet = Fleet()
+    fleet.ask(request("first", num_tokens=1600))
+    assert fleet.plans() == ["first"]
+    fleet.ask(request("second"))
+    assert fleet.plans(0.0) == [] and fleet.plans(1.08) == []
+    assert fleet.plans(1.1) == ["second"]
 
 
 def test_a_decision_is_remembered_with_what_it_weighed_and_what_came():

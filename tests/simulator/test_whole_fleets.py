@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
+from simulator.baselines.catalog import find_policy
 from simulator.decode_replica import DecodeReplica
 from simulator.fleet_spec import FleetSpec
 from simulator.traces.trace import TracedRequest
@@ -69,6 +70,19 @@ def test_skipping_quiet_steps_changes_no_record(name, seed):
     _, stepped = play(FLEETS[name], trace, skips=False)
     assert repr(everything(skipped)) == repr(everything(stepped))
     assert skipped.num_events < stepped.num_events
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_skipping_changes_no_record_where_prefixes_go_between_full_replicas(seed):
+    """Blocks are lent, and taken for what is borrowed, while both ends have steps computed ahead."""
+    spec = small_fleet(0, 3, decode__num_blocks=20, link__bytes_per_s=1e5, scheduler__max_decode_kv_usage=1.0)
+    mooncake = find_policy("mooncake")
+    skipped, stepped = (
+        Twin(spec, COSTS, seed=1, make_policy=mooncake, skips=skips).run(random_trace(seed)) for skips in (True, False)
+    )
+    assert repr(everything(skipped)) == repr(everything(stepped))
+    assert skipped.num_transfer_bytes > 0
+    assert any(record.num_attempts > 1 for record in skipped.records)  # blocks ran out
 
 
 @pytest.mark.parametrize("name", FLEETS)
