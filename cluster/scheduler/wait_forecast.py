@@ -28,11 +28,15 @@ class WaitForecast:
         """A request that had waited got its plan."""
         self._num_tokens += num_tokens
 
-    def wait_s(self, num_tokens: float) -> float | None:
-        """Until so many prompt tokens are dispatched; None while nobody can say, infinite while nothing moves."""
+    def wait_s(self, num_tokens: float, num_next: int) -> float | None:
+        """Until so many prompt tokens are dispatched; None while nobody can say.
+
+        While nothing has moved, as if the next request, of `num_next` tokens, got its plan now: one long prompt holds
+        up whoever comes behind it, and is no sign of a fleet that stands still.
+        """
         if self._seconds < LEAST_SECONDS:
             return None
-        return num_tokens * self._seconds / self._num_tokens if self._num_tokens > 0 else float("inf")
+        return num_tokens * self._seconds / max(self._num_tokens, num_next)
 
     def retry_after_s(self, wait_s: float | None, limit_s: float) -> float:
         """When to come back so as to wait `limit_s` at most, if as many leave as come until then."""

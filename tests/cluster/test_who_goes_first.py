@@ -201,13 +201,26 @@ def test_a_forecast_says_nothing_before_it_has_seen_anyone_wait():
     forecast = WaitForecast()
     forecast.passed(0.0, False)
     forecast.passed(10.0, False)
-    assert forecast.wait_s(1000) is None
+    assert forecast.wait_s(1000, 100) is None
     forecast.passed(12.0, True)
-    assert forecast.wait_s(1000) == float("inf")
+    assert forecast.wait_s(1000, 400) == 5.0  # as if 400 tokens in 2 s
     forecast.dispatched(500)
-    assert forecast.wait_s(1000) == pytest.approx(4.0, rel=0.01)
+    assert forecast.wait_s(1000, 400) == pytest.approx(4.0, rel=0.01)
     assert forecast.retry_after_s(100.0, 30.0) == 70.0
-    assert forecast.retry_after_s(float("inf"), 30.0) == 600.0
+    assert forecast.retry_after_s(1e9, 30.0) == 600.0
+
+
+def test_who_comes_while_one_long_prompt_is_computed_is_not_refused():
+    """3000 tokens at 1000 a second: for more than 2 s nothing moves."""
+    fleet = Fleet(queue_timeout_s=30.0)
+    fleet.ask(request("long", num_tokens=3000))
+    assert fleet.plans() == ["long"]
+    fleet.ask(request("one"), now=0.1)
+    for tenth in range(2, 24):
+        assert fleet.plans(tenth / 10) == []
+    fleet.ask(request("other", num_tokens=300), now=2.3)
+    assert fleet.plans(2.6) == ["other"], "which can be in time"
+    assert fleet.plans(2.9) == ["one"]
 
 
 def decoding(fleet: Fleet, *names: str) -> None:
