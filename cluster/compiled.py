@@ -8,6 +8,8 @@ as Python then. It is the same code by the same names, twice as fast or more; be
 
 import hashlib
 import importlib.util
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,7 @@ setup(name="scheduler", ext_modules=mypycify({arguments!r}, opt_level="3", debug
 def prefer_compiled(path: list[str]) -> None:
     """Puts the build of the present sources, if there is one, first in the package's `path`."""
     build = build_folder()
-    if build is not None and build.is_dir():
+    if build is not None and os.path.isdir(build):  # noqa: PTH112 - false, too, where nobody may look
         path.insert(0, str(build / SCHEDULER))
         sys.path.append(str(build))  # for the library that the modules share
 
@@ -44,7 +46,9 @@ def build_folder() -> Path | None:
         folder = FOLDER.expanduser()
     except RuntimeError:
         return None
-    digest = hashlib.sha256(repr((sys.implementation.cache_tag, sys.version, sys.platform)).encode())
+    digest = hashlib.sha256(
+        repr((sys.implementation.cache_tag, sys.version, sys.platform, platform.machine())).encode()
+    )
     for source in (Path(__file__), *_sources()):
         digest.update(source.name.encode() + source.read_bytes())
     return folder / f"scheduler-{digest.hexdigest()[:24]}"
@@ -53,13 +57,22 @@ def build_folder() -> Path | None:
 def compile_scheduler() -> Path:
     """Builds what is not built yet, in about a minute; returns its folder.
 
-    Raises ConfigurationError without mypy, a C compiler or a home, and with the tools' own words when they fail.
+    Raises ConfigurationError without mypy, a C compiler or a home to write to, and with the tools' own words when they
+    fail.
     """
     build = build_folder()
     if build is None:
         raise ConfigurationError("there is no home directory to keep the compiled scheduler in")
-    if build.is_dir():
-        return build
+    try:
+        if not build.is_dir():
+            _compile(build)
+    except OSError as error:
+        raise ConfigurationError(f"the compiled scheduler cannot be kept in {build.parent}: {error}") from error
+    return build
+
+
+def _compile(build: Path) -> None:
+    """Raises OSError where the folder cannot be made, ConfigurationError as told above."""
     if importlib.util.find_spec("mypyc") is None or importlib.util.find_spec("setuptools") is None:
         raise ConfigurationError("mypy and setuptools are needed to compile: pip install 'baton-llm[compile]'")
     build.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,9 +92,11 @@ def compile_scheduler() -> Path:
             raise ConfigurationError(f"the scheduler was not compiled within {_TIMEOUT_S} s") from error
         if done.returncode:
             raise ConfigurationError(f"the scheduler cannot be compiled: {(done.stdout + done.stderr)[-2000:]}")
-        if not build.is_dir():  # nobody else was faster
+        try:
             made.replace(build)
-    return build
+        except OSError:
+            if not build.is_dir():
+                raise  # or somebody else was faster
 
 
 def _sources() -> list[Path]:

@@ -81,6 +81,7 @@ class HostPool:
 def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
     """See spans.gather."""
     if (stream := pool.stream_of(slab.numel())) is not None:
+        _require_whole(slab, pool, span)
         run_bytes = pool.least_run_bytes(span)
         stream(slab.data_ptr(), _packed_starts(slab, run_bytes), pool.address, pool.starts(span, run_bytes), run_bytes)
         return
@@ -93,6 +94,7 @@ def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
 def scatter(slab: Tensor, pool: HostPool, span: Span) -> None:
     """See spans.scatter."""
     if (stream := pool.stream_of(slab.numel())) is not None:
+        _require_whole(slab, pool, span)
         run_bytes = pool.least_run_bytes(span)
         stream(pool.address, pool.starts(span, run_bytes), slab.data_ptr(), _packed_starts(slab, run_bytes), run_bytes)
         return
@@ -103,13 +105,15 @@ def scatter(slab: Tensor, pool: HostPool, span: Span) -> None:
 
 
 def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destination: Span) -> int:
-    """Copies between spans of equal shape of two pools; returns the bytes. Raises TransferFailed for unequal sizes."""
+    """Copies between spans of equal shape of two pools; returns the bytes. Raises TransferFailed for others."""
     num_bytes = source_pool.span_bytes(source)
     if num_bytes != destination_pool.span_bytes(destination):
         raise TransferFailed(f"a copy between spans of unequal size: {source} to {destination}")
     if (stream := destination_pool.stream_of(num_bytes)) is not None:
         run_bytes = min(source_pool.least_run_bytes(source), destination_pool.least_run_bytes(destination))
         to_starts, from_starts = destination_pool.starts(destination, run_bytes), source_pool.starts(source, run_bytes)
+        if not len(to_starts) * run_bytes == len(from_starts) * run_bytes == num_bytes:
+            raise TransferFailed(f"a copy between spans of unequal shape: {source} to {destination}")
         stream(destination_pool.address, to_starts, source_pool.address, from_starts, run_bytes)
         return num_bytes
     taken, filled = source_pool.part(source), destination_pool.part(destination)
@@ -120,6 +124,12 @@ def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destin
     for from_piece, to_piece in zip(source.blocks, destination.blocks, strict=True):
         filled[_place(filled, to_piece)] = taken[_place(taken, from_piece)]
     return num_bytes
+
+
+def _require_whole(slab: Tensor, pool: HostPool, span: Span) -> None:
+    """Compiled code looks at no bounds. Raises TransferFailed."""
+    if slab.numel() != pool.span_bytes(span):
+        raise TransferFailed(f"a slab of {slab.numel()} bytes for {span}, which has {pool.span_bytes(span)}")
 
 
 def _packed(slab: Tensor, held: Bytes, num_pieces: int) -> Bytes:

@@ -276,9 +276,10 @@ class Admission:
     def _wait_s(self, waiting: Waiting) -> float | None:
         """Foreseen; who will not be in time will have been put off by then."""
         num_next = next(self._line.in_order(), waiting).request.num_tokens
-        wait_s = self._forecast.wait_s(self._line.tokens_before(waiting), num_next)
+        num_moving = max(num_next, self.reservations.num_prompt_tokens)
+        wait_s = self._forecast.wait_s(self._line.tokens_before(waiting), num_moving)
         if wait_s is not None and waiting.since + wait_s > waiting.due_at:
-            wait_s = self._forecast.wait_s(self._line.tokens_before(waiting.put_off()), num_next)
+            wait_s = self._forecast.wait_s(self._line.tokens_before(waiting.put_off()), num_moving)
         return wait_s
 
     def _overloaded(self, waiting: Waiting, message: str) -> Overloaded:

@@ -76,7 +76,7 @@ class DecisionMaker:
         weighed: list[Weighed] = []
         if request.placement != "local" and choices.prefills:
             weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
-        elif all(sink.site.has_work(choices.now) for sink in sinks):
+        elif not choices.prefills and all(sink.site.has_work(choices.now) for sink in sinks):
             return None
         if request.placement != "pair" or not weighed:
             weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))

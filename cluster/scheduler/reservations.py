@@ -36,6 +36,7 @@ class Reservations:
         self._fleet = fleet
         self._ttl_s = ttl_s
         self._reservations: dict[str, Reservation] = {}
+        self.num_prompt_tokens = 0  # of those without a first token
 
     def __len__(self) -> int:
         return len(self._reservations)
@@ -65,6 +66,7 @@ class Reservations:
             decision,
             now,
         )
+        self.num_prompt_tokens += request.num_tokens
         return reservation
 
     def progress(self, request_id: str, now: float) -> Reservation | None:
@@ -76,6 +78,7 @@ class Reservations:
         if reservation is None or reservation.decoding_since is not None:
             return None
         reservation.decoding_since = now
+        self.num_prompt_tokens -= reservation.request.num_tokens
         for replica in self._replicas_of(reservation):
             replica.free_prefill(request_id)
             replica.has_joined(request_id, now)
@@ -85,6 +88,8 @@ class Reservations:
         """Its replicas are free of it; returns what was dropped. Idempotent."""
         reservation = self._reservations.pop(request_id, None)
         if reservation is not None:
+            if reservation.decoding_since is None:
+                self.num_prompt_tokens -= reservation.request.num_tokens
             for replica in self._replicas_of(reservation):
                 replica.free_prefill(request_id)
                 replica.free_decode(request_id)

@@ -28,15 +28,15 @@ class WaitForecast:
         """A request that had waited got its plan."""
         self._num_tokens += num_tokens
 
-    def wait_s(self, num_tokens: float, num_next: int) -> float | None:
+    def wait_s(self, num_tokens: float, num_moving: int) -> float | None:
         """Until so many prompt tokens are dispatched; None while nobody can say.
 
-        While nothing has moved, as if the next request, of `num_next` tokens, got its plan now: one long prompt holds
-        up whoever comes behind it, and is no sign of a fleet that stands still.
+        At least `num_moving` count as dispatched: what is computed now, or the next request if it got its plan now. One
+        long prompt holds up whoever comes behind it, and is no sign of a fleet that stands still.
         """
         if self._seconds < LEAST_SECONDS:
             return None
-        return num_tokens * self._seconds / max(self._num_tokens, num_next)
+        return num_tokens * self._seconds / max(self._num_tokens, num_moving)
 
     def retry_after_s(self, wait_s: float | None, limit_s: float) -> float:
         """When to come back so as to wait `limit_s` at most, if as many leave as come until then."""

@@ -37,8 +37,10 @@ class Waiting:
         """Whether a plan that gives it its first token after `ttft_s` is too late now, and was not when it came.
 
         Whom no plan could have served in time is in nobody's way more than others, and is not put off for what it asks.
+        Nor is one that comes back: somebody waits in the middle of its answer.
         """
-        return not self.is_late and self.since + ttft_s <= self.due_at < now + ttft_s
+        is_first = self.request.attempt == 0
+        return is_first and not self.is_late and self.since + ttft_s <= self.due_at < now + ttft_s
 
     def put_off(self) -> "Waiting":
         """Late."""

@@ -85,3 +85,37 @@ def test_sources_that_cannot_be_compiled_say_why(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"cluster/scheduler/rules.py:1: error: Incompatible types"):
         compiled.compile_scheduler()
     assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_a_cache_folder_that_cannot_be_read_or_written_leaves_the_scheduler_as_python(tmp_path, monkeypatch):
+    path = ["python"]
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / ("x" * 300))  # as of another user: even to look is an error
+    compiled.prefer_compiled(path)
+    assert path == ["python"]
+    (tmp_path / "file").touch()
+    for folder in ("x" * 300, "file"):
+        monkeypatch.setattr(compiled, "FOLDER", tmp_path / folder)
+        with pytest.raises(ConfigurationError, match="cannot be kept in"):
+            compiled.compile_scheduler()
+
+
+def test_machines_that_share_a_home_have_builds_of_their_own(monkeypatch):
+    here = compiled.build_folder()
+    monkeypatch.setattr("platform.machine", lambda: "other")
+    assert compiled.build_folder() != here
+
+
+def test_the_slower_of_two_that_compile_at_once_takes_the_build_of_the_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "cache")
+    build = compiled.build_folder()
+
+    def compile_as_another_does(command, **_):
+        for library in (Path(command[-1], "slower"), build / "faster"):
+            library.parent.mkdir(parents=True)
+            library.touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", compile_as_another_does)
+    assert compiled.compile_scheduler() == build
+    assert [path.name for path in build.iterdir()] == ["faster"]
+    assert [path.name for path in build.parent.iterdir()] == [build.name]

@@ -223,6 +223,22 @@ def test_who_comes_while_one_long_prompt_is_computed_is_not_refused():
     assert fleet.plans(2.9) == ["one"]
 
 
+def test_many_who_come_while_one_long_prompt_is_computed_are_not_refused():
+    """4000 tokens at 1000 a second; ten requests of 100 a second come meanwhile, and wait for 7 s at most."""
+    fleet = Fleet(queue_timeout_s=10.0)
+    fleet.ask(request("long", num_tokens=4000))
+    assert fleet.plans() == ["long"]
+    for tenth in range(1, 34):
+        fleet.ask(request(f"short{tenth}"), now=tenth / 10)
+        assert fleet.plans(tenth / 10) == []
+    assert fleet.admission.num_waiting == 33
+    fleet.admission.progress(Progress("long"), 4.0)
+    assert fleet.admission.reservations.num_prompt_tokens == 0
+    fleet.admission.report(report(fleet.info, 1), 4.0)
+    assert fleet.plans(4.0) == ["short24", "short25", "short26"], "which can be in time"
+    assert fleet.admission.reservations.num_prompt_tokens == 300
+
+
 def decoding(fleet: Fleet, *names: str) -> None:
     for name in names:
         fleet.admission.progress(Progress(name), 0.0)
@@ -267,6 +283,26 @@ def test_who_has_waited_too_long_lets_those_go_first_who_can_be_in_time():
     fleet.ask(request("new"), now=0.8)
     for name, expected in (("running0", "new"), ("running1", "old0"), ("running2", "old1")):
         assert fleet.end(name, 0.8) == [expected]
+
+
+def test_who_comes_back_in_the_middle_of_its_answer_is_not_put_off():
+    fleet = Fleet(slo={"standard": {"ttft_s": 0.9, "itl_s": 0.1}})
+    fleet.ask(*(request(f"running{i}") for i in range(SLOTS)))
+    fleet.plans()
+    fleet.ask(request("old"), replace(request("resumed"), attempt=1), now=0.0)
+    fleet.ask(request("new"), now=0.8)
+    for name, expected in (("running0", "resumed"), ("running1", "new"), ("running2", "old")):
+        assert fleet.end(name, 0.8) == [expected]
+
+
+def test_who_insists_on_decode_alone_holds_up_nobody_whom_prefill_replicas_serve():
+    fleet = Fleet()
+    prefill = replace(fleet.info, replica_id="p0", role=Role.PREFILL, rank_addresses=("p0:1",))
+    fleet.admission.report(report(prefill), 0.0)
+    fleet.ask(*(request(f"alone{i}", num_tokens=600, placement="local") for i in range(2)), request("other"))
+    plans = {plan.request_id: plan for plan in fleet.admission.dispatch(0.0)}
+    assert plans.keys() == {"alone0", "alone1", "other"}
+    assert plans["alone1"].prefill is None and plans["other"].prefill == prefill
 
 
 def test_a_prompt_waits_while_a_full_step_is_to_be_computed_before_it():

@@ -176,6 +176,25 @@ def test_all_heads_of_one_pool_are_some_of_another():
     assert not destination[:, :5].any() and not destination[:, :, :, :2].any()
 
 
+@pytest.mark.parametrize("change", [-64, 64, 2**20])
+def test_a_slab_of_another_size_is_refused(change):
+    """A streamed one would go on beyond the end of one of the two."""
+    pool, span = pool_of(1, torch.bfloat16), Span(0, 3, (1, 2, 6), 0, 4)
+    slab = torch.zeros(span_bytes(pool, span) + change, dtype=torch.uint8)
+    with pytest.raises((TransferFailed, ValueError)):
+        gather(pool, span, slab)
+    with pytest.raises((TransferFailed, ValueError)):
+        scatter(slab, pool, span)
+    assert pool.equal(pool_of(1, torch.bfloat16)) and not slab.any()
+
+
+def test_spans_of_equal_size_and_unlike_shape_are_refused():
+    source, destination = pool_of(1, torch.bfloat16), torch.zeros(3, 8, 2, 6, 4, 8, dtype=torch.bfloat16)
+    with pytest.raises((TransferFailed, ValueError)):
+        copy_span(source, Span(0, 3, (1, 2), 0, 2), destination, Span(0, 2, (1, 2), 0, 3))
+    assert not destination.any()
+
+
 @pytest.mark.parametrize(
     "span",
     [*SPANS, Span(0, 3, (2, 3, 4, 6), 0, 4), Span(1, 2, (5, 6, 7), 1, 3), Span(1, 2, (5, 6, 0), 1, 2, 2)],
