@@ -10,6 +10,7 @@ from engine.arithmetic import arithmetic_dtype, product_dtype
 from engine.cpu_library import load_cpu_library
 from engine.half_matrix import HalfMatrix, pack_halves
 from engine.linear import Linear
+from engine.mlp import Mlp
 from engine.panel_matrix import PanelMatrix
 
 CPU = torch.device("cpu")
@@ -119,3 +120,12 @@ def test_halves_are_packed_unless_float16_would_change_them():
     assert isinstance(pack_halves(weight.half(), None), HalfMatrix)
     for unfit in (weight * 2**17, weight / 2**20, weight.float()):
         assert pack_halves(unfit, None) is None
+
+
+def test_a_feed_forward_of_many_rows_is_that_of_each():
+    generator = torch.Generator().manual_seed(1)
+    gate_up, down = torch.randn(96, 32, generator=generator), torch.randn(32, 48, generator=generator)
+    mlp = Mlp(Linear(gate_up), Linear(down), lambda rows: rows[:, :48] * rows[:, 48:])
+    x = torch.randn(1100, 32, generator=generator)
+    expected = torch.cat([mlp(x[first : first + 100]) for first in range(0, 1100, 100)])
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-3)
