@@ -24,7 +24,7 @@ class Mlp:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         if x.device.type == "cpu" and len(x) > _ROWS_IN_CACHES:
-            return torch.cat([self._feed(rows) for rows in x.split(_ROWS_IN_CACHES)])
+            return torch.cat([self._feed(rows) for rows in torch.split(x, _ROWS_IN_CACHES)])
         return self._feed(x)
 
     def _feed(self, x: Tensor) -> Tensor:
