@@ -120,7 +120,7 @@ class HandoffBench:
         specs = [
             spec
             for role, pool in self._pools.items()
-            for spec in replica_ranks(role, self._model, pool, self._transfer, self._args.block_size)
+            for spec in replica_ranks(f"{role.value}0", role, self._model, pool, self._transfer, self._args.block_size)
         ]
         ranks = [
             RankProcess(spec, folder, visible_devices(device))

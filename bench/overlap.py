@@ -28,7 +28,7 @@ from bench.control_plane import ControlPlane, control_plane
 from bench.handoff import run_request
 from bench.handoff_timeline import HandoffTimeline, plot_timelines, print_timeline, read_handoff
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
-from bench.rank_processes import RankProcess, lone_rank, rank_processes
+from bench.rank_processes import RankProcess, rank_processes, replica_ranks
 from bench.report import milliseconds, print_json, print_table
 from bench.slow_link import Speed, write_speed
 from core.config import ModelConfig, PoolConfig, SchedulerConfig, TransferConfig
@@ -97,7 +97,7 @@ async def running_fleet(args: argparse.Namespace, mode: Mode, folder: Path) -> A
     num_blocks = 2 * (max(args.prompt) // BLOCK_SIZE + 2)
     pool = PoolConfig(num_blocks=num_blocks, max_num_batched_tokens=mode.chunk)
     model = ModelConfig(path=str(folder / "model"), name="bench")
-    specs = [lone_rank(role, model, pool, transfer, BLOCK_SIZE) for role in Role]
+    specs = [spec for role in Role for spec in replica_ranks(f"{role.value}0", role, model, pool, transfer, BLOCK_SIZE)]
     ranks = [RankProcess(spec, folder, slow_link=link) for spec in specs]
     scheduler = SchedulerConfig(local_prefill_max_tokens=0)
     async with rank_processes(ranks) as infos, control_plane(scheduler, transfer, BLOCK_SIZE) as plane:

@@ -46,22 +46,15 @@ def visible_devices(device: torch.device) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid}", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 
 
-def lone_rank(role: Role, model: ModelConfig, pool: PoolConfig, transfer: TransferConfig, block_size: int) -> RankSpec:
-    """The only rank of the only replica of its role."""
-    (spec,) = replica_ranks(role, model, pool, transfer, block_size)
-    return spec
-
-
 def replica_ranks(
-    role: Role, model: ModelConfig, pool: PoolConfig, transfer: TransferConfig, block_size: int
+    name: str, role: Role, model: ModelConfig, pool: PoolConfig, transfer: TransferConfig, block_size: int
 ) -> list[RankSpec]:
-    """All ranks of the only replica of a role."""
-    name, incarnation, num_ranks = f"{role.value}0", new_incarnation(), pool.num_ranks
-    addresses = tuple(free_address() for _ in range(num_ranks)) if num_ranks > 1 else (f"{LOOPBACK}:0",)
-    store = free_address() if num_ranks > 1 else ""
+    """Specs of a replica's ranks, on addresses that are free now."""
+    addresses = tuple(free_address() for _ in range(pool.num_ranks))
+    store, incarnation = free_address(), new_incarnation()
     return [
         RankSpec(role, name, incarnation, rank, addresses, store, model, pool, transfer, block_size)
-        for rank in range(num_ranks)
+        for rank in range(pool.num_ranks)
     ]
 
 

@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.control_plane import ControlPlane, control_plane
 from bench.foreign_load import ForeignLoad
-from bench.rank_processes import RankProcess, lone_rank, rank_processes
+from bench.rank_processes import RankProcess, rank_processes, replica_ranks
 from bench.reality_load import spell
 from cluster.decision_record import DecisionRecorder, Event, read_events
 from cluster.ingress.generation import Generation
@@ -137,9 +137,10 @@ async def real_fleet(
 ) -> AsyncIterator[RealFleet]:
     """Replicas of one rank, from ready to gone; with `pace` of bench.paced_rank."""
     specs = [
-        replace(lone_rank(role, model, pool, transfer, block_size), replica_id=f"{role.value}-{index}")
+        spec
         for role, number in numbers.items()
         for index in range(number)
+        for spec in replica_ranks(f"{role.value}-{index}", role, model, pool, transfer, block_size)
     ]
     ranks = [RankProcess(spec, folder, pace=pace) for spec in specs]
     async with rank_processes(ranks) as infos:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.random_checkpoint import SHAPES, write_random_checkpoint
-from bench.rank_processes import RankProcess, lone_rank, rank_processes
+from bench.rank_processes import RankProcess, free_address, rank_processes, replica_ranks
 from bench.report import print_json, print_table
 from core.config import ModelConfig, PoolConfig, RankResources, TransferConfig
 from core.messages.fleet import Role
@@ -69,7 +69,8 @@ async def time_start(way: Way, spec: RankSpec, lender: str, checkpoint: Path, fo
     prepare = drop_cached if way.is_cold else read_whole
     await asyncio.to_thread(prepare, checkpoint)
     transfer = spec.transfer.model_copy(update={"weights_from": "fastest" if way.borrows else "disk"})
-    rank = RankProcess(replace(spec, replica_id="late", transfer=transfer, weight_lenders=(lender,)), folder)
+    late = replace(spec, replica_id="late", rank_addresses=(free_address(),), transfer=transfer)
+    rank = RankProcess(replace(late, weight_lenders=(lender,)), folder)
     started = time.perf_counter()
     async with rank_processes([rank], START_TIMEOUT_S):
         ready_s = time.perf_counter() - started
@@ -83,7 +84,7 @@ async def measure(args: argparse.Namespace, checkpoint: Path, folder: Path) -> l
         device=args.device, kv_cache_mib=64, resources_per_rank=RankResources(num_threads=args.threads), num_blocks=64
     )
     transfer = TransferConfig(channel=args.channel)
-    spec = lone_rank(Role.DECODE, ModelConfig(path=str(checkpoint)), pool, transfer, BLOCK_SIZE)
+    (spec,) = replica_ranks("living", Role.DECODE, ModelConfig(path=str(checkpoint)), pool, transfer, BLOCK_SIZE)
     starts = []
     async with rank_processes([RankProcess(spec, folder)], START_TIMEOUT_S) as living:
         (info,) = living.values()

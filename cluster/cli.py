@@ -116,8 +116,8 @@ def demo(port: Port = None, api_key: ApiKey = "") -> None:
     run_demo(port, api_key, console)
 
 
-@app.command()
-def compile() -> None:
+@app.command("compile")
+def compile_decisions() -> None:
     """Turn the scheduler's decisions into machine code, once per version and host; about a minute."""
     from cluster.compiled import compile_scheduler
 

@@ -16,10 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from core.compiled_library import FOLDER
 from core.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = Path("~/.cache/baton")
 SCHEDULER = Path("cluster/scheduler")
 # Classes that mypyc makes cannot be held weakly, nor subclassed by others, nor be protocols to them.
 AS_PYTHON = {"__init__", "admission", "holders", "policy"}

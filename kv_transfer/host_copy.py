@@ -5,7 +5,9 @@ layers of a run of neighbouring blocks, or of one piece of a block. NumPy's move
 other threads run meanwhile; torch's index_copy_ takes twice, one call per contiguous part a quarter longer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +17,19 @@ from torch import Tensor
 from core.errors import TransferFailed
 from core.messages.to_rank import Span
 from kv_transfer.runs import Starts, least_run_bytes, runs_of, starts_of
-from kv_transfer.stream_copy import LEAST_BYTES, StreamRuns, load_stream_copy
+from kv_transfer.stream_copy import LEAST_BYTES, load_stream_copy
 
 Bytes = NDArray[np.uint8]
 Place = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One end of a copy: parts of `run_bytes` lie together, as do all that divide them; `starts` says where."""
+
+    address: int
+    run_bytes: int
+    starts: Callable[[int], Starts]  # (bytes of a part) -> bytes from the address, in the order of a slab
 
 
 class HostPool:
@@ -30,8 +41,7 @@ class HostPool:
         self._pool = pool
         self._bytes: Bytes = pool.view(torch.uint8).view(*self.shape[:4], -1).numpy()
         self._flat = self._bytes.reshape(-1).data
-        self.address = pool.data_ptr()
-        self._stream = load_stream_copy()
+        load_stream_copy()  # which may take a second to compile: now, rather than when the first slab comes
         self._by_parts: dict[int, Bytes] = {}
 
     def span_bytes(self, span: Span) -> int:
@@ -39,17 +49,10 @@ class HostPool:
         num_tokens = span.block_tokens or self.shape[4]
         return span.num_layers * len(span.blocks) * self.shape[2] * span.num_heads * num_tokens * self._token_bytes
 
-    def stream_of(self, num_bytes: int) -> StreamRuns | None:
-        """What copies as many bytes of this pool faster than NumPy does."""
-        return self._stream if num_bytes >= LEAST_BYTES else None
-
-    def least_run_bytes(self, span: Span) -> int:
-        """See runs.least_run_bytes."""
-        return least_run_bytes(self._pool, span)
-
-    def starts(self, span: Span, run_bytes: int) -> Starts:
-        """See runs.starts_of."""
-        return starts_of(self._pool, span, run_bytes)
+    def side(self, span: Span) -> _Side:
+        """A span as an end of a copy."""
+        starts = partial(starts_of, self._pool, span)
+        return _Side(self._pool.data_ptr(), least_run_bytes(self._pool, span), starts)
 
     def part(self, span: Span) -> Bytes:
         """[layers of the span, B, P, heads of the span, R, bytes of a run], a view."""
@@ -80,10 +83,7 @@ class HostPool:
 
 def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
     """See spans.gather."""
-    if (stream := pool.stream_of(slab.numel())) is not None:
-        _require_whole(slab, pool, span)
-        run_bytes = pool.least_run_bytes(span)
-        stream(slab.data_ptr(), _packed_starts(slab, run_bytes), pool.address, pool.starts(span, run_bytes), run_bytes)
+    if _streamed(_side_of(slab), pool.side(span), slab.numel()):
         return
     held = pool.part(span)
     packed = _packed(slab, held, len(span.blocks))
@@ -93,10 +93,7 @@ def gather(pool: HostPool, span: Span, slab: Tensor) -> None:
 
 def scatter(slab: Tensor, pool: HostPool, span: Span) -> None:
     """See spans.scatter."""
-    if (stream := pool.stream_of(slab.numel())) is not None:
-        _require_whole(slab, pool, span)
-        run_bytes = pool.least_run_bytes(span)
-        stream(pool.address, pool.starts(span, run_bytes), slab.data_ptr(), _packed_starts(slab, run_bytes), run_bytes)
+    if _streamed(pool.side(span), _side_of(slab), slab.numel()):
         return
     held = pool.part(span)
     packed = _packed(slab, held, len(span.blocks))
@@ -109,12 +106,7 @@ def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destin
     num_bytes = source_pool.span_bytes(source)
     if num_bytes != destination_pool.span_bytes(destination):
         raise TransferFailed(f"a copy between spans of unequal size: {source} to {destination}")
-    if (stream := destination_pool.stream_of(num_bytes)) is not None:
-        run_bytes = min(source_pool.least_run_bytes(source), destination_pool.least_run_bytes(destination))
-        to_starts, from_starts = destination_pool.starts(destination, run_bytes), source_pool.starts(source, run_bytes)
-        if not len(to_starts) * run_bytes == len(from_starts) * run_bytes == num_bytes:
-            raise TransferFailed(f"a copy between spans of unequal shape: {source} to {destination}")
-        stream(destination_pool.address, to_starts, source_pool.address, from_starts, run_bytes)
+    if _streamed(destination_pool.side(destination), source_pool.side(source), num_bytes):
         return num_bytes
     taken, filled = source_pool.part(source), destination_pool.part(destination)
     if _num_parts(taken) == _num_parts(filled) == 1:
@@ -126,19 +118,29 @@ def copy(source_pool: HostPool, source: Span, destination_pool: HostPool, destin
     return num_bytes
 
 
-def _require_whole(slab: Tensor, pool: HostPool, span: Span) -> None:
-    """Compiled code looks at no bounds. Raises TransferFailed."""
-    if slab.numel() != pool.span_bytes(span):
-        raise TransferFailed(f"a slab of {slab.numel()} bytes for {span}, which has {pool.span_bytes(span)}")
+def _streamed(to: _Side, source: _Side, num_bytes: int) -> bool:
+    """Copies past the caches; False, and nothing is done, where that does not pay or cannot be.
+
+    Raises TransferFailed unless both sides have so many bytes in equal parts: compiled code looks at no bounds.
+    """
+    stream_runs = load_stream_copy() if num_bytes >= LEAST_BYTES else None
+    if stream_runs is None:
+        return False
+    run_bytes = min(to.run_bytes, source.run_bytes)
+    to_starts, from_starts = to.starts(run_bytes), source.starts(run_bytes)
+    if not len(to_starts) * run_bytes == len(from_starts) * run_bytes == num_bytes:
+        raise TransferFailed(f"a copy of {num_bytes} bytes between spans of unequal shape, or beside its slab")
+    stream_runs(to.address, to_starts, source.address, from_starts, run_bytes)
+    return True
+
+
+def _side_of(slab: Tensor) -> _Side:
+    return _Side(slab.data_ptr(), slab.numel(), partial(np.arange, 0, slab.numel()))
 
 
 def _packed(slab: Tensor, held: Bytes, num_pieces: int) -> Bytes:
     """The slab [layers, pieces of the span, P, heads, 1, bytes of a run], a view."""
     return slab.numpy().reshape(held.shape[0], num_pieces, *held.shape[2:4], 1, held.shape[5])
-
-
-def _packed_starts(slab: Tensor, run_bytes: int) -> Starts:
-    return np.arange(0, slab.numel(), run_bytes)
 
 
 def _places(held: Bytes, span: Span) -> Iterator[tuple[int, int, Place]]:

@@ -77,9 +77,11 @@ class Host:
         """
         if self.steps is not None:
             self.steps.advance()
-        yield
-        if self.steps is not None:
-            self.steps.changed()
+        try:
+            yield
+        finally:
+            if self.steps is not None:
+                self.steps.changed()
 
     @property
     def now(self) -> float:

@@ -22,15 +22,15 @@ from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.policy import Choices, Policy
 from cluster.scheduler.prefix_care import Copy
+from cluster.scheduler.refusals import Refusals
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.rules import has_free_slot
 from cluster.scheduler.traffic import TrafficSplit
-from cluster.scheduler.wait_forecast import WaitForecast
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
-from core.errors import BatonError, NoReplica, Overloaded, PeerLost
+from core.errors import BatonError, NoReplica, PeerLost
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import Plan, Progress, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
@@ -60,9 +60,8 @@ class Admission:
         self.policy: Policy = policy or DecisionMaker(config)
         self._share = FairShare(config.tenant_weights)
         self._line = WaitingLine(self._share)
-        self._forecast = WaitForecast()
+        self._refusals = Refusals(self._line, self.reservations, config.queue_limit)
         self.decisions = DecisionLog(config.decisions_kept)
-        self._refused: dict[str, BatonError] = {}  # pushed out of a full line, not told yet
         self._yields = BatchYields()
         self._tombstones = Tombstones()
         self._first_heard_at: float | None = None
@@ -125,12 +124,11 @@ class Admission:
         if (too_long := generations.too_long(request)) is not None:
             raise too_long
         waiting = self._waiting(request, now)
-        self._forecast.passed(now, len(self._line) > 0)
+        self._refusals.passed(now)
         if request.attempt == 0:
-            self._refuse_in_time(waiting)
+            self._refusals.require_a_hope(waiting)
         self._line.add(waiting)
-        if len(self._line) > self._config.queue_limit:
-            self._push_out(waiting)
+        self._refusals.require_room(waiting)
         if request.attempt == 0:
             self.workload(generations.answering(request)).arrived(now)
 
@@ -140,7 +138,7 @@ class Admission:
         One that avoids replicas holds nobody up: there may be room where it does not want to go. One that has waited
         too long to be in time goes after those that can be.
         """
-        self._forecast.passed(now, len(self._line) > 0)
+        self._refusals.passed(now)
         plans = []
         generations = self._generations(now)
         decodes = generations.decodes
@@ -216,11 +214,13 @@ class Admission:
             self._drop(request_id, now)
         generations = self._generations(now)
         has_decode = self.can_grow(now) or bool(generations.decodes)
-        late, self._refused = self._refused, {}
+        late: dict[str, BatonError] = {**self._refusals.take_pushed_out()}
         for waiting in self._line:
             request, waited_s = waiting.request, now - waiting.since
             if waited_s >= waiting.timeout_s:
-                late[request.request_id] = self._overloaded(waiting, f"no capacity within {waiting.timeout_s:.0f} s")
+                late[request.request_id] = self._refusals.overloaded(
+                    waiting, f"no capacity within {waiting.timeout_s:.0f} s"
+                )
             elif (too_long := generations.too_long(request)) is not None:
                 late[request.request_id] = too_long
             elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
@@ -265,36 +265,6 @@ class Admission:
             num = f"{len(self.fleet.by_id)} of {request.num_known_replicas} replicas"
             raise PeerLost(f"the global scheduler has just started: it has heard of {num}")
 
-    def _refuse_in_time(self, waiting: Waiting) -> None:
-        """Raises Overloaded for a request that would wait in vain: it is told now, not when its time is over."""
-        wait_s = self._wait_s(waiting) if self._line else None
-        if wait_s is not None and wait_s > waiting.timeout_s:
-            raise self._overloaded(
-                waiting, f"a wait of {wait_s:.0f} s is foreseen, {waiting.timeout_s:.0f} s are allowed"
-            )
-
-    def _wait_s(self, waiting: Waiting) -> float | None:
-        """Foreseen; who will not be in time will have been put off by then."""
-        num_next = next(self._line.in_order(), waiting).request.num_tokens
-        num_moving = max(num_next, self.reservations.num_prompt_tokens)
-        wait_s = self._forecast.wait_s(self._line.tokens_before(waiting), num_moving)
-        if wait_s is not None and waiting.since + wait_s > waiting.due_at:
-            wait_s = self._forecast.wait_s(self._line.tokens_before(waiting.put_off()), num_moving)
-        return wait_s
-
-    def _overloaded(self, waiting: Waiting, message: str) -> Overloaded:
-        wait_s = self._wait_s(waiting)
-        return Overloaded(message, retry_after_s=self._forecast.retry_after_s(wait_s, waiting.timeout_s))
-
-    def _push_out(self, newest: Waiting) -> None:
-        """The line is full. Who fills it beyond its part loses its last request; Overloaded if that is the newest."""
-        last = self._line.last_of_the_longest()
-        self._line.remove(last.request.request_id)
-        error = self._overloaded(last, f"{self._config.queue_limit} requests wait already")
-        if last is newest:
-            raise error
-        self._refused[last.request.request_id] = error
-
     def _make_room(self, generation: str, decodes: Sequence[ReplicaView]) -> None:
         """Where decode is what is full, batch work is in the way."""
         if not any(has_free_slot(decode, self._config.max_decode_kv_usage) for decode in decodes):
@@ -304,8 +274,7 @@ class Admission:
         request = waiting.request
         prefill, decode = decision.prefill, decision.decode
         self.workload(decode.info.generation).planned(request.num_tokens, decision.num_uncached_tokens)
-        if now > waiting.since:
-            self._forecast.dispatched(request.num_tokens)
+        self._refusals.dispatched(waiting, now)
         num_new = min(decision.num_expected_tokens, request.max_new_tokens)
         self._share.taken(request.request_id, request.tenant, decision.num_uncached_tokens, num_new)
         reservation = self.reservations.book(request, decision, now)

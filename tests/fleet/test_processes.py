@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.rank_processes import RankProcess, free_address, rank_processes
+from bench.rank_processes import RankProcess, rank_processes, replica_ranks
 from core.config import ModelConfig, PoolConfig, TransferConfig
 from core.messages.fleet import Empty, Role
 from core.messages.to_rank import ReadTimeline
@@ -20,30 +20,16 @@ from tests.engine.plain_engine import PlainEngine, make_runner
 from tests.fleet.in_process_fleet import BLOCK_SIZE, generate, run, running_fleet
 from tests.fleet.oracle import are_greedy
 from tests.fleet.test_fleet import reference
-from worker.spec import RankSpec, new_incarnation
+from worker.spec import RankSpec
 
 
 def specs_of(name: str, role: Role, tensor_parallel: int, path, channel: str = "auto", **pool: float) -> list[RankSpec]:
     config = PoolConfig(
         num_blocks=128, max_num_seqs=8, max_num_batched_tokens=64, tensor_parallel=tensor_parallel, **pool
     )
-    addresses = tuple(free_address() for _ in range(config.num_ranks))
-    store, incarnation = free_address(), new_incarnation()
-    return [
-        RankSpec(
-            role,
-            name,
-            incarnation,
-            rank,
-            addresses,
-            store,
-            ModelConfig(path=str(path), name="m", dtype="float32"),
-            config,
-            TransferConfig(channel=channel, layers_per_group=1, slab_mib=0.01),
-            BLOCK_SIZE,
-        )
-        for rank in range(config.num_ranks)
-    ]
+    model = ModelConfig(path=str(path), name="m", dtype="float32")
+    transfer = TransferConfig(channel=channel, layers_per_group=1, slab_mib=0.01)
+    return replica_ranks(name, role, model, config, transfer, BLOCK_SIZE)
 
 
 SETTINGS = [
