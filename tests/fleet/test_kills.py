@@ -66,6 +66,7 @@ class Processes:
     random: random.Random
     model: object
     outcomes: Counter[str] = field(default_factory=Counter)
+    pairs: set[tuple[str | None, str]] = field(default_factory=set)  # that carried a request to its end
     num_requests: int = 0
     longest_quiet_s: float = 0.0
 
@@ -96,6 +97,15 @@ class Processes:
         await asyncio.gather(*(self._client([]) for _ in range(num_requests)))
         await self._until_quiet()
 
+    async def connect_all(self) -> None:
+        """Serves until every prefill replica has had to do with every decode replica, which costs both descriptors."""
+        pairs = {(prefill, decode) for prefill in ("p0", "p1") for decode in ("d0", "d1")}
+        for _ in range(20):
+            await self.serve(4 * NUM_REQUESTS)
+            if pairs <= self.pairs:
+                return
+        raise AssertionError(f"never together: {pairs - self.pairs}")
+
     async def _client(self, output: list[int]) -> None:
         prompt = [self.random.randrange(256) for _ in range(self.random.randint(100, 300))]
         self.num_requests += 1
@@ -104,6 +114,8 @@ class Processes:
         try:
             async for event in self.fleet.orchestrator.generate(generation):
                 output += event.token_ids
+                if event.report is not None:
+                    self.pairs.add((event.report.prefill, event.report.decode))
         except BatonError as error:
             self.outcomes["errors"] += 1
             print(f"{generation.request_id} after {len(output)} tokens: {error!r}")
@@ -166,7 +178,7 @@ async def run_rounds(tiny_llama, tmp_path, num_rounds: int, seed: int) -> Proces
         await fleet.until_ready(4)
         processes = Processes(fleet, tmp_path, ranks, infos, random_, model)
         try:
-            await processes.serve(4 * NUM_REQUESTS)
+            await processes.connect_all()
             before = processes.usage()
             for number in range(num_rounds):
                 victim = ("d0", "p0", "d1", "p1")[number % 4]
