@@ -5,7 +5,7 @@ What a choice is worth is foreseen by the production policy, with what it had le
 fleet fares under another policy from start to end is the twin's to say: `baton simulate`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.scheduler.admission import Admission
@@ -115,6 +115,9 @@ class Shadow:
     def foresight(self) -> Foresight | None:
         """See Policy."""
         return self._judge.foresight()
+
+    def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> None:
+        """History has its order."""
 
     def take_copies(self) -> list[Copy]:
         """History had its own."""

@@ -27,6 +27,7 @@ from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.rules import has_free_slot
 from cluster.scheduler.traffic import TrafficSplit
+from cluster.scheduler.triage import Triage
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
@@ -61,6 +62,7 @@ class Admission:
         self._share = FairShare(config.tenant_weights)
         self._line = WaitingLine(self._share)
         self._refusals = Refusals(self._line, self.reservations, config.queue_limit)
+        self._triage = Triage(self._line, self.index)
         self.decisions = DecisionLog(config.decisions_kept)
         self._yields = BatchYields()
         self._tombstones = Tombstones()
@@ -135,12 +137,14 @@ class Admission:
     def dispatch(self, now: float) -> list[Plan]:
         """Plans for waiting requests in their order, in each generation until one finds no room.
 
-        One that avoids replicas holds nobody up: there may be room where it does not want to go. One that has waited
-        too long to be in time goes after those that can be.
+        One that avoids replicas holds nobody up: there may be room where it does not want to go. Who cannot be in time
+        goes after those that can be.
         """
         self._refusals.passed(now)
         plans = []
         generations = self._generations(now)
+        if self._triage.is_due(len(self.fleet.by_id), now):
+            self._put_off(generations, now)
         decodes = generations.decodes
         full: set[str] = set()
         held_up: Counter[str] = Counter()  # by generation, requests that batch work may be in the way of
@@ -252,6 +256,15 @@ class Admission:
         num_usable = (request.num_tokens - 1) // decodes[0].info.compatibility.block_size  # one token must be computed
         cached = self.index.match(request.block_hashes[:num_usable])
         return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id))
+
+    def _put_off(self, generations: Generations, now: float) -> None:
+        """Where all traffic goes to one generation: of those that shift it, each has a part of the line."""
+        if len(generations.decodes) != 1 or generations.asleep:
+            return
+        ((generation, pool),) = generations.decodes.items()
+        pace = self.policy.pace(self.fleet.in_generation(Role.PREFILL, generation, now), pool.replicas, now)
+        if pace is not None:
+            self._triage.put_off(pace, pool.replicas[0].info.compatibility.block_size, now)
 
     def _waiting(self, request: Reserve, now: float) -> Waiting:
         target = self._config.slo.target(request.slo_class)

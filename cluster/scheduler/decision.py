@@ -24,6 +24,7 @@ from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
 from cluster.scheduler.local_prefill import LocalRules, few_for_local, weigh_local
 from cluster.scheduler.matches import Matches
+from cluster.scheduler.pace import Pace
 from cluster.scheduler.pairing import Pairing
 from cluster.scheduler.policy import Choices
 from cluster.scheduler.prefix_care import Copy, PrefixCare
@@ -125,6 +126,10 @@ class DecisionMaker:
     def foresight(self) -> Foresight:
         """How predictions compare with what came."""
         return self.learned.foresight()
+
+    def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> Pace:
+        """See Policy."""
+        return Pace.of([self._sites.of(view) for view in prefills or decodes], now, are_decodes=not prefills)
 
     def take_copies(self) -> list[Copy]:
         """See PrefixCare."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.matches import Matches
+from cluster.scheduler.pace import Pace
 from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
@@ -58,6 +59,10 @@ class Policy(Protocol):
         """How its predictions compare with what came, if it predicts."""
         ...
 
+    def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> Pace | None:
+        """How fast prompts are computed there, if it can say; where nobody prefills, by decode replicas."""
+        ...
+
     def take_copies(self) -> list[Copy]:
         """Prefixes that replicas shall take over from others, beside all requests, since the last call."""
         ...
@@ -83,6 +88,10 @@ class Memoryless:
 
     def foresight(self) -> Foresight | None:
         """Nothing is predicted that could be compared."""
+        return None
+
+    def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> Pace | None:  # noqa: ARG002
+        """Nothing is learned that would tell."""
         return None
 
     def take_copies(self) -> list[Copy]:

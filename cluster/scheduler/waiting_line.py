@@ -17,7 +17,7 @@ from core.messages.to_scheduler import Reserve
 Place = tuple[bool, int, bool, float, int]  # within a tenant's requests
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Waiting:
     """One request."""
 
@@ -25,7 +25,8 @@ class Waiting:
     since: float
     due_at: float  # when its first token should be out
     timeout_s: float  # it waits no longer
-    is_late: bool = False  # it has waited until its first token cannot be out when it is due
+    is_late: bool = False  # its first token cannot be out when it is due, or others' could not
+    num_uncached: int | None = None  # tokens that nobody had cached when it was first asked
     number: int = field(default_factory=count().__next__)
 
     @property
@@ -110,6 +111,15 @@ class WaitingLine:
                 del heads[tenant]
             else:
                 heads[tenant] = following
+
+    def in_time(self) -> list[tuple[float, list[Waiting]]]:
+        """Of each tenant: its part of the fleet, and its requests that are neither late nor batch, in order."""
+        lines = {tenant: line for tenant, line in self._by_tenant.items() if not line[0].is_batch}
+        total = sum(map(self._share.weight, lines))
+        return [
+            (self._share.weight(tenant) / total, [one for one in line if not (one.is_late or one.is_batch)])
+            for tenant, line in lines.items()
+        ]
 
     def last_of_the_longest(self) -> Waiting:
         """Who makes room in a full line: the last request of the tenant that holds most of it for its weight."""

@@ -285,6 +285,69 @@ def test_who_has_waited_too_long_lets_those_go_first_who_can_be_in_time():
         assert fleet.end(name, 0.8) == [expected]
 
 
+def held_up(**config) -> Fleet:
+    """512 tokens a step, 1000 a second; a first prompt is computed for 1.6 s, and nobody is given out meanwhile."""
+    fleet = Fleet(slo={"standard": {"ttft_s": 4.0, "itl_s": 1.0}}, itl_slo_s=1.0, **config)
+    fleet.ask(request("first", num_tokens=1600))
+    assert fleet.plans() == ["first"]
+    return fleet
+
+
+def later(fleet: Fleet, num: int) -> list[str]:
+    """The next plans, while the replica computes one prompt after the other."""
+    started: list[str] = []
+    computed = [("first", 1.6)]
+    for tenth in range(1, 100):
+        now = tenth / 10
+        for name in fleet.plans(now):
+            num_tokens = fleet.admission.reservations.find(name).request.num_tokens
+            computed.append((name, max(now, computed[-1][1]) + num_tokens / 1000))
+            started.append(name)
+        for name, ended_at in computed:
+            if now - 0.1 < ended_at <= now:
+                fleet.admission.finish(name, 0, now, 1)
+        if len(started) == num:
+            return started
+    raise AssertionError(started)
+
+
+def test_a_long_prompt_goes_behind_those_who_would_all_be_late_with_it():
+    fleet = held_up()
+    fleet.ask(request("long", num_tokens=1800), *(request(f"short{i}", num_tokens=600) for i in range(3)))
+    assert later(fleet, 4) == ["short0", "short1", "short2", "long"]
+
+
+def test_a_long_prompt_keeps_its_turn_while_all_can_be_in_time():
+    fleet = held_up()
+    fleet.ask(request("long", num_tokens=1200), request("short", num_tokens=200))
+    assert later(fleet, 2) == ["long", "short"]
+
+
+def test_a_long_prompt_of_higher_priority_goes_behind_nobody():
+    """Of the others the longest does."""
+    fleet = held_up()
+    fleet.ask(request("long", num_tokens=1800, priority=1))
+    fleet.ask(request("medium", num_tokens=900), request("short", num_tokens=300))
+    assert later(fleet, 3) == ["long", "short", "medium"]
+
+
+def test_who_asks_for_what_is_impossible_is_put_off_for_its_length_alone():
+    fleet = held_up()
+    fleet.ask(*(request(f"short{i}", num_tokens=300) for i in range(2)))
+    fleet.ask(request("hasty", num_tokens=100, ttft_slo_s=0.01))
+    assert later(fleet, 3) == ["hasty", "short0", "short1"]
+
+
+def test_one_tenants_long_prompts_make_no_others_late():
+    """Each has its half: of the own ones the long one goes behind, and the other tenant's keep their turns."""
+    fleet = held_up()
+    fleet.ask(request("own long", "a", num_tokens=1500), request("own short", "a", num_tokens=300))
+    fleet.ask(request("other", "b", num_tokens=800))
+    order = later(fleet, 3)
+    assert order.index("own short") < order.index("own long")
+    assert order.index("other") < 2
+
+
 def test_who_comes_back_in_the_middle_of_its_answer_is_not_put_off():
     fleet = Fleet(slo={"standard": {"ttft_s": 0.9, "itl_s": 0.1}})
     fleet.ask(*(request(f"running{i}") for i in range(SLOTS)))

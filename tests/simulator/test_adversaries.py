@@ -3,8 +3,11 @@
 The loads are near what the fleets can do; without adversity every request is within its targets.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from cluster.scheduler.decision import DecisionMaker
 from simulator.records import Record
 from tests.simulator.adversity import goodput, h100_fleet, load, play, shares, ttft_p99
 
@@ -107,3 +110,27 @@ def test_batch_work_fills_what_people_leave_and_people_hardly_notice():
     assert ttft_p99(theirs) < 2 * ttft_p99(alone)
     done = [record for record in records if record.tenant == "work" and record.is_completed]
     assert sum(record.finished_s < 35 for record in done) > 400
+
+
+class InOrderOfDueTimes(DecisionMaker):
+    """Says nothing of its pace, so that nobody is put off before it is late."""
+
+    def pace(self, prefills, decodes, now):
+        return None
+
+
+def test_more_long_prompts_than_a_fleet_can_do_make_few_short_ones_late():
+    """Twice the prompt tokens that it can compute, nine of ten in a sixth of the requests."""
+    short = load("short", per_s=40, seconds=20, num_shared=256, share=0.5)
+    long = load("long", per_s=8, seconds=20, num_shared=12_000, share=0.0)
+    everybody = [replace(request, tenant="") for request in (*short, *long)]
+    before = play(h100_fleet(2, 2), everybody, make_policy=lambda spec, _: InOrderOfDueTimes(spec.scheduler))
+    records = play(h100_fleet(2, 2), everybody)
+    assert goodput(before) < 0.4
+    assert goodput(records) > 0.75
+    assert goodput(of("long", records)) > goodput(of("long", before))  # fewer wait behind others in vain
+    assert all(record.is_completed for record in records)
+
+
+def of(name: str, records: list[Record]) -> list[Record]:
+    return [record for record in records if record.request_id.startswith(name)]
