@@ -1,8 +1,8 @@
 """Steps of a replica on GPUs: the sum of its layers' kernels, and what the engine around them takes. Pure.
 
 A rank's layer of T tokens:   norm, QKV product, attention, output product, all-reduce, norm, MLP or experts, all-reduce
-Attention is paid by chunk for prompts and once for all decoding sequences; the head, by sequence. Where attention is
-replicated, each replica has its part of the sequences, and experts see the tokens of all.
+Attention is paid by chunk for prompts and once for all decoding sequences; the head, by sequence. Replicas of attention
+have their parts of the sequences each, and experts see the tokens of all.
 """
 
 from collections import Counter
@@ -99,8 +99,7 @@ class GpuCostModel:
         return self._with_overhead(without, num_decoding), lines
 
     def _with_overhead(self, kernels_s: float, num_sequences: int) -> float:
-        overhead = self._overhead
-        return kernels_s + overhead.step_s + overhead.sequence_s * num_sequences
+        return kernels_s + self._overhead.step_s + self._overhead.sequence_s * num_sequences
 
     def _flat_s(self, num_tokens: int, num_sequences: int) -> float:
         """All but attention."""
@@ -160,8 +159,8 @@ class GpuCostModel:
 
     def _small_s(self, num_tokens: int) -> float:
         num_bytes = HIDDEN_PASSES * 2 * num_tokens * self._model.geometry.hidden_size
-        starts_s = SMALL_KERNELS * SMALL_KERNEL_S + self._model.num_more_small_kernels * MORE_SMALL_KERNEL_S
-        return starts_s + num_bytes / self._gpu.memory_bytes_per_s
+        more_s = self._model.num_more_small_kernels * MORE_SMALL_KERNEL_S
+        return SMALL_KERNELS * SMALL_KERNEL_S + more_s + num_bytes / self._gpu.memory_bytes_per_s
 
     def _chunk_attention_s(self, num_tokens: int, context: int) -> float:
         geometry, latents = self._model.geometry, self._model.geometry.latents
