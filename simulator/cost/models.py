@@ -83,10 +83,10 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-# Small kernels of a layer beside those that every model has, as the models' published code calls them: norms of queries
-# and keys (2; of latents 2), choice of experts (2), shared experts' activation and sum (2), copies of queries' and
-# keys' parts (2), padding of hidden states and its removal (2), router in float32 (2), norms over all ranks' heads (3
-# more than those of single heads).
+# Small kernels of a layer beside those that every model has, counted by hand from what the architectures compute, not
+# traced: norms of queries and keys (2; of latents 2), choice of experts (2), shared experts' activation and sum (2),
+# copies of queries' and keys' parts (2), padding of hidden states and its removal (2), router in float32 (2), norms
+# over all ranks' heads (3 more than those of single heads).
 _MORE_SMALL_KERNELS = {"qwen3-32b": 2, "qwen3-235b-a22b": 4, "gpt-oss-120b": 4, "deepseek-v3": 8, "minimax-m2": 9}
 _NORMED_ACROSS_RANKS = ("minimax-m2",)  # queries and keys, whose squares are summed over ranks
 
