@@ -1,47 +1,29 @@
-"""Compares the cost model with measured end-to-end runs, after fitting each engine's overhead to one of its models.
+"""Compares the cost model with measured end-to-end runs, each model with an engine's overhead that others have shown.
 
     python -m simulator.cost.check_costs TABLES      # a folder with silicon_e2e_*.csv.gz
 
-Three numbers of an engine are fitted to TPOT, on the runs of FITTED alone. How a benchmark began and what a request
-takes beside its prompt differs from one campaign to the next, and no row tells: these two numbers are fitted to the
-TTFT of every second run of a group, and checked on the others. Writes engines.json beside this file.
+Two numbers of an engine are fitted to TPOT: for the errors of a model, on the aggregated runs of all other models under
+that engine; disaggregated runs are fitted to never. How a benchmark of one host began and what a request takes beside
+its prompt differs from one campaign to the next, and no row tells: three numbers for that are fitted to the TTFT of
+every second run of a group, and checked on the others. Writes engines.json beside this file, of all runs together.
 """
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
-from simulator.cost.closed_loop import LoopTerms
-from simulator.cost.fit_kernels import not_negative
-from simulator.cost.gpu_cost_model import EngineOverhead, GpuCostModel
-from simulator.cost.gpu_spec import gpu_spec
+from simulator.cost.campaigns import Checked, disaggregated_times, fit_campaign, mean_ttft_s, ttft_errors
+from simulator.cost.fit_engines import PUBLIC_BURST_SHARE, as_weights, fit_overhead
+from simulator.cost.gpu_cost_model import EngineOverhead
 from simulator.cost.measured_runs import MeasuredRun, read_runs
 from simulator.cost.models import served_model
 
-FITTED = {  # engine -> model and GPU
-    "vllm": ("qwen3-32b", "h100", "bfloat16"),
-    "vllm-0.14+": ("gpt-oss-120b", "h200", "mxfp4"),
-    "trtllm": ("llama-3.1-8b", "h100", "bfloat16"),
-    "sglang": ("qwen3-32b", "h100", "bfloat16"),
-}
-REQUEST_S = (0.0, 0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Campaign:
-    """How a group of runs was measured."""
-
-    burst_share: float  # of a benchmark's requests, those that came at once in its beginning
-    request_s: float
+Errors = list[float]
 
 
 def main(tables: Annotated[Path, typer.Argument(exists=True, file_okay=False)]) -> None:
@@ -49,78 +31,71 @@ def main(tables: Annotated[Path, typer.Argument(exists=True, file_okay=False)]) 
     left_out: Counter[str] = Counter()
     (path,) = tables.glob("silicon_e2e_*.csv.gz")
     runs = list(read_runs(path, left_out))
-    overheads = {
-        engine: fit_overhead([run for run in runs if run.group == (engine, *FITTED[engine])]) for engine in FITTED
-    }
+    aggregated = [Checked(run) for run in runs if run.prefill is None]
     typer.echo(f"{'engine':11}{'model':17}{'gpu':6}{'weights':11}{'runs':>5}  {'TPOT':^24}  {'TTFT':^24}")
     typer.echo(f"{'':45}{'':>5}  {'bias   median    p90':^24}  {'bias   median    p90':^24}")
-    groups: defaultdict[tuple[str, str, str, str], list[MeasuredRun]] = defaultdict(list)
-    for run in runs:
-        groups[run.group].append(run)
-    tpots: defaultdict[str, list[float]] = defaultdict(list)  # of what was not fitted
-    ttfts: defaultdict[str, list[float]] = defaultdict(list)
-    for group, members in sorted(groups.items()):
-        engine, model, gpu, precision = group
-        is_fitted = FITTED[engine] == (model, gpu, precision)
-        checked = [(run, _terms(run, overheads[engine])) for run in members]
-        tpot_errors = [terms.tpot_s / run.tpot_s - 1 for run, terms in checked]
-        ttft_errors = _ttft_errors(checked[1::2], fit_campaign(checked[::2]))
-        for kind in (_kind(model), "all"):
-            tpots[kind] += [] if is_fitted else tpot_errors
-            ttfts[kind] += ttft_errors
-        label = f"{engine:11}{model:17}{gpu:6}{precision:11}{len(members):5}"
-        typer.echo(f"{label}  {_spread(tpot_errors)}  {_spread(ttft_errors)}  {'TPOT fitted' if is_fitted else ''}")
-    for kind, errors in tpots.items():
-        typer.echo(f"{f'{kind} that were not fitted':45}{len(errors):5}  {_spread(errors)}  {_spread(ttfts[kind])}")
+    held_out = {key: _fit([c for c in aggregated if _fits(c.run, key)]) for key in sorted({_key(run) for run in runs})}
+    sums: defaultdict[str, tuple[Errors, Errors]] = defaultdict(lambda: ([], []))
+    typer.echo("aggregated")
+    for members in _groups(aggregated):
+        overhead = held_out[_key(members[0].run)]
+        _report("aggregated", members[0].run, *_aggregated_errors(members, overhead), sums)
+    typer.echo("disaggregated")
+    for members in _groups([Checked(run) for run in runs if run.prefill is not None]):
+        overhead = held_out[_key(members[0].run)]
+        _report("disaggregated", members[0].run, *_disaggregated_errors([c.run for c in members], overhead), sums)
+    for kind, (tpots, ttfts) in sums.items():
+        typer.echo(f"{kind:45}{len(tpots):5}  {_spread(tpots)}  {_spread(ttfts)}")
     for reason, number in left_out.most_common():
         typer.echo(f"left out {number}: {reason}")
-    Path(__file__).with_name("engines.json").write_text(json.dumps(_described(overheads), indent=1) + "\n")
+    engines = {engine: _fit([c for c in aggregated if c.run.engine == engine]) for engine in _engines(aggregated)}
+    Path(__file__).with_name("engines.json").write_text(json.dumps(_described(engines), indent=1) + "\n")
 
 
-def fit_overhead(runs: Sequence[MeasuredRun]) -> EngineOverhead:
-    """To the TPOT of runs of one engine."""
-    terms = [_terms(run, EngineOverhead()) for run in runs]
-    tpots = np.array([run.tpot_s for run in runs])
-    columns = [[t.tpot_s for t in terms], [1.0] * len(terms), [float(t.num_clients) for t in terms]]
-    share, step_s, sequence_s = _robust(np.array(columns).T / tpots[:, None])
-    return EngineOverhead(float(share), float(step_s), float(sequence_s))
+def _key(run: MeasuredRun) -> tuple[str, str]:
+    return run.engine, run.model
 
 
-def fit_campaign(runs: Sequence[tuple[MeasuredRun, LoopTerms]]) -> Campaign:
-    """To the TTFT of runs that were measured alike."""
-    campaigns = [Campaign(float(share), request_s) for share in np.linspace(0, 1, 41) for request_s in REQUEST_S]
-    return min(campaigns, key=lambda campaign: float(np.median(np.abs(_ttft_errors(runs, campaign)))))
+def _fits(run: MeasuredRun, held_out: tuple[str, str]) -> bool:
+    return run.engine == held_out[0] and run.model != held_out[1]
 
 
-def _ttft_errors(runs: Sequence[tuple[MeasuredRun, LoopTerms]], campaign: Campaign) -> list[float]:
-    found = (terms.times(campaign.burst_share, campaign.request_s) for _, terms in runs)
-    return [times.ttft_s / run.ttft_s - 1 for times, (run, _) in zip(found, runs, strict=True)]
+def _engines(checked: Sequence[Checked]) -> list[str]:
+    return sorted({c.run.engine for c in checked})
 
 
-def _kind(model: str) -> str:
-    return "dense models" if served_model(model).geometry.experts is None else "mixtures of experts"
+def _groups(checked: Sequence[Checked]) -> list[list[Checked]]:
+    groups: defaultdict[tuple[str, str, str, str], list[Checked]] = defaultdict(list)
+    for one in checked:
+        groups[one.run.group].append(one)
+    return [groups[group] for group in sorted(groups)]
 
 
-def _robust(relative: Floats) -> Floats:
-    """Coefficients whose sum is nearest to 1 in each row, large errors damped."""
-    weights, scale = np.ones(len(relative)), relative.max(axis=0)
-    for _ in range(9):
-        found = not_negative(relative / scale * weights[:, None], weights)
-        weights = np.maximum(np.abs(relative / scale @ found - 1), 0.03) ** -0.5
-    coefficients: Floats = found / scale
-    return coefficients
+def _fit(checked: Sequence[Checked]) -> EngineOverhead:
+    return fit_overhead([c.run for c in checked], [c.terms() for c in checked])
 
 
-def _terms(run: MeasuredRun, overhead: EngineOverhead) -> LoopTerms:
-    costs = GpuCostModel(
-        gpu_spec(run.gpu),
-        served_model(run.model),
-        run.tensor_parallel,
-        run.precision,
-        overhead,
-        run.expert_parallel,
-    )
-    return LoopTerms.of(costs, run.num_clients, run.num_prompt_tokens, run.num_output_tokens)
+def _aggregated_errors(members: Sequence[Checked], overhead: EngineOverhead) -> tuple[Errors, Errors]:
+    weights = as_weights(overhead)
+    tpots = [float(c.terms().tpot(PUBLIC_BURST_SHARE) @ weights) / c.run.tpot_s - 1 for c in members]
+    return tpots, ttft_errors(members[1::2], weights, fit_campaign(members[::2], weights))
+
+
+def _disaggregated_errors(runs: Sequence[MeasuredRun], overhead: EngineOverhead) -> tuple[Errors, Errors]:
+    found = [(run, disaggregated_times(run, overhead)) for run in runs]
+    ttfts = [mean_ttft_s(times) / run.ttft_s - 1 for run, times in found]
+    return [times.tpot_s / run.tpot_s - 1 for run, times in found], ttfts
+
+
+def _report(
+    mode: str, run: MeasuredRun, tpots: Errors, ttfts: Errors, sums: defaultdict[str, tuple[Errors, Errors]]
+) -> None:
+    kind = "dense models" if served_model(run.model).geometry.experts is None else "mixtures of experts"
+    for name in (f"{mode}: {kind}", f"{mode}: all"):
+        sums[name][0].extend(tpots)
+        sums[name][1].extend(ttfts)
+    label = f"{run.engine:11}{run.model:17}{run.gpu:6}{run.precision:11}{len(tpots):5}"
+    typer.echo(f"{label}  {_spread(tpots)}  {_spread(ttfts)}")
 
 
 def _spread(errors: Sequence[float]) -> str:
@@ -132,11 +107,7 @@ def _spread(errors: Sequence[float]) -> str:
 
 def _described(overheads: dict[str, EngineOverhead]) -> dict[str, dict[str, float]]:
     return {
-        engine: {
-            "kernel_share": round(found.kernel_share, 4),
-            "step_s": round(found.step_s, 7),
-            "sequence_s": round(found.sequence_s, 8),
-        }
+        engine: {"step_s": round(found.step_s, 7), "sequence_s": round(found.sequence_s, 8)}
         for engine, found in overheads.items()
     }
 

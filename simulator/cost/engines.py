@@ -12,6 +12,6 @@ DEFAULT_ENGINE = "vllm"  # stands for ours, which has not been measured on a GPU
 
 @cache
 def engine_overhead(engine: str) -> EngineOverhead:
-    """Of an engine by name: vllm, trtllm or sglang."""
+    """Of an engine by name: vllm (before 0.14), vllm-0.14+, trtllm or sglang."""
     found: Any = json.loads(files("simulator.cost").joinpath("engines.json").read_text())[engine]
-    return EngineOverhead(found["kernel_share"], found["step_s"], found["sequence_s"])
+    return EngineOverhead(found["step_s"], found["sequence_s"])

@@ -19,19 +19,23 @@ from numpy.typing import NDArray
 
 from simulator.cost.gpu_spec import GPUS
 from simulator.cost.kernel_times import context_attention_terms, expert_terms, generation_attention_terms
+from simulator.cost.least_squares import not_negative
 
 Row = dict[str, str]
 Floats = NDArray[np.float64]
 
 ROWS = (1, 16, 64, 128, 192, 256, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192, 16384)
 PRODUCTS = {"bfloat16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block"}
 # Experts of the table by the name that we give them. Loads are skewed in practice: the milder one of the two measured.
+# Of fp8 the second kernel is measured where whole experts are shared by ranks, the first where each is split.
+FP8_KERNELS = ("vllm_fp8moe_triton_tritonexperts", "vllm_fp8moe_flashinfer_cutlass_flashinferexperts")
 EXPERTS = {
-    "bfloat16": ("bfloat16", "vllm_unquantizedfusedmoe_triton_tritonexperts"),
-    "fp8": ("fp8_block", "vllm_fp8moe_triton_tritonexperts"),
-    "fp8_block": ("fp8_block", "vllm_fp8moe_triton_tritonexperts"),
-    "int4": ("int4_wo", "vllm_compressedtensorswna16marlinmoe_marlin_marlinexperts"),
-    "mxfp4": ("w4a16_mxfp4", "vllm_gptossmxfp4moe_triton_oaitritonmxfp4expertsmonolithic"),
+    "bfloat16": ("bfloat16", ("vllm_unquantizedfusedmoe_triton_tritonexperts",)),
+    "fp8": ("fp8_block", FP8_KERNELS),
+    "fp8_block": ("fp8_block", FP8_KERNELS),
+    "int4": ("int4_wo", ("vllm_compressedtensorswna16marlinmoe_marlin_marlinexperts",)),
+    "mxfp4": ("w4a16_mxfp4", ("vllm_gptossmxfp4moe_triton_oaitritonmxfp4expertsmonolithic",)),
 }
 SKEW = "power_law_1.01"
 
@@ -97,17 +101,18 @@ def _generation_row(row: Row, head_dim: int) -> Sequence[float]:
     return generation_attention_terms(batch, int(row["isl"]) + int(row["step"]), heads, kv_heads, head_dim)
 
 
-def _fit_experts(rows: list[Row]) -> dict[str, Floats]:
+def _fit_experts(rows: list[Row]) -> dict[str, Any]:
     found = {}
-    for name, (dtype, kernel) in EXPERTS.items():
-        points = []
+    for name, (dtype, kernels) in EXPERTS.items():
+        points: defaultdict[int, list[tuple[float, ...]]] = defaultdict(list)
         for row in rows:
-            if (row["moe_dtype"], row["kernel_source"], row["distribution"]) == (dtype, kernel, SKEW):
+            if row["moe_dtype"] == dtype and row["kernel_source"] in kernels and row["distribution"] == SKEW:
                 sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
                 tokens, hidden, inner, per_token, experts, split, ranks = (int(row[size]) for size in sizes)
                 terms = expert_terms(name, tokens, hidden, inner // split, per_token, experts, ranks)
-                points.append((*terms, _seconds(row)))
-        found[name] = _fit(f"{name} experts", points)
+                points[tokens].append((*terms, _seconds(row)))
+        fits = [_fit(f"{name} experts of {num} tokens", points[num]) for num in TOKENS]
+        found[name] = {"rows": TOKENS, "coefficients": fits}
     return found
 
 
@@ -132,22 +137,9 @@ def _fit(name: str, points: Sequence[Sequence[float]]) -> Floats:
         errors = relative / scale @ coefficients - 1
         weights = np.maximum(np.abs(errors), 0.03) ** -0.5
     median, p90 = np.quantile(np.abs(errors), (0.5, 0.9))
-    typer.echo(f"  {name:32} {len(table):6} points {median:6.1%} {p90:6.1%}")
+    typer.echo(f"  {name:34} {len(table):6} points {median:6.1%} {p90:6.1%}")
     fitted: Floats = coefficients / scale
     return fitted
-
-
-def not_negative(matrix: Floats, target: Floats) -> Floats:
-    """Least squares; columns whose coefficient would be negative are left out, the most negative one first."""
-    kept = list(range(matrix.shape[1]))
-    while True:
-        solved = np.linalg.lstsq(matrix[:, kept], target)[0]
-        if solved.min() >= 0:
-            break
-        kept.pop(int(solved.argmin()))
-    found = np.zeros(matrix.shape[1])
-    found[kept] = solved
-    return found
 
 
 def _seconds(row: Row) -> float:

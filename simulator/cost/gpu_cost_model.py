@@ -1,7 +1,8 @@
 """Steps of a replica on GPUs: the sum of its layers' kernels, and what the engine around them takes. Pure.
 
 A rank's layer of T tokens:   norm, QKV product, attention, output product, all-reduce, norm, MLP or experts, all-reduce
-Attention is paid by chunk for prompts and once for all decoding sequences; the head, by sequence.
+Attention is paid by chunk for prompts and once for all decoding sequences; the head, by sequence. Replicas of attention
+have their parts of the sequences each, and experts see the tokens of all.
 """
 
 from collections import Counter
@@ -18,6 +19,8 @@ from simulator.cost.models import ServedModel
 
 SMALL_KERNELS = 4  # of a layer: two norms, rotation and cache write, activation
 SMALL_KERNEL_S = 1.5e-6  # one within a captured graph
+MORE_SMALL_KERNEL_S = 3e-6  # one that reads what another just wrote: what aiconfigurator's h100_sxm.yaml takes for it
+NORM_BYTES = 8  # of a token that is summed over ranks: squares of its query and of its key, in float32
 NO_LIMIT = 2**40  # tokens: no window
 HIDDEN_PASSES = 10  # times that they read or write a token's hidden state
 
@@ -26,13 +29,12 @@ HIDDEN_PASSES = 10  # times that they read or write a token's hidden state
 class EngineOverhead:
     """What an engine adds to its kernels; see `simulator.cost.engines` for where the figures are from."""
 
-    kernel_share: float = 1.0  # of the kernels' times when they run one after the other
     step_s: float = 0.0  # of every step
     sequence_s: float = 0.0  # of every sequence in a step
 
 
 class GpuCostModel:
-    """Implements CostModel for one replica of `tensor_parallel` GPUs of one host."""
+    """Implements CostModel for one replica of `tensor_parallel` GPUs, 8 to a host."""
 
     def __init__(
         self,
@@ -42,8 +44,10 @@ class GpuCostModel:
         precision: str = "bfloat16",
         overhead: EngineOverhead = EngineOverhead(),
         expert_parallel: int = 1,
+        data_parallel: int = 1,
     ) -> None:
-        """`precision` of weights and products: bfloat16, fp8, fp8_block; of experts also int4, mxfp4.
+        """`precision` of weights and products: bfloat16, fp8, fp8_block; of experts also int4, mxfp4. Attention is
+        replicated `data_parallel` times, each on `tensor_parallel` GPUs; experts are shared by all of these.
 
         Raises ConfigurationError when the model cannot be split so.
         """
@@ -52,6 +56,7 @@ class GpuCostModel:
         self._model = model
         self._tp = tensor_parallel
         self._ep = expert_parallel
+        self._dp = data_parallel
         self._dense = precision if precision in ("bfloat16", "fp8", "fp8_block") else "bfloat16"
         self._experts = precision
         self._overhead = overhead
@@ -84,33 +89,33 @@ class GpuCostModel:
         return times
 
     def _decode_lines(self, num_decoding: int) -> tuple[float, list[tuple[float, int]]]:
-        """Seconds of a step of so many sequences without context, and by window: what each token of it adds, and how
-        many count.
-        """
-        share = self._overhead.kernel_share
+        """Seconds of so many sequences without context; by window, what each token of it adds, how many count."""
         without = self._flat(num_decoding, num_decoding) + self._decode_attention_s(num_decoding, 0)
         per_token = (self._layer_decode_s(num_decoding, 2**20) - self._layer_decode_s(num_decoding, 0)) / 2**20
         lines = [
-            (num_layers * per_token * share, num_decoding * window if window else NO_LIMIT)
+            (num_layers * per_token, num_decoding * window if window else NO_LIMIT)
             for window, num_layers in self._windows.items()
         ]
         return self._with_overhead(without, num_decoding), lines
 
     def _with_overhead(self, kernels_s: float, num_sequences: int) -> float:
-        overhead = self._overhead
-        return kernels_s * overhead.kernel_share + overhead.step_s + overhead.sequence_s * num_sequences
+        return kernels_s + self._overhead.step_s + self._overhead.sequence_s * num_sequences
 
     def _flat_s(self, num_tokens: int, num_sequences: int) -> float:
         """All but attention."""
         geometry, experts = self._model.geometry, self._model.geometry.experts
         num_mixed = 0 if experts is None else geometry.num_layers - experts.num_dense_layers
-        layer_s = self._projections_s(num_tokens) + self._small_s(num_tokens)
-        layer_s += 2 * self._kernels.all_reduce_s(2.0 * num_tokens * geometry.hidden_size, self._tp)
-        mlps_s = (geometry.num_layers - num_mixed) * self._mlp_s(num_tokens, geometry.intermediate_size)
+        num_own = -(-num_tokens // self._dp)
+        layer_s = self._projections_s(num_own) + self._small_s(num_own)
+        if self._model.is_normed_across_ranks:
+            layer_s += self._kernels.all_reduce_s(NORM_BYTES * num_own, self._tp)
+        layer_s += self._kernels.all_reduce_s(2.0 * num_own * geometry.hidden_size, self._tp)
+        layer_s += self._kernels.all_reduce_s(2.0 * num_tokens * geometry.hidden_size, self._tp * self._dp)
+        mlps_s = (geometry.num_layers - num_mixed) * self._mlp_s(num_own, geometry.intermediate_size)
         if num_mixed:
             mlps_s += num_mixed * self._mixture_s(num_tokens)
         head_s = self._kernels.product_s(
-            "bfloat16", num_sequences, geometry.vocab_size // self._tp, geometry.hidden_size
+            "bfloat16", -(-num_sequences // self._dp), geometry.vocab_size // self._tp, geometry.hidden_size
         )
         return geometry.num_layers * layer_s + mlps_s + head_s
 
@@ -138,7 +143,7 @@ class GpuCostModel:
     def _mixture_s(self, num_tokens: int) -> float:
         geometry, experts = self._model.geometry, self._model.geometry.experts
         assert experts is not None
-        split = self._tp // self._ep
+        split = self._tp * self._dp // self._ep
         routed = self._kernels.experts_s(
             self._experts,
             num_tokens,
@@ -148,12 +153,14 @@ class GpuCostModel:
             experts.num_experts,
             self._ep,
         )
+        router = self._kernels.product_s("bfloat16", num_tokens, experts.num_experts, geometry.hidden_size)
         shared = self._mlp_s(num_tokens, experts.shared_intermediate_size) if experts.shared_intermediate_size else 0.0
-        return routed + shared
+        return router + routed + shared
 
     def _small_s(self, num_tokens: int) -> float:
         num_bytes = HIDDEN_PASSES * 2 * num_tokens * self._model.geometry.hidden_size
-        return SMALL_KERNELS * SMALL_KERNEL_S + num_bytes / self._gpu.memory_bytes_per_s
+        more_s = self._model.num_more_small_kernels * MORE_SMALL_KERNEL_S
+        return SMALL_KERNELS * SMALL_KERNEL_S + more_s + num_bytes / self._gpu.memory_bytes_per_s
 
     def _chunk_attention_s(self, num_tokens: int, context: int) -> float:
         geometry, latents = self._model.geometry, self._model.geometry.latents
@@ -164,7 +171,7 @@ class GpuCostModel:
         def layer_s(context: int) -> float:
             return self._kernels.context_attention_s(num_tokens, context, heads, kv_heads, head_dim)
 
-        return sum(n * layer_s(min(context, window or context)) for window, n in self._windows.items())
+        return sum(n * layer_s(min(context, window or context)) for window, n in self._windows.items()) / self._dp
 
     def _decode_attention_s(self, num_decoding: int, num_kv_tokens: float) -> float:
         return sum(
@@ -179,7 +186,8 @@ class GpuCostModel:
         if geometry.latents is not None:
             # K and V are one latent of 576 numbers, whose bytes are read once: as much as a head of 288.
             head_dim = geometry.latents.latent_size // 2
-        return self._kernels.generation_attention_s(num_decoding, num_kv_tokens, heads, kv_heads, head_dim)
+        num_own = -(-num_decoding // self._dp)
+        return self._kernels.generation_attention_s(num_own, num_kv_tokens / self._dp, heads, kv_heads, head_dim)
 
 
 def _layers_by_window(model: ServedModel) -> Counter[int | None]:

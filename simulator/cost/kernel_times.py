@@ -6,12 +6,16 @@ made the coefficients and prints how far from the tables they are. Shapes are of
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from simulator.cost.gpu_spec import LINKS, LinkKind
+
+HOST_RANKS = 8
+NETWORK_S = 10e-6  # from a rank of one host to that of another
 EXPERT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.5, "mxfp4": 0.53}  # of one stored weight
 
 
@@ -26,16 +30,23 @@ class Products:
     fixed: tuple[float, ...]
 
     def seconds(self, num_rows: int, n: int, k: int) -> float:
-        """Of one product; more rows than measured cost as much each as the last ones."""
-        if num_rows >= self.rows[-1]:
-            return self._at(len(self.rows) - 1, n, k) * num_rows / self.rows[-1]
-        right = max(1, bisect_right(self.rows, num_rows))
-        low, high = self.rows[right - 1], self.rows[right]
-        share = max(0.0, (num_rows - low) / (high - low))
-        return self._at(right - 1, n, k) * (1 - share) + self._at(right, n, k) * share
+        """Of one product."""
+        return _between(self.rows, num_rows, lambda i: self._at(i, n, k))
 
     def _at(self, i: int, n: int, k: int) -> float:
         return self.per_nk[i] * n * k + self.per_n[i] * n + self.per_k[i] * k + self.fixed[i]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture's experts of `expert_terms`, each between two `rows` (tokens) by straight line."""
+
+    rows: tuple[int, ...]
+    coefficients: tuple[tuple[float, ...], ...]  # by row
+
+    def seconds(self, num_tokens: int, terms: Callable[[int], Sequence[float]]) -> float:
+        """`terms` are those of so many tokens."""
+        return _between(self.rows, num_tokens, lambda i: _dot(self.coefficients[i], terms(self.rows[i])))
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class KernelTimes:
     products: Mapping[str, Products]  # by dtype of the weights
     context: Mapping[int, tuple[float, ...]]
     generation: Mapping[int, tuple[float, ...]]
-    experts: Mapping[str, tuple[float, ...]]  # by dtype of the weights
+    experts: Mapping[str, Experts]  # by dtype of the weights
     all_reduce: Mapping[int, tuple[float, ...]]  # by number of ranks
 
     def product_s(self, dtype: str, num_rows: int, n: int, k: int) -> float:
@@ -72,11 +83,22 @@ class KernelTimes:
         self, dtype: str, num_tokens: int, hidden: int, inner: int, per_token: int, num_experts: int, ranks: int = 1
     ) -> float:
         """A mixture's experts: `inner` is a rank's part of each expert's; whole experts are shared by `ranks`."""
-        return _dot(self.experts[dtype], expert_terms(dtype, num_tokens, hidden, inner, per_token, num_experts, ranks))
+
+        def terms(num: int) -> Sequence[float]:
+            return expert_terms(dtype, num, hidden, inner, per_token, num_experts, ranks)
+
+        return self.experts[dtype].seconds(num_tokens, terms)
 
     def all_reduce_s(self, num_bytes: float, ranks: int) -> float:
-        """A sum over the ranks of one host."""
-        return 0.0 if ranks == 1 else _dot(self.all_reduce[_nearest(self.all_reduce, ranks)], (1.0, num_bytes))
+        """A sum over ranks. Beyond those of one host: within each host, and of every rank's part of it by network."""
+        if ranks == 1:
+            return 0.0
+        within_s = _dot(self.all_reduce[_nearest(self.all_reduce, ranks)], (1.0, num_bytes))
+        if ranks <= HOST_RANKS:
+            return within_s
+        num_hosts, link = ranks / HOST_RANKS, LINKS[LinkKind.INFINIBAND]
+        part = num_bytes / HOST_RANKS * 2 * (num_hosts - 1) / num_hosts
+        return within_s + 2 * NETWORK_S + part / link.bytes_per_s
 
 
 def context_attention_terms(
@@ -101,7 +123,8 @@ def generation_attention_terms(
 def expert_terms(
     dtype: str, num_tokens: int, hidden: int, inner: int, per_token: int, num_experts: int, ranks: int
 ) -> tuple[float, ...]:
-    """Bytes of the experts that any token chose, operations, bytes in and out, copies to experts, experts, one start.
+    """Bytes of the experts that any token chose, operations, bytes in and out, copies to experts, experts, one start;
+    and when whole experts are shared by ranks, copies to experts and one start of the kernels that are used then.
 
     Of E experts, T tokens that choose k each leave out a share (1 - k / E) ** T.
     """
@@ -109,7 +132,9 @@ def expert_terms(
     chosen = num_tokens * per_token / ranks
     active = local * (1 - (1 - per_token / num_experts) ** num_tokens)
     weights = active * 3 * hidden * inner * EXPERT_BYTES[dtype]
-    return weights, 6.0 * chosen * hidden * inner, 2.0 * num_tokens * hidden, 2.0 * chosen * hidden, local, 1.0
+    copies, shared = 2.0 * chosen * hidden, float(ranks > 1)
+    operations = 6.0 * chosen * hidden * inner
+    return weights, operations, 2.0 * num_tokens * hidden, copies, local, 1.0, shared * copies, shared
 
 
 @cache
@@ -123,9 +148,22 @@ def kernel_times(gpu: str) -> KernelTimes:
         },
         {int(size): tuple(values) for size, values in found["context"].items()},
         {int(size): tuple(values) for size, values in found["generation"].items()},
-        {dtype: tuple(values) for dtype, values in found["experts"].items()},
+        {
+            dtype: Experts(tuple(e["rows"]), tuple(map(tuple, e["coefficients"])))
+            for dtype, e in found["experts"].items()
+        },
         {int(ranks): tuple(values) for ranks, values in found["all_reduce"].items()},
     )
+
+
+def _between(rows: Sequence[int], num: int, at: Callable[[int], float]) -> float:
+    """`at` says the seconds of each of `rows`; more than the last cost as much each as the last ones."""
+    if num >= rows[-1]:
+        return at(len(rows) - 1) * num / rows[-1]
+    right = max(1, bisect_right(rows, num))
+    low, high = rows[right - 1], rows[right]
+    share = max(0.0, (num - low) / (high - low))
+    return at(right - 1) * (1 - share) + at(right) * share
 
 
 def _nearest(table: Mapping[int, Sequence[float]], size: int) -> int:

@@ -83,6 +83,14 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Small kernels of a layer beside those that every model has, counted by hand from what the architectures compute, not
+# traced: norms of queries and keys (2; of latents 2), choice of experts (2), shared experts' activation and sum (2),
+# copies of queries' and keys' parts (2), padding of hidden states and its removal (2), router in float32 (2), norms
+# over all ranks' heads (3 more than those of single heads).
+_MORE_SMALL_KERNELS = {"qwen3-32b": 2, "qwen3-235b-a22b": 4, "gpt-oss-120b": 4, "deepseek-v3": 8, "minimax-m2": 9}
+_NORMED_ACROSS_RANKS = ("minimax-m2",)  # queries and keys, whose squares are summed over ranks
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model as its steps' times depend on it."""
@@ -90,6 +98,8 @@ class ServedModel:
     name: str
     geometry: ModelGeometry
     experts_per_token: int = 0
+    num_more_small_kernels: int = 0  # of a layer
+    is_normed_across_ranks: bool = False
 
 
 @cache
@@ -98,4 +108,10 @@ def served_model(name: str) -> ServedModel:
     if name not in _CONFIGS:
         raise ConfigurationError(f"model {name!r} is not known; known are {', '.join(_CONFIGS)}", field="model")
     config = _CONFIGS[name]
-    return ServedModel(name, geometry_of(config, "bfloat16"), int(config.get("num_experts_per_tok", 0)))
+    return ServedModel(
+        name,
+        geometry_of(config, "bfloat16"),
+        int(config.get("num_experts_per_tok", 0)),
+        _MORE_SMALL_KERNELS.get(name, 0),
+        name in _NORMED_ACROSS_RANKS,
+    )

@@ -3,11 +3,13 @@
 Figures of measured kernels and runs: NVIDIA's aiconfigurator (Apache-2.0), tables of vLLM 0.24 and of end-to-end runs.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from core.errors import ConfigurationError
-from simulator.cost.closed_loop import LoopTerms
+from simulator.cost.closed_loop import LoopShape, loop_times
 from simulator.cost.cost_model import StepWork
 from simulator.cost.engines import engine_overhead
 from simulator.cost.gpu_cost_model import GpuCostModel
@@ -72,10 +74,59 @@ def test_a_window_bounds_what_its_layers_read():
 )
 def test_llama_70b_decodes_as_measured_though_it_was_not_fitted(ranks, clients, prompt, output, tpot_ms, ttft_ms):
     costs = GpuCostModel(gpu_spec("h100"), served_model("llama-3.1-70b"), ranks, "fp8", engine_overhead("vllm"))
-    terms = LoopTerms.of(costs, clients, prompt, output)
-    times = terms.times(burst_share=0.1, request_s=0.0)  # the campaign's benchmarks sent ten prompts per client
-    assert times.tpot_s * 1e3 == pytest.approx(tpot_ms, rel=0.15)
-    assert times.ttft_s * 1e3 == pytest.approx(ttft_ms, rel=0.25)
+    shape = LoopShape(clients, prompt, output, least_size=0.8)  # as the campaign's benchmarks drew them
+    times = loop_times(shape, lambda work: (costs.step_s(work),))
+    assert times.tpot(0.1)[0] * 1e3 == pytest.approx(tpot_ms, rel=0.12)  # they sent ten prompts per client
+    assert times.ttft(0.1)[0] * 1e3 == pytest.approx(ttft_ms, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "tokens", "shape", "split", "ranks", "measured_ms"),
+    [
+        ("h100", "fp8_block", 64, (4096, 1536, 8, 128), 4, 1, 0.235),
+        ("h100", "fp8_block", 64, (4096, 1536, 8, 128), 1, 4, 0.230),
+        ("h200", "fp8_block", 1024, (7168, 2048, 8, 256), 8, 1, 0.611),
+        ("h200", "mxfp4", 64, (2880, 2880, 4, 128), 1, 1, 0.517),
+        ("h200", "mxfp4", 16, (2880, 2880, 4, 128), 8, 1, 0.072),
+        ("h200", "mxfp4", 16, (2880, 2880, 4, 128), 1, 8, 0.091),
+    ],
+)
+def test_experts_take_what_was_measured_split_or_shared(gpu, dtype, tokens, shape, split, ranks, measured_ms):
+    hidden, inner, per_token, num_experts = shape
+    found = kernel_times(gpu).experts_s(dtype, tokens, hidden, inner // split, per_token, num_experts, ranks)
+    assert found * 1e3 == pytest.approx(measured_ms, rel=0.15)
+
+
+def test_a_sum_over_two_hosts_takes_their_network_too():
+    kernels, num_bytes = kernel_times("h100"), 16 * 2**20
+    beyond_s = kernels.all_reduce_s(num_bytes, 16) - kernels.all_reduce_s(num_bytes, 8)
+    assert beyond_s == pytest.approx(20e-6 + num_bytes / 8 / 39e9)  # there and back, of an eighth half each way
+
+
+def test_replicated_attention_reads_its_part_of_the_sequences_and_experts_see_all():
+    gpu, model = gpu_spec("h200"), served_model("deepseek-v3")
+    together = GpuCostModel(gpu, model, 8, "fp8_block", expert_parallel=8)
+    apart = GpuCostModel(gpu, model, 1, "fp8_block", expert_parallel=8, data_parallel=8)
+    of_one = GpuCostModel(gpu, model, 1, "fp8_block", expert_parallel=1)
+
+    def context_s(costs: GpuCostModel, num_decoding: int) -> float:
+        short, long = (costs.step_s(StepWork((), num_decoding, num_decoding * length)) for length in (1000, 9000))
+        return long - short
+
+    assert context_s(apart, 64) == pytest.approx(context_s(of_one, 8))
+    assert context_s(together, 64) > context_s(apart, 64)  # each rank reads the one latent of every sequence
+    contexts = np.arange(64_000, 70_000, 137)
+    assert apart.decode_steps_s(64, contexts).tolist() == [apart.step_s(StepWork((), 64, int(c))) for c in contexts]
+
+
+def test_norms_over_all_heads_cost_a_sum_over_ranks_and_small_kernels_add_up():
+    with_norms, plain = served_model("minimax-m2"), served_model("minimax-m2")
+    plain = replace(plain, num_more_small_kernels=0, is_normed_across_ranks=False)
+    work, gpu = StepWork((), 16, 16_000), gpu_spec("h200")
+    more_s = GpuCostModel(gpu, with_norms, 4, "fp8_block").step_s(work) - GpuCostModel(
+        gpu, plain, 4, "fp8_block"
+    ).step_s(work)
+    assert more_s == pytest.approx(62 * (9 * 3e-6 + kernel_times("h200").all_reduce_s(8 * 16, 4)))
 
 
 def test_a_chunk_costs_more_behind_a_longer_context_and_beside_decoding_sequences():
