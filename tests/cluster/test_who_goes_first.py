@@ -327,7 +327,13 @@ def test_a_long_prompt_of_higher_priority_goes_behind_nobody():
     """Of the others the longest does."""
     fleet = held_up()
     fleet.ask(request("long", num_tokens=1800, priority=1))
-    fleet.ask(request("medium", num_tokens=900), request("short", num_tokens=300))
+    fleet.ask(request("medium", num_tokens=300), request("short", num_tokens=200))
+    assert fleet.plans(0.1) == []
+    assert {one.request.request_id: one.is_late for one in fleet.admission._line} == {
+        "long": False,
+        "medium": True,
+        "short": False,
+    }
     assert later(fleet, 3) == ["long", "short", "medium"]
 
 

@@ -39,7 +39,7 @@ def test_a_flood_of_one_tenant_costs_another_its_part_and_no_more():
     flood = load("flood", per_s=90, seconds=10, start=5, num_shared=1024, share=0.0)
     records = play(fleet, small, flood)
     theirs = [record for record in records if record.tenant == "small"]
-    assert goodput(theirs) > 0.96  # of 95 requests; loads a little off this one cost one to three of them
+    assert goodput(theirs) > 0.97  # of 95 requests; loads a little off this one cost one to three of them
     assert ttft_p99(theirs) < 0.6  # 0.06 alone; the flood waits for seconds
     own = [record for record in records if record.tenant == "flood"]
     assert goodput(own) < 0.8  # who floods waits
