@@ -73,6 +73,7 @@ class SchedulerService:
         self._housekeeping: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_copies = 0
+        self._next_dispatch: asyncio.TimerHandle | None = None
 
     async def start(self, port: int = 0) -> str:
         """Listens; returns host:port."""
@@ -101,6 +102,8 @@ class SchedulerService:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._server.stop()
+        if self._next_dispatch is not None:
+            self._next_dispatch.cancel()
         await self._client.close()
         if self._recorder is not None:
             self._recorder.close()
@@ -258,6 +261,12 @@ class SchedulerService:
             self._spawn(self._have_room_made(yielding))
         for copy in self._admission.take_copies():
             self._spawn(self._have_copied(copy))
+        if self._next_dispatch is not None:
+            self._next_dispatch.cancel()
+            self._next_dispatch = None
+        wait_s = self._admission.take_held_until() - self._now()
+        if wait_s < HOUSEKEEPING_S:
+            self._next_dispatch = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._dispatch)
 
     async def _have_room_made(self, yielding: Yielding) -> None:
         message = MakeRoom(yielding.request_id, yielding.attempt)

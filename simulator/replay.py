@@ -7,6 +7,7 @@ fleet fares under another policy from start to end is the twin's to say: `baton 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.candidate import Decision, Terms
@@ -118,6 +119,10 @@ class Shadow:
 
     def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> None:
         """History has its order."""
+
+    def take_held_until(self) -> float:
+        """History tells when somebody looked."""
+        return inf
 
     def take_copies(self) -> list[Copy]:
         """History had its own."""

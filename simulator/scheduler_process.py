@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from math import inf
 
 from cluster.autoscaling.signals import FleetSignals
 from cluster.scheduler.admission import Admission
@@ -36,6 +37,7 @@ class SchedulerProcess:
         self.num_copies = 0
         self.admission = make()
         self._pending: dict[str, tuple[int, Callable[[Plan], None], Failed]] = {}
+        self._next_dispatch_at = inf
         self._expected: dict[tuple[str, int], int] = {}  # the next report's number, by replica and incarnation
 
     def start(self) -> None:
@@ -122,6 +124,10 @@ class SchedulerProcess:
         if not self.admission.num_waiting:
             return
         self._give_plans()
+        at = self.admission.take_held_until()
+        if at != self._next_dispatch_at and at < self._now + HOUSEKEEPING_S:
+            self._world.queue.at(max(self._now, at), TIMER, self.number, self._dispatch_again, self.incarnation, at)
+        self._next_dispatch_at = at
         wire = self._world.wire
         for yielding in self.admission.take_yields():
             decode = self._peers.decode(yielding.decode)
@@ -133,6 +139,10 @@ class SchedulerProcess:
             replica = taker(copy.taker)
             order = TakeOver(f"copy.{self.incarnation}.{self.num_copies}", copy.block_hashes, copy.source)
             wire.tell(self.number, replica.host, replica.take_over, order)
+
+    def _dispatch_again(self, incarnation: int, at: float) -> None:
+        if incarnation == self.incarnation and self.alive and at == self._next_dispatch_at:
+            self._dispatch()
 
     def _give_plans(self) -> None:
         for plan in self.admission.dispatch(self._now):

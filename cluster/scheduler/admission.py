@@ -181,6 +181,10 @@ class Admission:
         self._line.remove(request_id)
         return self._book(waiting, decision, now)
 
+    def take_held_until(self) -> float:
+        """When to dispatch again though nothing happens, by the dispatches since the last call; inf: no need to."""
+        return self.policy.take_held_until()
+
     def take_yields(self) -> list[Yielding]:
         """Batch requests that others now wait for, since the last call. The caller has their decode replicas let go."""
         return self._yields.take()

@@ -17,6 +17,7 @@ Reasons: pair; of local prefill
 """
 
 from collections.abc import Sequence
+from math import inf
 from operator import attrgetter
 
 from cluster.scheduler.candidate import Decision
@@ -60,6 +61,7 @@ class DecisionMaker:
         self._care = PrefixCare(config.pull_min_tokens)
         self._decided: tuple[Reserve, Choices] | None = None  # the last question that had an answer
         self._shortlists: dict[tuple[Role, str], Shortlist] = {}
+        self._held_until = inf
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
         """The cheapest candidate that has room now, or None: wait.
@@ -77,7 +79,8 @@ class DecisionMaker:
         weighed: list[Weighed] = []
         if request.placement != "local" and choices.prefills:
             weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
-        elif not choices.prefills and all(sink.site.has_work(choices.now) for sink in sinks):
+        elif not choices.prefills and (held_until := min(sink.site.has_work_until for sink in sinks)) > choices.now:
+            self._held_until = min(self._held_until, held_until)
             return None
         if request.placement != "pair" or not weighed:
             weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))
@@ -130,6 +133,11 @@ class DecisionMaker:
     def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> Pace:
         """See Policy."""
         return Pace.of([self._sites.of(view) for view in prefills or decodes], now, are_decodes=not prefills)
+
+    def take_held_until(self) -> float:
+        """See Policy."""
+        taken, self._held_until = self._held_until, inf
+        return taken
 
     def take_copies(self) -> list[Copy]:
         """See PrefixCare."""

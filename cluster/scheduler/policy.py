@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from cluster.scheduler.candidate import Decision
@@ -63,6 +64,10 @@ class Policy(Protocol):
         """How fast prompts are computed there, if it can say; where nobody prefills, by decode replicas."""
         ...
 
+    def take_held_until(self) -> float:
+        """When someone who had to wait since the last call may find room though nobody reports anything; or inf."""
+        ...
+
     def take_copies(self) -> list[Copy]:
         """Prefixes that replicas shall take over from others, beside all requests, since the last call."""
         ...
@@ -93,6 +98,10 @@ class Memoryless:
     def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> Pace | None:  # noqa: ARG002
         """Nothing is learned that would tell."""
         return None
+
+    def take_held_until(self) -> float:
+        """Room comes with reports alone."""
+        return inf
 
     def take_copies(self) -> list[Copy]:
         """Requests alone spread prefixes."""

@@ -93,9 +93,12 @@ class Site:
         """Of as many prompt tokens as a step takes, beside the batch."""
         return self.costs.chunk_s + self.costs.token_s * self.max_at_once + self.beside_tokens_s
 
-    def has_work(self, now: float) -> bool:
-        """Prompts for a full step beside what is over of the one under way: it is given more before it idles."""
-        return self.queue_left_s(now) >= STEPS_HELD * self.full_step_s
+    @property
+    def has_work_until(self) -> float:
+        """Until then it has prompts for a full step beside what is over of the one under way; before it idles it is
+        given more.
+        """
+        return self.begun_at + self.queue_s - STEPS_HELD * self.full_step_s
 
     def queue_left_s(self, now: float) -> float:
         """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""
