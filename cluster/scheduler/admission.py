@@ -103,6 +103,7 @@ class Admission:
         self.index.remove(replica_id, report.removed)
         self.index.store(replica_id, report.stored, report.info.layout.reaches, report.tiers)
         if (replica := self.fleet.get(replica_id)) is not None:
+            replica.num_cached_blocks = self.index.num_held(replica_id)
             self.policy.reported(replica, report, now)
 
     def replica_lost(self, replica_id: str) -> None:

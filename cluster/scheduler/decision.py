@@ -64,7 +64,8 @@ class DecisionMaker:
         self._held_until = inf
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
-        """The cheapest candidate that has room now, or None: wait.
+        """The cheapest candidate that has room now, or None: wait. What others will have to compute again, whose cached
+        blocks it evicts, counts like its own TTFT.
 
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
@@ -203,7 +204,7 @@ class DecisionMaker:
                 site.whole_blocks or headroom.fits(site, request.num_tokens, num_new, site.max_at_once, choices.now)
             ):
                 itl_s = max(sink.itl_s, harm_s)
-                rank = rank_of(source.first_token_s, excess_of(itl_s, slo_s), site.num_reserved)
+                rank = rank_of(source.first_token_s + source.evict_s, excess_of(itl_s, slo_s), site.num_reserved)
                 weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s))
         return weighed
 

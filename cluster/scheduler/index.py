@@ -56,6 +56,11 @@ class PrefixIndex:
         bit = 1 << replica.number
         return {key for key in replica.keys if (found := self._holders.get(key)) is not None and found.everyone & bit}
 
+    def num_held(self, replica_id: str) -> int:
+        """How many those are."""
+        replica = self._replicas.get(replica_id)
+        return replica.num_held if replica is not None else 0
+
     @property
     def num_sets(self) -> int:
         """Different sets of holders."""

@@ -63,7 +63,8 @@ class Pairing:
                 if (crosses and self._must_be_near) or prefill.kind != decode.kind:
                     continue
                 transfer_s = self._transfer_s(source, sink) if num_bytes else 0.0
-                rank = rank_of(source.first_token_s + transfer_s + sink.wait_s, excess, num_reserved)
+                ttft_s = source.first_token_s + transfer_s + sink.wait_s
+                rank = rank_of(ttft_s + source.evict_s + sink.evict_s, excess, num_reserved)
                 if crosses:
                     rank += CROSSING
                 weighed.append(Weighed(rank, "pair", source, sink, transfer_s, sink.itl_s))

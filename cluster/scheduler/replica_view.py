@@ -26,6 +26,7 @@ class ReplicaView:
     status: ReplicaStatus
     seen_at: float
     usable: bool = False  # lives and takes new work; the fleet's to say
+    num_cached_blocks: int = 0  # by the index
     prefill_tokens: dict[str, int] = field(default_factory=dict)  # request id -> uncached tokens reserved here
     decode_requests: dict[str, int] = field(default_factory=dict)  # request id -> blocks it may still claim here
     growth: dict[str, Growth] = field(default_factory=dict)  # request id -> what it will come to hold here

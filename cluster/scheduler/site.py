@@ -7,6 +7,7 @@ from cluster.scheduler.rules import STEPS_HELD, takes_more
 from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
 from core.messages.fleet import ReplicaInfo, Role
 
+REUSE_OF_OLDEST = 0.05  # of the blocks that are evicted next, those that would have been found once more
 # Of blocks that come from below the device, until a replica has measured its tiers: PCIe copies, an NVMe disk.
 GUESSED_RESTORE_BYTES_PER_S = {"host": 5e9, "disk": 1e9}
 
@@ -22,6 +23,7 @@ class Site:
         "block_size",
         "busy",
         "costs",
+        "empty_blocks",
         "free_blocks",
         "grown_blocks",
         "has_slot",
@@ -81,6 +83,7 @@ class Site:
         self.free_blocks = view.num_free_blocks - (
             (1 - max_kv_usage) * self.info.num_blocks if self.busy else 0.0
         )  # above the watermark
+        self.empty_blocks = min(view.num_free_blocks, self.info.num_blocks - view.num_cached_blocks)
         coming = view.num_reserved_blocks * self.block_size
         grown = view.num_expected_tokens - status.num_kv_tokens - coming
         self.grown_blocks = self.block_share * max(0.0, grown)  # that its requests will come to need, in all
@@ -113,6 +116,11 @@ class Site:
         if self.whole_blocks:
             return -(-num_tokens // self.block_size) - depth
         return self.layout.num_blocks_missing(depth, num_tokens)
+
+    def evict_s(self, num_blocks: int) -> float:
+        """What others lose when so many blocks take the place of cached ones, as far as no empty ones are left."""
+        num_evicted = num_blocks - max(0, self.empty_blocks)
+        return REUSE_OF_OLDEST * num_evicted * self.block_size * self.costs.token_s if num_evicted > 0 else 0.0
 
     def restore_s(self, matches: Matches, depth: int) -> float:
         """Until its own blocks from below the device are on it."""

@@ -9,6 +9,7 @@ class Source:
     """A prefill replica, or decode itself. A plain class: each decision makes several, and quickly."""
 
     __slots__ = (
+        "evict_s",
         "first_piece_s",
         "first_token_s",
         "last_bytes",
@@ -34,6 +35,7 @@ class Source:
         before_s = queue_s + pull_s + restore_s
         num_pieces = -(-num_uncached // site.max_at_once) * site.num_layers
         self.site = site
+        self.evict_s = site.evict_s(-(-num_uncached // site.block_size))  # no part of TTFT, but others'
         self.lender = lender  # whom a prefix is pulled from
         self.num_uncached = num_uncached
         self.queue_s = queue_s

@@ -11,13 +11,14 @@ from cluster.scheduler.source import Source
 class Sink:
     """A decode replica. A plain class: each decision makes several, and quickly."""
 
-    __slots__ = ("depth", "excess", "itl_s", "num_blocks", "num_bytes", "num_reserved", "site", "wait_s")
+    __slots__ = ("depth", "evict_s", "excess", "itl_s", "num_blocks", "num_bytes", "num_reserved", "site", "wait_s")
 
     def __init__(
         self, site: Site, depth: int, num_blocks: int, num_bytes: int, wait_s: float, itl_s: float, excess: int
     ) -> None:
         self.site = site
         self.num_reserved = site.num_reserved
+        self.evict_s = site.evict_s(num_blocks)  # no part of TTFT, but others'
         self.depth = depth  # leading blocks that it has cached
         self.num_blocks = num_blocks  # that it lacks
         self.num_bytes = num_bytes  # of KV in them
@@ -63,15 +64,16 @@ class Weighed:
         )
 
 
-# What decides, in this order: crosses zones, tenths of the SLO that the ITL is beyond it, TTFT, reservations.
+# What decides, in this order: crosses zones, tenths of the SLO that the ITL is beyond it, TTFT and what others lose by
+# evictions, reservations.
 RESERVATION, TICK, TENTH, CROSSING = 1, 1 << 12, 1 << 44, 1 << 60
 TICKS_PER_S = 10_000  # differences below 0.1 ms are none
 MOST_TENTHS = (1 << 15) - 1
 
 
-def rank_of(ttft_s: float, excess: int, num_reserved: int) -> int:
+def rank_of(cost_s: float, excess: int, num_reserved: int) -> int:
     """Of a candidate within one zone, the smallest is the best."""
-    return excess * TENTH + int(ttft_s * TICKS_PER_S + 0.5) * TICK + min(num_reserved, TICK - 1)
+    return excess * TENTH + int(cost_s * TICKS_PER_S + 0.5) * TICK + min(num_reserved, TICK - 1)
 
 
 def excess_of(itl_s: float, slo_s: float) -> int:

@@ -162,6 +162,28 @@ def test_attention_to_a_long_context_is_counted():
     assert terms.prefill_s > 1.9 * prefill_s(800), "more than half of it is attention"
 
 
+@pytest.mark.parametrize("names", ["abc", "bca", "cab"])
+def test_a_cold_prompt_goes_where_it_evicts_least(names):
+    """A prompt of 1000 blocks: in one cache of 2000 all hold something, in the other all but 500, then all but 900."""
+    world = World(PAIRS_ONLY)
+    for name in "abc":
+        world.add(name, Role.DECODE, num_blocks=2000)
+    cached = range(10**9, 10**9 + 2000 * BLOCK)
+    for name, num_cached in zip(names, (2000, 1500, 1100), strict=True):
+        world.report(name, stored=blocks_of(cached, num_cached * BLOCK))
+    assert world.decide(world.request(16_000)).decode.info.replica_id == names[2]
+    warm = world.request(27_200, tokens=cached[:27_200])
+    assert world.decide(warm).decode.info.replica_id == names[0], "what is cached needs no room"
+
+
+@pytest.mark.parametrize(("full", "empty"), [("p0", "p1"), ("p1", "p0")])
+def test_prefill_of_a_cold_prompt_goes_where_it_evicts_least_too(full, empty):
+    world = World(PAIRS_ONLY)
+    world.fleet(2, 1)
+    world.report(full, stored=blocks_of(range(10**9, 10**9 + 39_900 * BLOCK)))
+    assert world.decide(world.request(16_000)).prefill.info.replica_id == empty
+
+
 def test_a_replica_at_half_speed_gets_less():
     """Both idle, the slow one takes none; the fast one takes the next as long as its queue is the shorter wait."""
     world = World(PAIRS_ONLY)
