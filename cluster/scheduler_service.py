@@ -95,6 +95,7 @@ class SchedulerService:
 
     async def close(self) -> None:
         """Ends every watch and the server."""
+        self._end_timer()
         tasks = [*self._tasks, *(task for _, task in self._watches.values())]
         if self._housekeeping is not None:
             tasks.append(self._housekeeping)
@@ -102,8 +103,7 @@ class SchedulerService:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._server.stop()
-        if self._next_dispatch is not None:
-            self._next_dispatch.cancel()
+        self._end_timer()
         await self._client.close()
         if self._recorder is not None:
             self._recorder.close()
@@ -261,12 +261,15 @@ class SchedulerService:
             self._spawn(self._have_room_made(yielding))
         for copy in self._admission.take_copies():
             self._spawn(self._have_copied(copy))
-        if self._next_dispatch is not None:
-            self._next_dispatch.cancel()
-            self._next_dispatch = None
+        self._end_timer()
         wait_s = self._admission.take_held_until() - self._now()
         if wait_s < HOUSEKEEPING_S:
             self._next_dispatch = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._dispatch)
+
+    def _end_timer(self) -> None:
+        if self._next_dispatch is not None:
+            self._next_dispatch.cancel()
+            self._next_dispatch = None
 
     async def _have_room_made(self, yielding: Yielding) -> None:
         message = MakeRoom(yielding.request_id, yielding.attempt)

@@ -111,6 +111,7 @@ class SchedulerProcess:
         self.alive = True
         self.incarnation += 1
         self.admission = self._make()
+        self._next_dispatch_at = inf
         self._expected.clear()
         self.start()
 
@@ -125,7 +126,9 @@ class SchedulerProcess:
             return
         self._give_plans()
         at = self.admission.take_held_until()
-        if at != self._next_dispatch_at and at < self._now + HOUSEKEEPING_S:
+        if at >= self._now + HOUSEKEEPING_S:
+            at = inf  # housekeeping comes before
+        if at not in (self._next_dispatch_at, inf):
             self._world.queue.at(max(self._now, at), TIMER, self.number, self._dispatch_again, self.incarnation, at)
         self._next_dispatch_at = at
         wire = self._world.wire

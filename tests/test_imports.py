@@ -106,6 +106,7 @@ PURE = [
     "cluster.scheduler.triage",
     "cluster.scheduler.wait_forecast",
     "cluster.scheduler.waiting_line",
+    "cluster.scheduler.water_level",
     "cluster.scheduler.weighed",
     "cluster.scheduler.workload_meter",
     "decode_worker.links",

@@ -142,6 +142,7 @@ class Admission:
         goes after those that can be.
         """
         self._refusals.passed(now)
+        self.policy.take_held_until()  # of who waited before
         plans = []
         generations = self._generations(now)
         if self._triage.is_due(len(self.fleet.by_id), now):
@@ -163,7 +164,7 @@ class Admission:
                     held_up[generation] += not waiting.is_batch
                 continue
             if waiting.misses(decision.busy_ttft_s, now):
-                late.append(self._line.put_off(waiting))
+                late += self._line.put_off([waiting])
                 continue
             self._line.remove(waiting.request.request_id)
             plans.append(self._book(waiting, decision, now))
@@ -183,7 +184,7 @@ class Admission:
         return self._book(waiting, decision, now)
 
     def take_held_until(self) -> float:
-        """When to dispatch again though nothing happens, by the dispatches since the last call; inf: no need to."""
+        """When to dispatch again though nothing happens, by the last dispatch; inf: no need to."""
         return self.policy.take_held_until()
 
     def take_yields(self) -> list[Yielding]:

@@ -1,4 +1,4 @@
-"""Where one request runs: the pair (prefill P, decode D), or decode alone, with the lowest predicted TTFT. Pure.
+"""Where one request runs: the pair (prefill P, decode D), or decode alone, at the lowest cost. Pure.
 
 TTFT(P, D) = queue(P) + pull + restore + prefill(uncached, context on P)
              + what of transfer(bytes that D lacks, over the link P -> D, behind the bytes in flight) is not hidden

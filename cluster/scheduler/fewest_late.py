@@ -15,7 +15,7 @@ class Job(NamedTuple):
 
     due_at: float
     work_s: float
-    rank: int = 0  # nobody goes behind one of a lower rank
+    rank: int = 0  # those of higher ranks go first, also when they went behind others of theirs
     may_go_behind: bool = True
 
 
@@ -23,15 +23,17 @@ def behind_others(jobs: Iterable[Job], now: float) -> list[int]:
     """Positions of those that go behind; `jobs` are in the order of their ranks, the highest first, and due times."""
     found: list[int] = []
     taken: list[tuple[float, int]] = []  # a heap of the present rank, the longest first
-    ends_at, rank = now, None
+    ends_at, behind_s, rank = now, 0.0, None
     for number, job in enumerate(jobs):
         if job.rank != rank:
             taken, rank = [], job.rank
+            ends_at, behind_s = ends_at + behind_s, 0.0
         ends_at += job.work_s
         if job.may_go_behind:
             heappush(taken, (-job.work_s, number))
         if ends_at > job.due_at and taken:
             negative_s, longest = heappop(taken)
             ends_at += negative_s
+            behind_s -= negative_s
             found.append(longest)
     return found

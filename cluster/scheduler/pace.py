@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from cluster.scheduler.site import Site
 from cluster.scheduler.step_costs import num_pairs
 
+LEAST_STEP_S = 1e-6  # coefficients of a fit may be 0
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -23,7 +25,7 @@ class Pace:
         num, tokens_per_s, pair_s, full_step_s, queue_s = len(sites), 0.0, 0.0, 0.0, 0.0
         for site in sites:
             costs, beside_s = site.costs, site.beside_tokens_s if are_decodes else 0.0
-            step_s = costs.chunk_s + costs.token_s * site.max_at_once + beside_s
+            step_s = max(LEAST_STEP_S, costs.chunk_s + costs.token_s * site.max_at_once + beside_s)
             tokens_per_s += site.max_at_once / step_s
             pair_s += costs.pair_s / num
             full_step_s += step_s / num

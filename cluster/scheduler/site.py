@@ -7,7 +7,7 @@ from cluster.scheduler.rules import STEPS_HELD, takes_more
 from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
 from core.messages.fleet import ReplicaInfo, Role
 
-REUSE_OF_OLDEST = 0.05  # of the blocks that are evicted next, those that would have been found once more
+REUSE_OF_OLDEST = 0.05  # a guess: of the blocks that are evicted next, those that would have been found again
 # Of blocks that come from below the device, until a replica has measured its tiers: PCIe copies, an NVMe disk.
 GUESSED_RESTORE_BYTES_PER_S = {"host": 5e9, "disk": 1e9}
 
@@ -118,7 +118,11 @@ class Site:
         return self.layout.num_blocks_missing(depth, num_tokens)
 
     def evict_s(self, num_blocks: int) -> float:
-        """What others lose when so many blocks take the place of cached ones, as far as no empty ones are left."""
+        """What others lose when so many blocks take the place of cached ones, as far as no empty ones are left; where
+        there are tiers below, these have them.
+        """
+        if self.view.status.tiers:
+            return 0.0
         num_evicted = num_blocks - max(0, self.empty_blocks)
         return REUSE_OF_OLDEST * num_evicted * self.block_size * self.costs.token_s if num_evicted > 0 else 0.0
 

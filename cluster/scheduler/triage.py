@@ -1,4 +1,7 @@
-"""Keeps a line in the order in which the fewest of those that wait are late, by how fast the fleet is. Pure."""
+"""Puts off those of a line who would make others late, so that few are, by how fast the fleet is. Pure.
+
+What several that wait have in common counts for each of them until one was served.
+"""
 
 from math import inf
 
@@ -6,22 +9,21 @@ from cluster.scheduler.fewest_late import Job, behind_others
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.pace import Pace
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
-from core.messages.to_scheduler import Reserve
+from cluster.scheduler.water_level import WaterLevel
 
-PAUSE_EACH_S = 5e-5  # for each request and replica that is looked at: some twenty times what that takes
+PAUSE_EACH_S = 5e-5  # for each request and replica that is looked at: several times what that takes
+LOOK_UP_EACH_S = 2.0  # what is cached of a prompt changes while it waits
 
 
 class Triage:
-    """Of one line. Each tenant has its part of the fleet, in which its own requests make each other late.
-
-    Whom no plan could have served in time makes nobody go behind it, and goes behind others for its length alone, not
-    for what it asks.
+    """Of one line. What a tenant's own requests leave each other is its part of the fleet, which is by weight, and more
+    when others want less.
     """
 
     def __init__(self, line: WaitingLine, index: PrefixIndex) -> None:
         self._line = line
         self._index = index
-        self._last_at = float("-inf")
+        self._last_at = -inf
 
     def is_due(self, num_replicas: int, now: float) -> bool:
         """Not at every event: the order counts for the next requests alone, and so soon nobody comes late."""
@@ -31,21 +33,36 @@ class Triage:
     def put_off(self, pace: Pace, block_size: int, now: float) -> None:
         """Requests that a pool computes at a pace."""
         self._last_at = now
-        for share, line in self._line.in_time():
-            jobs = [self._job(one, pace, share, block_size) for one in line]
-            for number in behind_others(jobs, now):
-                self._line.put_off(line[number])
+        lines = [
+            (weight, [(one, self._work_s(one, pace, block_size, now)) for one in line])
+            for weight, line in self._line.by_weight()
+        ]
+        level = WaterLevel((sum(work_s for _, work_s in line), weight) for weight, line in lines)
+        for weight, line in lines:
+            judged, jobs = [], []
+            for waiting, work_s in line:
+                if not waiting.is_put_off:
+                    judged.append(waiting)
+                    jobs.append(_job(waiting, work_s, pace, weight, level, now))
+            self._line.put_off([judged[number] for number in behind_others(jobs, 0.0)])
 
-    def _job(self, waiting: Waiting, pace: Pace, share: float, block_size: int) -> Job:
+    def _work_s(self, waiting: Waiting, pace: Pace, block_size: int, now: float) -> float:
         request = waiting.request
-        if waiting.num_uncached is None:
-            waiting.num_uncached = self._num_uncached(request, block_size)
-        work_s = pace.work_s(waiting.num_uncached, request.num_tokens)
-        first_token_s = pace.first_token_s(work_s)
-        ends_by = waiting.due_at - pace.queue_s - first_token_s + work_s / share
-        has_a_chance = waiting.since + first_token_s <= waiting.due_at
-        return Job(ends_by if has_a_chance else inf, work_s / share, request.priority, request.attempt == 0)
+        if now - waiting.looked_up_at >= LOOK_UP_EACH_S:
+            waiting.looked_up_at = now
+            segments = self._index.match(request.block_hashes[: (request.num_tokens - 1) // block_size]).segments
+            waiting.num_uncached = request.num_tokens - (segments[0].depth * block_size if segments else 0)
+        return pace.work_s(waiting.num_uncached, request.num_tokens)
 
-    def _num_uncached(self, request: Reserve, block_size: int) -> int:
-        segments = self._index.match(request.block_hashes[: (request.num_tokens - 1) // block_size]).segments
-        return request.num_tokens - (segments[0].depth * block_size if segments else 0)
+
+def _job(waiting: Waiting, work_s: float, pace: Pace, weight: float, level: WaterLevel, now: float) -> Job:
+    """In seconds of its tenant's own work.
+
+    Whom no plan could have served in time makes nobody go behind it, and goes behind others for its length alone, not
+    for what it asks. Nor does one that cannot be put off and is late whoever goes before it.
+    """
+    first_token_s = pace.first_token_s(work_s)
+    begins_within_s = waiting.due_at - pace.queue_s - first_token_s - now
+    in_vain = waiting.since + first_token_s > waiting.due_at or (begins_within_s < 0 and not waiting.may_be_put_off)
+    due_s = inf if in_vain else weight * level.after(max(0.0, begins_within_s)) + min(0.0, begins_within_s) + work_s
+    return Job(due_s, work_s, waiting.request.priority, waiting.may_be_put_off)

@@ -2,14 +2,15 @@
 
 1. batch after everything else
 2. the tenant that has been served least goes next
-3. of one tenant: higher priority, then those whose first token can be out when it is due, then the first token that is
-   due first, then the first to come
+3. of one tenant: higher priority, then those that were not put off, then the first token that is due first, then the
+   first to come
 """
 
 from bisect import insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from math import inf
 
 from cluster.scheduler.fair_share import FairShare
 from core.messages.to_scheduler import Reserve
@@ -25,8 +26,9 @@ class Waiting:
     since: float
     due_at: float  # when its first token should be out
     timeout_s: float  # it waits no longer
-    is_late: bool = False  # its first token cannot be out when it is due, or others' could not
-    num_uncached: int | None = None  # tokens that nobody had cached when it was first asked
+    is_put_off: bool = False  # its first token cannot be out when it is due, or others' could not
+    num_uncached: int = 0  # tokens that nobody had cached
+    looked_up_at: float = -inf  # when that was
     number: int = field(default_factory=count().__next__)
 
     @property
@@ -38,19 +40,22 @@ class Waiting:
         """Whether a plan that gives it its first token after `ttft_s` is too late now, and was not when it came.
 
         Whom no plan could have served in time is in nobody's way more than others, and is not put off for what it asks.
-        Nor is one that comes back: somebody waits in the middle of its answer.
         """
-        is_first = self.request.attempt == 0
-        return is_first and not self.is_late and self.since + ttft_s <= self.due_at < now + ttft_s
+        return self.may_be_put_off and self.since + ttft_s <= self.due_at < now + ttft_s
+
+    @property
+    def may_be_put_off(self) -> bool:
+        """It was not yet, and nobody waits in the middle of its answer."""
+        return self.request.attempt == 0 and not self.is_put_off
 
     def put_off(self) -> "Waiting":
-        """Late."""
-        return replace(self, is_late=True)
+        """For good: who got its turn back when nobody else waits would be in the way of those who come next."""
+        return replace(self, is_put_off=True)
 
     @property
     def place(self) -> Place:
         """Lower ones first."""
-        return self.is_batch, -self.request.priority, self.is_late, self.due_at, self.number
+        return self.is_batch, -self.request.priority, self.is_put_off, self.due_at, self.number
 
 
 class WaitingLine:
@@ -90,14 +95,14 @@ class WaitingLine:
                 del self._by_tenant[tenant]
         return waiting
 
-    def put_off(self, waiting: Waiting) -> Waiting:
-        """Before those that are in time it would only make them late, too. Returns it as it waits from now on."""
-        late = waiting.put_off()
-        line = self._by_tenant[waiting.request.tenant]
-        line.remove(waiting)
-        insort(line, late, key=lambda one: one.place)
-        self._by_id[waiting.request.request_id] = late
-        return late
+    def put_off(self, some: Sequence[Waiting]) -> list[Waiting]:
+        """Requests of one tenant go behind its others of their priority. Returns them as they wait from now on."""
+        put_off = {one.number: one.put_off() for one in some}
+        if some:
+            line = self._by_tenant[some[0].request.tenant]
+            line[:] = sorted((put_off.get(one.number, one) for one in line), key=lambda one: one.place)
+            self._by_id.update((one.request.request_id, one) for one in put_off.values())
+        return list(put_off.values())
 
     def in_order(self) -> Iterator[Waiting]:
         """Each request once; whoever takes one away and charges its tenant for it changes who comes next."""
@@ -112,13 +117,11 @@ class WaitingLine:
             else:
                 heads[tenant] = following
 
-    def in_time(self) -> list[tuple[float, list[Waiting]]]:
-        """Of each tenant: its part of the fleet, and its requests that are neither late nor batch, in order."""
-        lines = {tenant: line for tenant, line in self._by_tenant.items() if not line[0].is_batch}
-        total = sum(map(self._share.weight, lines))
+    def by_weight(self) -> list[tuple[float, list[Waiting]]]:
+        """Of each tenant: its weight, and its requests that are not batch, in order."""
         return [
-            (self._share.weight(tenant) / total, [one for one in line if not (one.is_late or one.is_batch)])
-            for tenant, line in lines.items()
+            (self._share.weight(tenant), [one for one in line if not one.is_batch])
+            for tenant, line in self._by_tenant.items()
         ]
 
     def last_of_the_longest(self) -> Waiting:

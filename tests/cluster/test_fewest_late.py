@@ -55,6 +55,10 @@ def test_who_may_not_go_behind_does_not(jobs):
     assert all(sorted(jobs)[number].may_go_behind for number in chosen)
 
 
+def test_who_went_behind_still_goes_before_lower_ranks():
+    assert behind_others([Job(1.0, 10.0, 1), Job(12.0, 3.0, 0), Job(12.0, 1.0, 0)], 0.0) == [0, 1]
+
+
 def test_the_longest_goes_behind_when_three_short_ones_would_be_late():
     jobs = [Job(11.0, 10.0), Job(12.0, 2.0), Job(13.0, 2.0), Job(14.0, 2.0)]
     assert behind_others(jobs, 0.0) == [0]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.fair_share import FairShare
+from cluster.scheduler.step_costs import StepCosts
 from cluster.scheduler.wait_forecast import WaitForecast
 from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
@@ -37,7 +38,15 @@ def request(name: str, tenant: str = "", num_tokens: int = 100, **changes) -> Re
     first = crc32(f"{tenant}/{name}".encode()) % 10**6
     tokens = tuple(range(first, first + num_tokens))
     fields = {"max_new_tokens": 16, "timeout_s": 60.0} | changes
-    return Reserve(name, 0, "i", num_tokens, block_hashes=hash_blocks(tokens, BLOCK), tenant=tenant, **fields)
+    return Reserve(
+        fields.pop("request_id", name),
+        0,
+        "i",
+        num_tokens,
+        block_hashes=hash_blocks(tokens, BLOCK),
+        tenant=tenant,
+        **fields,
+    )
 
 
 class Fleet:
@@ -329,7 +338,7 @@ def test_a_long_prompt_of_higher_priority_goes_behind_nobody():
     fleet.ask(request("long", num_tokens=1800, priority=1))
     fleet.ask(request("medium", num_tokens=300), request("short", num_tokens=200))
     assert fleet.plans(0.1) == []
-    assert {one.request.request_id: one.is_late for one in fleet.admission._line} == {
+    assert {one.request.request_id: one.is_put_off for one in fleet.admission._line} == {
         "long": False,
         "medium": True,
         "short": False,
@@ -352,6 +361,24 @@ def test_one_tenants_long_prompts_make_no_others_late():
     order = later(fleet, 3)
     assert order.index("own short") < order.index("own long")
     assert order.index("other") < 2
+
+
+def test_many_tenants_who_want_little_take_little_of_anothers_part():
+    fleet = held_up()
+    fleet.ask(request("long", "a", num_tokens=1200), request("short", "a", num_tokens=200))
+    fleet.ask(*(request("tiny", f"b{i}", num_tokens=10, request_id=f"tiny{i}") for i in range(9)))
+    assert fleet.plans(0.1) == []
+    assert not any(one.is_put_off for one in fleet.admission._line)
+
+
+def test_steps_that_seem_to_cost_nothing_are_no_reason_to_fail():
+    """A fit may find that all of a step's time is attention."""
+    fleet = held_up()
+    fleet.ask(request("a"), request("b"))
+    costs = fleet.admission.policy.learned.costs
+    costs.of = lambda _: StepCosts(0.0, 0.0, 1e-7, 0.0, 0.01, 0.0, 0.0)
+    fleet.admission.report(report(fleet.info), 0.2)
+    fleet.plans(0.2)
 
 
 def test_who_comes_back_in_the_middle_of_its_answer_is_not_put_off():

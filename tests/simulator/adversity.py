@@ -11,7 +11,7 @@ from simulator.cost.gpus import gpu_cost_model
 from simulator.fleet_spec import FleetSpec
 from simulator.records import Record
 from simulator.traces.trace import Run, TracedRequest
-from simulator.twin import MakePolicy, Twin
+from simulator.twin import Twin
 
 COSTS = {role: gpu_cost_model("h100", "llama-3.1-8b", 1) for role in Role}
 TTFT_S, TPOT_S = 1.0, 0.05
@@ -54,10 +54,9 @@ def load(
     return requests
 
 
-def play(spec: FleetSpec, *loads: list[TracedRequest], make_policy: MakePolicy | None = None) -> list[Record]:
+def play(spec: FleetSpec, *loads: list[TracedRequest]) -> list[Record]:
     requests = [request for one in loads for request in one]
-    twin = Twin(spec, COSTS, seed=1, make_policy=make_policy)
-    return twin.run(sorted(requests, key=lambda r: (r.arrival_s, r.request_id))).records
+    return Twin(spec, COSTS, seed=1).run(sorted(requests, key=lambda r: (r.arrival_s, r.request_id))).records
 
 
 def goodput(records: Iterable[Record]) -> float:

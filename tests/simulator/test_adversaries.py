@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.scheduler.decision import DecisionMaker
+from cluster.scheduler.admission import Admission
 from simulator.records import Record
 from tests.simulator.adversity import goodput, h100_fleet, load, play, shares, ttft_p99
 
@@ -39,7 +39,7 @@ def test_a_flood_of_one_tenant_costs_another_its_part_and_no_more():
     flood = load("flood", per_s=90, seconds=10, start=5, num_shared=1024, share=0.0)
     records = play(fleet, small, flood)
     theirs = [record for record in records if record.tenant == "small"]
-    assert goodput(theirs) > 0.97  # of 95 requests; loads a little off this one cost one to three of them
+    assert goodput(theirs) > 0.96  # of 95 requests; loads a little off this one cost one to three of them
     assert ttft_p99(theirs) < 0.6  # 0.06 alone; the flood waits for seconds
     own = [record for record in records if record.tenant == "flood"]
     assert goodput(own) < 0.8  # who floods waits
@@ -112,20 +112,14 @@ def test_batch_work_fills_what_people_leave_and_people_hardly_notice():
     assert sum(record.finished_s < 35 for record in done) > 400
 
 
-class InOrderOfDueTimes(DecisionMaker):
-    """Says nothing of its pace, so that nobody is put off before it is late."""
-
-    def pace(self, prefills, decodes, now):
-        return None
-
-
-def test_more_long_prompts_than_a_fleet_can_do_make_few_short_ones_late():
+def test_more_long_prompts_than_a_fleet_can_do_make_few_short_ones_late(monkeypatch):
     """Twice the prompt tokens that it can compute, nine of ten in a sixth of the requests."""
     short = load("short", per_s=40, seconds=20, num_shared=256, share=0.5)
     long = load("long", per_s=8, seconds=20, num_shared=12_000, share=0.0)
     everybody = [replace(request, tenant="") for request in (*short, *long)]
-    before = play(h100_fleet(2, 2), everybody, make_policy=lambda spec, _: InOrderOfDueTimes(spec.scheduler))
     records = play(h100_fleet(2, 2), everybody)
+    monkeypatch.setattr(Admission, "_put_off", lambda *_: None)
+    before = play(h100_fleet(2, 2), everybody)
     assert goodput(before) < 0.4
     assert goodput(records) > 0.75
     assert goodput(of("long", records)) > goodput(of("long", before))  # fewer wait behind others in vain
