@@ -169,6 +169,7 @@ PURE = [
     "simulator.peers",
     "simulator.prefill_replica",
     "simulator.records",
+    "simulator.quiet_steps",
     "simulator.reporting",
     "simulator.request",
     "simulator.scheduler_line",
