@@ -17,16 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.messages.to_scheduler import StepSample
 from decode_worker.scheduler import DecodeJob, DecodeScheduler, DecodeStep, Outcome
 from engine.batch import StepBatch, StepResult
-from simulator.cost.cost_model import StepWork
 from simulator.decode_tokens import DecodeTokens
 from simulator.events import STEP_END
 from simulator.host import Host
 from simulator.quiet_steps import QuietSteps
+from simulator.step_work import step_sample_of, work_of
 from worker.rates import MovingAverage
-from worker.samples import KEPT, step_sample
+from worker.samples import KEPT
 
 MOST_AHEAD = 512  # steps
 
@@ -149,7 +148,7 @@ class DecodeEngine:
         if scheduler.preempted:
             self._tokens.deliver(scheduler.take_preempted())
         if step is not None and self._step is None:
-            seconds_of_step = self._host.cost.step_s(_work(step, quiet)) / self._host.speed
+            seconds_of_step = self._host.cost.step_s(work_of(step, quiet)) / self._host.speed
             self._await_step(_Step(step, quiet, now, seconds_of_step), now + (seconds_of_step + self._host.step_gap_s))
 
     def _launch(self, quiet: list[DecodeJob]) -> tuple[DecodeStep | None, list[DecodeJob]]:
@@ -217,7 +216,7 @@ class DecodeEngine:
         host, step, quiet, seconds = self._host, under_way.launched, under_way.quiet, under_way.seconds
         host.num_steps += 1
         host.busy_s += seconds
-        host.samples.steps.add(_sample_of(step, quiet, seconds))
+        host.samples.steps.add(step_sample_of(step, quiet, seconds))
         num_tokens = len(quiet) + sum(advance.num_tokens for advance in step.advances)
         if num_tokens == len(quiet) + len(step.advances):
             self.step_s.add(seconds)
@@ -236,21 +235,3 @@ class DecodeEngine:
         self._tokens.deliver(outcomes)
         if not self.in_flight:
             self._next()
-
-
-def _work(step: DecodeStep, quiet: list[DecodeJob]) -> StepWork:
-    chunks, num_decoding = [], len(quiet)
-    num_kv_tokens = sum(job.sequence.num_launched for job in quiet)
-    for advance, share in zip(step.advances, step.batch.sequences, strict=True):
-        if advance.num_tokens > 1:
-            chunks.append((advance.num_tokens, share.first_position))
-        else:
-            num_decoding += 1
-            num_kv_tokens += share.first_position
-    return StepWork(tuple(chunks), num_decoding, num_kv_tokens)
-
-
-def _sample_of(step: DecodeStep, quiet: list[DecodeJob], seconds: float) -> StepSample:
-    num_tokens, num_pairs, num_decoding, num_kv_tokens, _ = step_sample(step.batch, seconds)
-    num_kv_tokens += sum(job.sequence.num_launched + 1 for job in quiet)
-    return num_tokens, num_pairs, num_decoding + len(quiet), num_kv_tokens, seconds

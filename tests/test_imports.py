@@ -149,6 +149,7 @@ PURE = [
     "simulator.fleet",
     "simulator.faults",
     "simulator.scaling_loop",
+    "simulator.step_work",
     "simulator.summary",
     "simulator.baselines.catalog",
     "simulator.baselines.dynamo",

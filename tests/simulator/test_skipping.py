@@ -21,9 +21,9 @@ PLAIN = KVLayout(2, 1, 1, BLOCK, "float32", 1)
 WINDOWED = KVLayout(3, 1, 1, BLOCK, "float32", 1, groups=(KVGroup((1,)), KVGroup((0,), 4), KVGroup((2,), 7)))
 
 
-def token(job: DecodeJob, index: int) -> int:
-    """What a job says at an output position; few words, so that continuations of equal prompts are often shared."""
-    return (len(job.request_id) + index // 5) % 2
+def token(request_id: str, index: int) -> int:
+    """What is said at an output position; few words, so that continuations of equal prompts are often shared."""
+    return (len(request_id) + index // 5) % 2
 
 
 class Batch:
@@ -68,7 +68,9 @@ class Batch:
             left -= num_quiet if num_quiet and all_quiet else 1
 
     def skip(self, jobs: list[DecodeJob], num_steps: int) -> None:
-        outputs = {job: [token(job, index) for index in range(job.sequence.sampling.max_tokens)] for job in jobs}
+        outputs = {
+            job: [token(job.request_id, index) for index in range(job.sequence.sampling.max_tokens)] for job in jobs
+        }
         self.outcomes += [self.seen(outcome) for outcome in self.quiet.skip(jobs, num_steps, outputs)]
 
     def step(self, quiet: list[DecodeJob]) -> None:
@@ -82,7 +84,7 @@ class Batch:
         if step is None:
             return
         drawn = tuple(
-            token(a.job, a.job.sequence.num_outputs) if s.draw is not None else None
+            token(a.job.request_id, a.job.sequence.num_outputs) if s.draw is not None else None
             for s, a in zip(step.batch.sequences, step.advances, strict=True)
         )
         ended = self.scheduler.finish(step, StepResult(drawn, (None,) * len(drawn)))
@@ -149,7 +151,7 @@ def test_a_long_answer_is_skipped_almost_whole():
     batch.add("a", [1, 0, 1], 60)
     batch.run(60)
     assert batch.num_skipped == 59  # all but the prompt's own step
-    assert batch.outcomes == [("a", 59, token(DecodeJob("a", 0, None), 59), "length")]
+    assert batch.outcomes == [("a", 59, token("a", 59), "length")]
     assert batch.pool.num_held == 0
 
 
