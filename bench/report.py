@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from core.compiled import found_build
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -36,6 +38,7 @@ def conditions() -> dict[str, Any]:
         "commit": _commit(),
         "machine": f"{os.cpu_count()} x {_cpu_name()}",
         "load_average": round(os.getloadavg()[0], 1),
+        "compiled": found_build() is not None,  # what decides; see cluster.compiled
     }
 
 

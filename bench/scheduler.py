@@ -28,7 +28,6 @@ from bench.http import percentile
 from bench.peer_process import PeerProcess
 from bench.report import print_json, print_table
 from bench.scheduler_fleet import BLOCK_SIZE, CHAIN, ScheduledFleet
-from cluster.scheduler import decision
 from core.block_hash import BlockKey
 
 PEER_SCRIPT = Path(__file__).with_name("index_peer.py")
@@ -66,8 +65,7 @@ def main() -> None:
     print_found("decision, us", rows)
     print_found("index", indexes)
     print_found("Dynamo beside ours, us and M blocks/s", peers)
-    is_compiled = not decision.__file__.endswith(".py")
-    print_json("scheduler", args, compiled=is_compiled, decisions=rows, indexes=indexes, dynamo=peers)
+    print_json("scheduler", args, decisions=rows, indexes=indexes, dynamo=peers)
 
 
 def measure_decisions(fleet: ScheduledFleet, num_tokens: int, num_requests: int) -> Found:

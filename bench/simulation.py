@@ -24,7 +24,7 @@ from core.block_hash import hash_blocks
 from simulator.baselines.catalog import POLICIES, find_policy
 from simulator.command import gpu_costs, rare_collections
 from simulator.fleet_spec import FleetSpec
-from simulator.traces.trace import Run, TracedRequest, expand, own_token
+from simulator.traces.trace import Run, TracedRequest, encoded, expand, own_token
 from simulator.twin import Twin
 
 BLOCK = 64
@@ -89,7 +89,8 @@ def measure(spec: FleetSpec, load: list[TracedRequest], policy: str, seed: int, 
     """One run, and the limit on the same load."""
     began = process_time()
     for request in load:
-        hash_blocks(expand(request.prompt), BLOCK)
+        expand(request.prompt)
+        hash_blocks(encoded(request.prompt), BLOCK)
     limit_s = process_time() - began
     twin = Twin(spec, gpu_costs(spec), seed=seed, make_policy=find_policy(policy))
     with rare_collections():

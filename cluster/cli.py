@@ -117,13 +117,13 @@ def demo(port: Port = None, api_key: ApiKey = "") -> None:
 
 
 @app.command("compile")
-def compile_decisions() -> None:
-    """Turn the scheduler's decisions into machine code, once per version and host; about a minute."""
-    from cluster.compiled import compile_scheduler
+def compile_() -> None:
+    """Turn what decides into machine code, once per version and host; in one to three minutes."""
+    from cluster.compiled import compile_decisions
 
     with console.status("compiling"):
-        folder = compile_scheduler()
-    console.print(f"schedulers that start on this host use {folder}")
+        folder = compile_decisions()
+    console.print(f"schedulers, workers and simulations that start on this host use {folder}")
 
 
 @app.command()

@@ -1,73 +1,70 @@
-"""The scheduler's decisions as machine code: mypyc compiles the modules of cluster/scheduler, on request.
+"""The modules that decide as machine code: mypyc compiles those of schedulers, and what workers share with the twin.
 
-    cluster/scheduler, core --sha256--> ~/.cache/baton/scheduler-KEY <--first in-- cluster.scheduler.__path__
-
-A build lies under a name made of the sources and the interpreter, so that one of other sources is never found: they run
-as Python then. It is the same code by the same names, twice as fast or more; bench/README.md has figures.
+bench/README.md has figures; `core.compiled` says where a build lies and who finds it.
 """
 
-import hashlib
 import importlib.util
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from core.compiled_library import FOLDER
+from core import compiled
 from core.errors import ConfigurationError
 
-ROOT = Path(__file__).resolve().parents[1]
-SCHEDULER = Path("cluster/scheduler")
+SCHEDULER = "cluster/scheduler"
 # Classes that mypyc makes cannot be held weakly, nor subclassed by others, nor be protocols to them.
-AS_PYTHON = {"__init__", "admission", "holders", "policy"}
+AS_PYTHON = {"__init__", "admission", "holders", "policy"}  # of the scheduler's
+BESIDE_IT = (
+    "core/block_hash.py",
+    "core/kv_groups.py",
+    "decode_worker/handoff_blocks.py",
+    "decode_worker/handoffs.py",
+    "decode_worker/scheduler.py",
+    "decode_worker/shared_prefixes.py",
+    "engine/block_pool.py",
+    "engine/eviction_order.py",
+    "engine/group_blocks.py",
+    "engine/sequence.py",
+    "kv_transfer/lease_book.py",
+    "kv_transfer/share_book.py",
+    "prefill_worker/deliveries.py",
+    "prefill_worker/scheduler.py",
+    "simulator/decode_engine.py",
+    "simulator/decode_replica.py",
+    "simulator/decode_tokens.py",
+    "simulator/events.py",
+    "simulator/network.py",
+    "simulator/prefill_replica.py",
+    "simulator/quiet_steps.py",
+    "simulator/step_work.py",
+    "worker/rates.py",
+    "worker/samples.py",
+)
 _TIMEOUT_S = 600
 _SETUP = """
 from mypyc.build import mypycify
 from setuptools import setup
 
-setup(name="scheduler", ext_modules=mypycify({arguments!r}, opt_level="3", debug_level="0"))
+setup(name="decisions", ext_modules=mypycify({arguments!r}, opt_level="3", debug_level="0"))
 """
 
 
-def prefer_compiled(path: list[str]) -> None:
-    """Puts the build of the present sources, if there is one, first in the package's `path`."""
-    build = build_folder()
-    if build is not None and os.path.isdir(build):  # noqa: PTH112 - false, too, where nobody may look
-        path.insert(0, str(build / SCHEDULER))
-        sys.path.append(str(build))  # for the library that the modules share
-
-
-def build_folder() -> Path | None:
-    """Of the present sources and interpreter; None of a user without a home."""
-    try:
-        folder = FOLDER.expanduser()
-    except RuntimeError:
-        return None
-    digest = hashlib.sha256(
-        repr((sys.implementation.cache_tag, sys.version, sys.platform, platform.machine())).encode()
-    )
-    for source in (Path(__file__), *_sources()):
-        digest.update(source.name.encode() + source.read_bytes())
-    return folder / f"scheduler-{digest.hexdigest()[:24]}"
-
-
-def compile_scheduler() -> Path:
-    """Builds what is not built yet, in about a minute; returns its folder.
+def compile_decisions() -> Path:
+    """Builds what is not built yet, in one to three minutes; returns its folder.
 
     Raises ConfigurationError without mypy, a C compiler or a home to write to, and with the tools' own words when they
     fail.
     """
-    build = build_folder()
+    build = compiled.build_folder()
     if build is None:
-        raise ConfigurationError("there is no home directory to keep the compiled scheduler in")
+        raise ConfigurationError("there is no home directory to keep what is compiled in")
     try:
         if not build.is_dir():
             _compile(build)
     except OSError as error:
-        raise ConfigurationError(f"the compiled scheduler cannot be kept in {build.parent}: {error}") from error
+        raise ConfigurationError(f"what is compiled cannot be kept in {build.parent}: {error}") from error
     return build
 
 
@@ -78,20 +75,23 @@ def _compile(build: Path) -> None:
     build.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=build.parent) as folder:
         work, made = Path(folder, "work"), Path(folder, "made")
-        for source in (ROOT / "cluster/__init__.py", ROOT / "cluster/compiled.py", *_sources()):
-            copy = work / source.relative_to(ROOT)
+        for source in (compiled.ROOT / "cluster/__init__.py", *compiled.sources()):
+            copy = work / source.relative_to(compiled.ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
         arguments = ["--ignore-missing-imports"]  # of packages that are not copied: theirs are taken as they come
-        arguments += [str(SCHEDULER / name.name) for name in _sources() if _is_compiled(name)]
+        arguments += _modules()
         (work / "setup.py").write_text(_SETUP.format(arguments=arguments))
         command = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(made))
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired as error:
-            raise ConfigurationError(f"the scheduler was not compiled within {_TIMEOUT_S} s") from error
+            raise ConfigurationError(f"nothing was compiled within {_TIMEOUT_S} s") from error
         if done.returncode:
-            raise ConfigurationError(f"the scheduler cannot be compiled: {(done.stdout + done.stderr)[-2000:]}")
+            raise ConfigurationError(f"the decisions cannot be compiled: {(done.stdout + done.stderr)[-2000:]}")
+        (made / compiled.LIBRARY).mkdir(parents=True)
+        for shared in made.glob("*__mypyc*"):
+            shared.replace(made / compiled.LIBRARY / shared.name)
         try:
             made.replace(build)
         except OSError:
@@ -99,10 +99,7 @@ def _compile(build: Path) -> None:
                 raise  # or somebody else was faster
 
 
-def _sources() -> list[Path]:
-    """What a compiled module depends on, itself included."""
-    return sorted([*(ROOT / SCHEDULER).glob("*.py"), *(ROOT / "core").rglob("*.py")])
-
-
-def _is_compiled(source: Path) -> bool:
-    return source.parent == ROOT / SCHEDULER and source.stem not in AS_PYTHON
+def _modules() -> list[str]:
+    """Paths from the root."""
+    of_scheduler = sorted(file for file in (compiled.ROOT / SCHEDULER).glob("*.py") if file.stem not in AS_PYTHON)
+    return [*(str(file.relative_to(compiled.ROOT)) for file in of_scheduler), *BESIDE_IT]

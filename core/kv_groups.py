@@ -109,6 +109,8 @@ def deepest_prefix(
 
     `reaches`, by group, as KVGroup.reach says: all of these blocks, or the last ones that a window reaches back to.
     """
+    if all(reach is None for reach in reaches):
+        return _num_leading(hashes, len(reaches), is_cached)
     deepest, runs = 0, [0] * len(reaches)  # of consecutive cached blocks, up to this one
     for depth, block_hash in enumerate(hashes, start=1):
         for number, reach in enumerate(reaches):
@@ -118,6 +120,15 @@ def deepest_prefix(
         if all(run >= needed_run(reach, depth) for run, reach in zip(runs, reaches, strict=True)):
             deepest = depth
     return deepest
+
+
+def _num_leading(hashes: Sequence[BlockHash], num_groups: int, is_cached: Callable[[BlockKey], bool]) -> int:
+    """Blocks cached in every group, up to the first that is not."""
+    for depth, block_hash in enumerate(hashes):
+        for number in range(num_groups):
+            if not is_cached(in_group(block_hash, number)):
+                return depth
+    return len(hashes)
 
 
 def needed_run(reach: int | None, depth: int) -> int:

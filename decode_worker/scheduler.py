@@ -3,9 +3,6 @@
 Decoding comes before prompt chunks, older sequences before newer. When blocks run out, the newest sequence is
 preempted: its client-visible rest is planned anew elsewhere ("resume"), so the oldest always gets through.
 
-Quiet steps, which advance all by a token and preempt none, can be counted ahead and skipped: the state afterwards is
-that of scheduling and finishing each of them.
-
 Tokens are drawn on the last stage of a pipeline, where the first stage cannot go on with them before they are known. A
 step then takes a part of the sequences, and while one part is on its way through the stages, others follow it:
 
@@ -13,7 +10,7 @@ step then takes a part of the sequences, and while one part is on its way throug
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from core.sampling import TokenLogprobs
@@ -100,7 +97,7 @@ class DecodeScheduler:
         """Drops this and lower attempts of a request; a step in flight keeps its blocks until it ends."""
         for job in (*self.waiting, *self.running):
             if job.request_id == request_id and job.attempt <= attempt:
-                self._drop(job)
+                self.drop(job)
 
     def schedule(self) -> DecodeStep | None:
         """The next step, or None when nothing runs. Preemptions that it needed are reported by `take_preempted`."""
@@ -112,16 +109,19 @@ class DecodeScheduler:
         while self.waiting and len(self.running) < self.max_num_seqs:
             self.running.append(self.waiting.popleft())
 
-    def launch(self) -> DecodeStep | None:
-        """As `schedule`, of those that run already."""
-        budget, num_jobs = self.max_num_batched_tokens, -(-len(self.running) // self.num_parts)
+    def launch(self, jobs: Sequence[DecodeJob] | None = None) -> DecodeStep | None:
+        """As `schedule`, of those that run already; of `jobs` alone, while the others have their token another way."""
+        jobs = self.running if jobs is None else jobs
+        num_others = len(self.running) - len(jobs)
+        budget, num_jobs = self.max_num_batched_tokens - num_others, -(-len(jobs) // self.num_parts)
         advances: list[Advance] = []
-        decoding_first = sorted(self.running, key=lambda job: self._num_to_launch(job) > 1)
-        for job in decoding_first:
+        wanted = [(job, self._num_to_launch(job)) for job in jobs]
+        decoding_first = sorted(wanted, key=lambda one: one[1] > 1)
+        for job, num_wanted in decoding_first:
             if len(advances) == num_jobs:
                 break
-            num_tokens = min(self._num_to_launch(job), budget)
-            if num_tokens == 0 or job.cancelled or not self._make_room(job, num_tokens, advances):
+            num_tokens = min(num_wanted, budget)
+            if num_tokens == 0 or job.cancelled or not self._make_room(job, num_tokens, advances, jobs):
                 continue
             budget -= num_tokens
             written = tuple(job.sequence.blocks_written_by(num_tokens))
@@ -146,7 +146,7 @@ class DecodeScheduler:
             first_index = job.sequence.num_outputs
             reason = job.sequence.append(token_id)
             if reason is not None:
-                self._drop(job)
+                self.drop(job)
             outcomes.append(Outcome(job, first_index, token_id, logprobs, reason))
         return outcomes
 
@@ -163,87 +163,21 @@ class DecodeScheduler:
     def _num_to_launch(self, job: DecodeJob) -> int:
         return job.sequence.num_to_launch if self.num_parts == 1 else job.sequence.num_known_to_launch
 
-    # ---- skipping -----------------------------------------------------------------------------------------------
-
-    def num_quiet_steps(self, limit: int) -> int:
-        """How many of the next steps, `limit` at most, are quiet if nobody joins or leaves; in the last some may end.
-
-        0: a prompt is computed, blocks may run out, or nothing runs. No step may be in flight. Only ends by length
-        are foreseen.
-        """
-        if not 0 < len(self.running) <= self.max_num_batched_tokens or self.num_parts > 1:
-            return 0
-        num_steps = limit
-        for job in self.running:
-            sequence = job.sequence
-            if len(sequence.token_ids) - sequence.num_launched != 1 or sequence.num_drawing:
-                return 0
-            num_steps = min(num_steps, sequence.sampling.max_tokens - sequence.num_outputs)
-        while num_steps > 0 and not self.has_blocks_for(num_steps):
-            num_steps //= 2
-        return max(0, num_steps)
-
-    def has_blocks_for(self, num_steps: int) -> bool:
-        """Whether that many quiet steps find blocks, those not counted that fall behind windows meanwhile."""
-        num_free = self.pool.num_free
-        if not self.running or num_steps <= 0:
-            return True
-        first = self.running[0].sequence
-        if len(self.running) * len(first.groups) * (num_steps // first.block_size + 1) <= num_free:
-            return True
-        lacking = (job.sequence.num_blocks_lacking(job.sequence.num_launched + num_steps) for job in self.running)
-        return sum(lacking) <= num_free
-
-    def begin_quiet_step(self) -> None:
-        """Takes the blocks that the next step begins: what `launch` does that others can see while it computes."""
-        for job in self.running:
-            sequence = job.sequence
-            if sequence.num_launched % sequence.block_size == 0:
-                sequence.grow(sequence.num_launched + 1)
-
-    def skip(self, num_steps: int, draw: Callable[[DecodeJob, int], Sequence[int]]) -> list[Outcome]:
-        """As many quiet steps as `num_quiet_steps` allows, at once. `draw` says a job's next tokens, one for each step.
-
-        Returns the outcomes of jobs that ended in the last step; they have left the batch.
-        """
-        jobs = list(self.running)
-        starts = [job.sequence.num_computed for job in jobs]
-        changes: list[tuple[int, bool, int, DecodeJob]] = []  # in the order in which steps would make them
-        ended: dict[DecodeJob, Outcome] = {}
-        for number, job in enumerate(jobs):
-            sequence = job.sequence
-            sequence.token_ids += draw(job, num_steps)
-            changes += [(step, at_end, number, job) for step, at_end in sequence.changes(num_steps)]
-            last, sampling = sequence.token_ids[-1], sequence.sampling
-            if sequence.num_outputs >= sampling.max_tokens or last in sampling.stop_token_ids:
-                reason = "stop" if last in sampling.stop_token_ids else "length"
-                ended[job] = Outcome(job, sequence.num_outputs - 1, last, None, reason)
-                changes.append((num_steps, True, number, job))
-        for step, at_end, number, job in sorted(changes, key=lambda change: change[:3]):
-            if not at_end:
-                job.sequence.grow(starts[number] + step)
-                continue
-            job.sequence.pass_over(starts[number] + step)
-            if step == num_steps and job in ended and not job.cancelled:
-                self._drop(job)
-        for job, start in zip(jobs, starts, strict=True):
-            job.sequence.num_computed = job.sequence.num_launched = start + num_steps
-        return list(ended.values())
-
-    def _make_room(self, job: DecodeJob, num_tokens: int, advances: list[Advance]) -> bool:
-        """Grows the sequence, preempting the newest others that this step does not advance yet, or itself."""
+    def _make_room(self, job: DecodeJob, num_tokens: int, advances: list[Advance], jobs: Sequence[DecodeJob]) -> bool:
+        """Grows the sequence, preempting the newest others of `jobs` that this step does not advance yet, or itself."""
         end = job.sequence.num_launched + num_tokens
         while job.sequence.num_blocks_lacking(end) > self.pool.num_free:
             taken = {advance.job for advance in advances}
-            victim = next(other for other in reversed(self.running) if other not in taken)
-            self._drop(victim)
+            victim = next(other for other in reversed(jobs) if other not in taken and not other.cancelled)
+            self.drop(victim)
             self.preempted.append(victim)
             if victim is job:
                 return False
         job.sequence.grow(end)
         return True
 
-    def _drop(self, job: DecodeJob) -> None:
+    def drop(self, job: DecodeJob) -> None:
+        """It leaves; a step in flight keeps its blocks until that ends."""
         if job in self.running:
             self.running.remove(job)
         else:

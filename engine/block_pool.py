@@ -129,6 +129,7 @@ class BlockPool:
     ) -> None:
         """As `register` of each. `root` of their chain tells whose they are; None: whose the block before them is."""
         own_keys, cached, children = self._keys, self._cached, self._children
+        queue = self._leaves.queue_of(root) if root is not None else None
         for block, key, parent in zip(blocks, keys, parents, strict=True):
             known = own_keys[block]
             assert self._holds[block], "only a held block has defined content"
@@ -139,8 +140,8 @@ class BlockPool:
             cached[key] = block
             if parent is not None:
                 children[parent] = children.get(parent, 0) + 1
-            self._queues[block] = queue = self._queue_of(root, parent)
-            self._leaves.cached(queue)
+            self._queues[block] = own_queue = queue if queue is not None else self._queue_behind(parent)
+            self._leaves.cached(own_queue)
             self._stored.append(key)
 
     def take_released(self, limit: int) -> dict[BlockKey, int]:
@@ -268,9 +269,7 @@ class BlockPool:
         elif key not in self._children:
             self._queue_leaf(block)
 
-    def _queue_of(self, root: BlockHash | None, parent: BlockKey | None) -> BlockHash:
-        if root is not None:
-            return self._leaves.queue_of(root)
+    def _queue_behind(self, parent: BlockKey | None) -> BlockHash:
         before = self._cached.get(parent) if parent is not None else None
         return self._queues[before] if before is not None else b""
 
@@ -302,9 +301,10 @@ class BlockPool:
             self._released.pop(block, None)
         self._removed.append(key)
         if parent is not None:
-            self._children[parent] -= 1
-            if not self._children[parent]:
-                del self._children[parent]
+            num_left = self._children.pop(parent) - 1
+            if num_left:
+                self._children[parent] = num_left
+            else:
                 followed = self._cached.get(parent)
                 if followed is not None and not self._holds[followed]:
                     self._queue_leaf(followed)

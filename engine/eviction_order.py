@@ -55,6 +55,9 @@ class EvictionOrder:
 
     def pop(self, is_leaf: IsLeaf) -> int | None:
         """The block to evict; None when no leaf is left."""
+        if not self._floors:
+            heap = self._heaps[_OTHERS]
+            return heapq.heappop(heap)[1] if _clean(heap, is_leaf) else None
         heads = {queue: heap[0] for queue, heap in self._heaps.items() if _clean(heap, is_leaf)}
         above = {queue: head for queue, head in heads.items() if self._num_cached[queue] > self._floors.get(queue, 0)}
         if not heads:

@@ -31,6 +31,7 @@ class ActiveSequence:
         self.sampling = sequence.sampling
         self.block_size = layout.block_size
         self.groups = [GroupBlocks(i, group, layout.block_size) for i, group in enumerate(layout.kv_groups)]
+        self._full_groups = [blocks for blocks in self.groups if blocks.group.window is None]
         self.num_computed = 0
         self.num_launched = 0  # computed, or being so by steps in flight
         self.num_drawing = 0  # tokens that steps in flight draw
@@ -151,6 +152,8 @@ class ActiveSequence:
         back. No step may be in flight.
         """
         size, done = self.block_size, self.num_computed
+        if done % size and done % size + num_steps < size and len(self._full_groups) == len(self.groups):
+            return set()
         begins = range(-done % size + 1, num_steps + 1, size)
         ends = [size - done % size]
         for blocks in self.groups:
@@ -178,10 +181,6 @@ class ActiveSequence:
         for blocks in self.groups:
             self._pool.disown(blocks.take_all())
         self._promise(-self.num_promised)
-
-    @property
-    def _full_groups(self) -> list[GroupBlocks]:
-        return [blocks for blocks in self.groups if blocks.group.window is None]
 
     def _acquire(self, wanted: list[range]) -> None:
         """Owns, by group, what is cached of these logical blocks from the first one on."""

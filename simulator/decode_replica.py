@@ -37,7 +37,7 @@ class DecodeReplica:
         self.handoffs = Handoffs(
             host.pool, layout, self._book, self.scheduler, limit, self.scheduler.max_num_batched_tokens
         )
-        self._tokens = DecodeTokens(host, peers, self.scheduler, self.handoffs, self._end)
+        self._tokens = DecodeTokens(host, peers, self.handoffs, self._end)
         self.engine = host.steps = DecodeEngine(host, self.scheduler, self._tokens, skips)
         self.links = Links()
         self._borrowing = Borrowing(host)

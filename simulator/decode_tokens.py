@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from decode_worker.handoff import Handoff
 from decode_worker.handoffs import Handoffs
-from decode_worker.scheduler import DecodeJob, DecodeScheduler, Outcome
+from decode_worker.scheduler import DecodeJob, Outcome
 from simulator.host import Host
 from simulator.peers import Peers
 
@@ -18,18 +18,17 @@ class DecodeTokens:
         self,
         host: Host,
         peers: Peers,
-        scheduler: DecodeScheduler,
         handoffs: Handoffs,
         end: Callable[[str, int], None],
     ) -> None:
         """`end` takes an attempt out of all books."""
         self._host = host
         self._peers = peers
-        self._scheduler = scheduler
         self._handoffs = handoffs
         self._end = end
         self._times: dict[tuple[str, int], Times] = {}  # of open attempts
         self._times_of: dict[DecodeJob, Times] = {}
+        self.outputs: dict[DecodeJob, Sequence[int]] = {}  # all that the model says to jobs that run, over all attempts
         self._fresh: dict[DecodeJob, Handoff] = {}  # they have no token from here yet
 
     def opened(self, handoff: Handoff, times: Times) -> None:
@@ -41,12 +40,14 @@ class DecodeTokens:
         assert handoff.job is not None
         self._fresh[handoff.job] = handoff
         self._times_of[handoff.job] = self._times[handoff.key]
+        self.outputs[handoff.job] = self._peers.output(handoff.request_id)
 
     def forget(self, handoff: Handoff) -> None:
         """It is over."""
         self._times.pop(handoff.key, None)
         if handoff.job is not None:
             self._times_of.pop(handoff.job, None)
+            self.outputs.pop(handoff.job, None)
             self._fresh.pop(handoff.job, None)
 
     def tell_resume(self, handoff: Handoff) -> None:
@@ -56,20 +57,21 @@ class DecodeTokens:
 
     # ---- the engine's side --------------------------------------------------------------------------------------
 
-    def draw(self, job: DecodeJob, num_tokens: int) -> Sequence[int]:
-        """What the model says next."""
-        return self._peers.draw(job.request_id, job.sequence.num_outputs, num_tokens)
+    def draw(self, job: DecodeJob) -> int:
+        """Its next token; it may have been cancelled meanwhile."""
+        return self._peers.output(job.request_id)[job.sequence.num_outputs]
 
-    def must_step(self) -> bool:
-        """The first token of a prompt that was computed here is told to the ingress as it comes."""
-        waiting = self._scheduler.waiting
-        return any(handoff.source is None and job not in waiting for job, handoff in self._fresh.items())
+    def must_step(self, jobs: Sequence[DecodeJob]) -> bool:
+        """The first token of a prompt that was computed here is told to the ingress as it comes: one of these has it
+        to come.
+        """
+        return any(handoff.source is None and job in jobs for job, handoff in self._fresh.items())
 
-    def shown(self, ends: list[float]) -> None:
-        """Quiet steps end at these moments: each running job gets a token at each of them."""
+    def shown(self, jobs: Sequence[DecodeJob], ends: list[float]) -> None:
+        """Quiet steps end at these moments: each of these jobs gets a token at each of them."""
         latency_s = self._host.world.wire.latency_s
         shown = [end + latency_s for end in ends]
-        for job in self._scheduler.running:
+        for job in jobs:
             if job in self._fresh:
                 self._first_token(job, ends[0] + self._host.clock_offset_s)
             self._times_of[job] += shown

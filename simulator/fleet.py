@@ -140,9 +140,9 @@ class Fleet:
         """See Peers."""
         return self.ingresses[crc32(request_id.encode()) % len(self.ingresses)]
 
-    def draw(self, request_id: str, first_index: int, num_tokens: int) -> Sequence[int]:
+    def output(self, request_id: str) -> Sequence[int]:
         """See Peers."""
-        return self._outputs(request_id)[first_index : first_index + num_tokens]
+        return self._outputs(request_id)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

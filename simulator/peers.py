@@ -31,6 +31,6 @@ class Peers(Protocol):
         """The one that a request came to."""
         ...
 
-    def draw(self, request_id: str, first_index: int, num_tokens: int) -> Sequence[int]:
-        """What the model says from an output position on."""
+    def output(self, request_id: str) -> Sequence[int]:
+        """All that the model says."""
         ...

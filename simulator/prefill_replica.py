@@ -172,7 +172,7 @@ class PrefillReplica:
         host.num_steps += 1
         host.busy_s += seconds
         drawn = tuple(
-            self._peers.draw(chunk.job.message.request_id, chunk.job.sequence.num_outputs, 1)[0]
+            self._peers.output(chunk.job.message.request_id)[chunk.job.sequence.num_outputs]
             if share.draw is not None
             else None
             for chunk, share in zip(step.chunks, step.batch.sequences, strict=True)

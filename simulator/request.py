@@ -14,6 +14,7 @@ from core.block_hash import BlockHash, chain_seed, hash_blocks
 from core.messages.to_decode import Sequence
 from core.messages.to_scheduler import Plan
 from core.sampling import SamplingParams
+from simulator.traces.trace import Run, encoded, expand
 
 
 class RequestState(StrEnum):
@@ -95,7 +96,7 @@ class Request:
 def make_request(
     request_id: str,
     now: float,
-    prompt: tuple[int, ...],
+    prompt: tuple[Run, ...],
     output: tuple[int, ...],
     salt: str,
     block_size: int,
@@ -103,6 +104,6 @@ def make_request(
     slo_class: str = "standard",
 ) -> Request:
     """As it arrives: hashed once."""
-    hashes = hash_blocks(prompt, block_size, salt)
+    hashes = hash_blocks(encoded(prompt), block_size, salt)
     root, deadline = chain_seed(salt), now + timeout_s
-    return Request(request_id, now, prompt, hashes, output, root, salt, deadline, slo_class=slo_class)
+    return Request(request_id, now, expand(prompt), hashes, output, root, salt, deadline, slo_class=slo_class)

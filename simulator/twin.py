@@ -131,7 +131,7 @@ class Twin:
         request = make_request(
             traced.request_id,
             self.queue.now,
-            expand(traced.prompt),
+            traced.prompt,
             output,
             traced.tenant,
             spec.block_size,

@@ -1,5 +1,5 @@
 """The global scheduler's decisions: prefix index, cost, admission. Pure."""
 
-from cluster.compiled import prefer_compiled
+from core.compiled import prefer_compiled
 
-prefer_compiled(__path__)
+prefer_compiled(__path__, __name__)

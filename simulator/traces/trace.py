@@ -1,8 +1,8 @@
 """A request of a trace. Tokens are known by identity alone: equal prefixes of two prompts are equal runs. Pure."""
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import NamedTuple
 
 OWN_TOKENS = 2**29  # from here on ids belong to one request alone
@@ -79,7 +79,20 @@ def own_token(number: int) -> int:
 
 def expand(runs: Iterable[Run]) -> tuple[int, ...]:
     """The token ids that runs stand for."""
-    return tuple(chain.from_iterable(repeat(run.first + i, run.length) for run in runs for i in range(run.number)))
+    token_ids: list[int] = []
+    for first, length, number in runs:
+        for token_id in range(first, first + number):
+            token_ids += [token_id] * length
+    return tuple(token_ids)
+
+
+def encoded(runs: Iterable[Run]) -> "array[int]":
+    """As `expand`, the way in which token ids are hashed fastest."""
+    token_ids = array("i")
+    for first, length, number in runs:
+        for token_id in range(first, first + number):
+            token_ids += array("i", (token_id,)) * length
+    return token_ids
 
 
 def runs_of_blocks(ids: Iterable[Run], num_tokens: int, own: int) -> tuple[Run, ...]:

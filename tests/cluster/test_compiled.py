@@ -1,4 +1,4 @@
-"""The compiled scheduler: found by the sources that it was made of alone, and decides as they do."""
+"""What is compiled is found by the sources that it was made of alone, and decides as they do."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import compiled
+from cluster.compiled import compile_decisions
+from core import compiled
 from core.errors import ConfigurationError
 
 NUM_REPLICAS, NUM_BLOCKS, NUM_REQUESTS = 60, 8_000, 120
@@ -27,76 +28,98 @@ for number in range({NUM_REQUESTS}):
         made.append([plan.prefill and plan.prefill.replica_id, plan.decode.replica_id, repr(why)])
 print(json.dumps([decision.__file__, made]))
 """
+SIMULATE = """
+import json
+from bench.simulation import conversations, fleet
+from engine import sequence
+from simulator.command import gpu_costs
+from simulator.twin import Twin
+
+spec = fleet(8, report_s=0.25)
+result = Twin(spec, gpu_costs(spec)).run(conversations(60, per_s=8.0, seed=3))
+print(json.dumps([sequence.__file__, [*map(repr, result.records), result.num_events]]))
+"""
 
 
-def decide_at(home: Path) -> tuple[str, list]:
-    """Where the code came from that decided, and what it decided."""
-    environment = os.environ | {"HOME": str(home)}
-    said = subprocess.check_output([sys.executable, "-c", DECIDE], cwd=compiled.ROOT, env=environment, text=True)
+def told_at(home: Path, program: str) -> tuple[str, list]:
+    """Where the code came from that ran, and what it said: as installed, with the sources not on the path."""
+    environment, elsewhere = os.environ | {"HOME": str(home)}, home.parent
+    said = subprocess.check_output([sys.executable, "-c", program], cwd=elsewhere, env=environment, text=True)
     origin, made = json.loads(said)
     return origin, made
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
-def test_compiled_decisions_are_the_same_to_the_last_digit(tmp_path, monkeypatch):
+def test_compiled_decisions_and_simulations_are_the_same_to_the_last_digit(tmp_path, monkeypatch):
     plain, fast = tmp_path / "plain", tmp_path / "fast"
     plain.mkdir()
     fast.mkdir()
     monkeypatch.setenv("HOME", str(fast))
-    build = compiled.compile_scheduler()
-    assert build.is_relative_to(fast) and compiled.compile_scheduler() == build
+    build = compile_decisions()
+    assert build.is_relative_to(fast) and compile_decisions() == build
     assert [path.name for path in build.parent.iterdir()] == [build.name], "nothing else is left behind"
 
-    origin, expected = decide_at(plain)
+    origin, expected = told_at(plain, DECIDE)
     assert origin.endswith("decision.py") and len(expected) == NUM_REQUESTS
     assert len({decode_id for _, decode_id, *_ in expected}) > 10
-    origin, made = decide_at(fast)
+    origin, made = told_at(fast, DECIDE)
+    assert origin.startswith(str(build)) and made == expected
+
+    origin, expected = told_at(plain, SIMULATE)
+    assert origin.endswith("sequence.py") and len(expected) == 60 + 1
+    origin, made = told_at(fast, SIMULATE)
     assert origin.startswith(str(build)) and made == expected
 
 
-def test_a_build_of_other_sources_is_not_found(tmp_path, monkeypatch):
-    root, path = tmp_path / "root", ["python"]
-    for package in ("core", "cluster/scheduler"):
-        shutil.copytree(compiled.ROOT / package, root / package)
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A copy of the sources, whose builds lie beside it; processes look once, this one looks anew."""
+    root = tmp_path / "root"
+    for package in (*compiled.PACKAGES, "cluster"):
+        shutil.copytree(compiled.ROOT / package, root / package, dirs_exist_ok=True)
     monkeypatch.setattr(compiled, "ROOT", root)
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "cache")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    compiled.found_build.cache_clear()
+    yield root
+    compiled.found_build.cache_clear()
 
+
+def preferred() -> list[str]:
+    compiled.found_build.cache_clear()
+    path = ["python"]
+    compiled.prefer_compiled(path, "cluster.scheduler")
+    return path
+
+
+@pytest.mark.parametrize("name", ["core/errors.py", "engine/sequence.py", "simulator/cost/gpu_cost_model.py"])
+def test_a_build_of_other_sources_is_not_found(root, name):
     build = compiled.build_folder()
+    assert preferred() == ["python"]
     build.mkdir(parents=True)
-    compiled.prefer_compiled(path)
-    assert path == [str(build / "cluster/scheduler"), "python"] and sys.path[-1] == str(build)
+    assert preferred() == [str(build / "cluster/scheduler"), "python"] and sys.path[-1] == str(build / compiled.LIBRARY)
 
-    changed = root / "core/errors.py"
+    changed = root / name
     changed.write_text(changed.read_text() + "\n")
-    path = ["python"]
-    compiled.prefer_compiled(path)
-    assert path == ["python"] and compiled.build_folder() != build
+    assert preferred() == ["python"] and compiled.build_folder() != build
 
 
-def test_sources_that_cannot_be_compiled_say_why(tmp_path, monkeypatch):
-    root = tmp_path / "root"
-    for package in ("core", "cluster"):
-        shutil.copytree(compiled.ROOT / package, root / package)
+def test_sources_that_cannot_be_compiled_say_why(root):
     (root / "cluster/scheduler/rules.py").write_text("HELD: int = 'two'\n")
-    monkeypatch.setattr(compiled, "ROOT", root)
-    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "cache")
     with pytest.raises(ConfigurationError, match=r"cluster/scheduler/rules.py:1: error: Incompatible types"):
-        compiled.compile_scheduler()
-    assert not [*(tmp_path / "cache").iterdir()]
+        compile_decisions()
+    assert not [*compiled.FOLDER.iterdir()]
 
 
-def test_a_cache_folder_that_cannot_be_read_or_written_leaves_the_scheduler_as_python(tmp_path, monkeypatch):
-    path = ["python"]
+def test_a_cache_folder_that_cannot_be_read_or_written_leaves_all_as_python(root, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / ("x" * 300))  # as of another user: even to look is an error
-    compiled.prefer_compiled(path)
-    assert path == ["python"]
+    assert preferred() == ["python"]
     (tmp_path / "file").touch()
     for folder in ("x" * 300, "file"):
         monkeypatch.setattr(compiled, "FOLDER", tmp_path / folder)
         with pytest.raises(ConfigurationError, match="cannot be kept in"):
-            compiled.compile_scheduler()
+            compile_decisions()
 
 
 def test_machines_that_share_a_home_have_builds_of_their_own(monkeypatch):
@@ -116,6 +139,6 @@ def test_the_slower_of_two_that_compile_at_once_takes_the_build_of_the_faster(tm
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", compile_as_another_does)
-    assert compiled.compile_scheduler() == build
+    assert compile_decisions() == build
     assert [path.name for path in build.iterdir()] == ["faster"]
     assert [path.name for path in build.parent.iterdir()] == [build.name]

@@ -22,7 +22,7 @@ STOP = 7
 
 
 def sequence_of(pool: BlockPool, prompt: list[int], max_tokens: int) -> ActiveSequence:
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=(STOP,))
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=frozenset({STOP}))
     return ActiveSequence(pool, LAYOUT, Prompt(tuple(prompt), hash_blocks(prompt, 4), sampling, chain_seed()))
 
 

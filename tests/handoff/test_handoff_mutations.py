@@ -2,7 +2,7 @@
 
 import pytest
 
-from core import kv_groups
+from core import compiled, kv_groups
 from core.errors import InvalidParameter, StaleMessage
 from core.kv_groups import KVGroup
 from decode_worker import shared_prefixes
@@ -12,6 +12,8 @@ from engine.block_pool import BlockPool
 from kv_transfer.lease_book import LeaseBook, LeaseState, announced_blocks
 from tests.handoff.handoff_model import WindowedHandoffModel
 from tests.handoff.random_handoffs import run_random
+
+pytestmark = pytest.mark.skipif(compiled.found_build() is not None, reason="compiled classes cannot be broken")
 
 
 def forget_writers(monkeypatch):

@@ -1,4 +1,6 @@
-"""Skipping quiet steps leaves exactly what scheduling and finishing each of them leaves, block for block."""
+"""Skipping quiet steps, and quiet jobs beside prompts, leaves exactly what scheduling and finishing all of them leaves,
+block for block.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,15 +14,16 @@ from decode_worker.scheduler import DecodeJob, DecodeScheduler
 from engine.batch import StepResult
 from engine.block_pool import BlockPool, OutOfBlocks
 from engine.sequence import ActiveSequence
+from simulator.quiet_steps import QuietSteps
 
 BLOCK = 3
 PLAIN = KVLayout(2, 1, 1, BLOCK, "float32", 1)
 WINDOWED = KVLayout(3, 1, 1, BLOCK, "float32", 1, groups=(KVGroup((1,)), KVGroup((0,), 4), KVGroup((2,), 7)))
 
 
-def token(job: DecodeJob, index: int) -> int:
-    """What a job says at an output position; few words, so that continuations of equal prompts are often shared."""
-    return (len(job.request_id) + index // 5) % 2
+def token(request_id: str, index: int) -> int:
+    """What is said at an output position; few words, so that continuations of equal prompts are often shared."""
+    return (len(request_id) + index // 5) % 2
 
 
 class Batch:
@@ -30,9 +33,11 @@ class Batch:
         self.layout = layout
         self.pool = BlockPool(num_blocks)
         self.scheduler = DecodeScheduler(self.pool, max_num_seqs=4, max_num_batched_tokens=8)
+        self.quiet = QuietSteps(self.scheduler)
         self.skips = skips
         self.outcomes: list[tuple] = []
         self.num_skipped = 0
+        self.num_beside = 0  # tokens of quiet jobs beside prompts
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
         """As a local prefill joins."""
@@ -51,23 +56,35 @@ class Batch:
         left = num_steps
         while left:
             self.scheduler.admit()
-            quiet = self.scheduler.num_quiet_steps(left) if self.skips else 0
-            if quiet:
-                self.scheduler.begin_quiet_step()
-                ended = self.scheduler.skip(quiet, lambda job, n: said(job, n))
-                self.outcomes += [self.seen(outcome) for outcome in ended]
-                self.num_skipped += quiet
+            jobs = self.quiet.jobs() if self.skips else []
+            all_quiet = len(jobs) == len(self.scheduler.running)
+            num_quiet = self.quiet.count(jobs, left if all_quiet else 1)
+            if num_quiet and all_quiet:
+                self.quiet.begin(jobs)
+                self.skip(jobs, num_quiet)
+                self.num_skipped += num_quiet
             else:
-                self.step()
-            left -= max(1, quiet)
+                self.step(jobs if num_quiet else [])
+            left -= num_quiet if num_quiet and all_quiet else 1
 
-    def step(self) -> None:
-        step = self.scheduler.schedule()
+    def skip(self, jobs: list[DecodeJob], num_steps: int) -> None:
+        outputs = {
+            job: [token(job.request_id, index) for index in range(job.sequence.sampling.max_tokens)] for job in jobs
+        }
+        self.outcomes += [self.seen(outcome) for outcome in self.quiet.skip(jobs, num_steps, outputs)]
+
+    def step(self, quiet: list[DecodeJob]) -> None:
+        """`quiet` are skipped over it."""
+        self.scheduler.admit()
+        self.quiet.begin(quiet)
+        step = self.scheduler.launch([job for job in self.scheduler.running if job not in quiet])
         self.outcomes += [self.seen(outcome) for outcome in self.scheduler.take_preempted()]
+        self.skip(quiet, 1)
+        self.num_beside += len(quiet)
         if step is None:
             return
         drawn = tuple(
-            token(a.job, a.job.sequence.num_outputs) if s.draw is not None else None
+            token(a.job.request_id, a.job.sequence.num_outputs) if s.draw is not None else None
             for s, a in zip(step.batch.sequences, step.advances, strict=True)
         )
         ended = self.scheduler.finish(step, StepResult(drawn, (None,) * len(drawn)))
@@ -93,11 +110,6 @@ class Batch:
         ]
         order = list(pool._free), list(pool._released_at), dict(pool._cached), dict(pool._children)
         return jobs, pool.num_free, pool.num_promised, order, self.outcomes
-
-
-def said(job: DecodeJob, num_tokens: int) -> list[int]:
-    first = job.sequence.num_outputs
-    return [token(job, index) for index in range(first, first + num_tokens)]
 
 
 events = st.lists(
@@ -139,13 +151,23 @@ def test_a_long_answer_is_skipped_almost_whole():
     batch.add("a", [1, 0, 1], 60)
     batch.run(60)
     assert batch.num_skipped == 59  # all but the prompt's own step
-    assert batch.outcomes == [("a", 59, token(DecodeJob("a", 0, None), 59), "length")]
+    assert batch.outcomes == [("a", 59, token("a", 59), "length")]
     assert batch.pool.num_held == 0
+
+
+def test_who_decodes_beside_a_prompt_is_skipped_over_its_chunks():
+    batch = Batch(PLAIN, 30, skips=True)
+    batch.add("a", [1, 0, 1], 60)
+    batch.run(3)
+    batch.add("b", [0] * 30, 4)
+    batch.run(5)  # its chunks of seven tokens, and its second token
+    assert [len(job.sequence.token_ids) for job in batch.scheduler.running] == [3 + 8, 30 + 1]
+    assert batch.num_beside == 5
 
 
 def test_what_ends_first_bounds_the_skip():
     batch = Batch(PLAIN, 30, skips=True)
     batch.add("a", [1], 10)
     batch.add("b", [0], 4)
-    batch.step()
-    assert batch.scheduler.num_quiet_steps(100) == 3
+    batch.step([])
+    assert batch.quiet.count(batch.quiet.jobs(), 100) == 3
