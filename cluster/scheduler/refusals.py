@@ -60,5 +60,5 @@ class Refusals:
         num_moving = max(num_next, self._reservations.num_prompt_tokens)
         wait_s = self._forecast.wait_s(self._line.tokens_before(waiting), num_moving)
         if wait_s is not None and waiting.since + wait_s > waiting.due_at:
-            wait_s = self._forecast.wait_s(self._line.tokens_before(waiting.put_off()), num_moving)
+            wait_s = self._forecast.wait_s(self._line.tokens_before(waiting.as_put_off()), num_moving)
         return wait_s

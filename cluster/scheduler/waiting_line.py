@@ -48,7 +48,7 @@ class Waiting:
         """It was not yet, and nobody waits in the middle of its answer."""
         return self.request.attempt == 0 and not self.is_put_off
 
-    def put_off(self) -> "Waiting":
+    def as_put_off(self) -> "Waiting":
         """For good: who got its turn back when nobody else waits would be in the way of those who come next."""
         return replace(self, is_put_off=True)
 
@@ -97,7 +97,7 @@ class WaitingLine:
 
     def put_off(self, some: Sequence[Waiting]) -> list[Waiting]:
         """Requests of one tenant go behind its others of their priority. Returns them as they wait from now on."""
-        put_off = {one.number: one.put_off() for one in some}
+        put_off = {one.number: one.as_put_off() for one in some}
         if some:
             line = self._by_tenant[some[0].request.tenant]
             line[:] = sorted((put_off.get(one.number, one) for one in line), key=lambda one: one.place)
