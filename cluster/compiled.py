@@ -18,7 +18,6 @@ SCHEDULER = "cluster/scheduler"
 AS_PYTHON = {"__init__", "admission", "holders", "policy"}  # of the scheduler's
 BESIDE_IT = (
     "core/block_hash.py",
-    "core/kv_groups.py",
     "decode_worker/handoff_blocks.py",
     "decode_worker/handoffs.py",
     "decode_worker/scheduler.py",

@@ -41,6 +41,22 @@ print(json.dumps([sequence.__file__, [*map(repr, result.records), result.num_eve
 """
 
 
+SEND = """
+import json
+import pickle
+from cluster.scheduler import decision
+from tests.cluster.scheduler_world import info
+from core.kv_groups import group_layers
+from core.messages.fleet import Role
+from dataclasses import replace
+
+groups = group_layers([128, None, 128, 128])
+told = info("d0", Role.DECODE)
+told = replace(told, layout=replace(told.layout, groups=groups))
+print(json.dumps([decision.__file__, [pickle.loads(pickle.dumps(told)) == told]]))
+"""
+
+
 def told_at(home: Path, program: str) -> tuple[str, list]:
     """Where the code came from that ran, and what it said: as installed, with the sources not on the path."""
     environment, elsewhere = os.environ | {"HOME": str(home)}, home.parent
@@ -65,6 +81,9 @@ def test_compiled_decisions_and_simulations_are_the_same_to_the_last_digit(tmp_p
     assert len({decode_id for _, decode_id, *_ in expected}) > 10
     origin, made = told_at(fast, DECIDE)
     assert origin.startswith(str(build)) and made == expected
+
+    origin, made = told_at(fast, SEND)
+    assert origin.startswith(str(build)) and made == [True], "Ray sends such between processes"
 
     origin, expected = told_at(plain, SIMULATE)
     assert origin.endswith("sequence.py") and len(expected) == 60 + 1
