@@ -95,6 +95,7 @@ class DeviceFacts(NamedTuple):
 
     flop_per_s: float = 0.0
     read_bytes_per_s: float = 0.0
+    port_bytes_per_s: float = 0.0
     num_active_parameters: int = 0
     parameter_bytes: int = 0
 
@@ -149,7 +150,13 @@ class FleetSpec(Section):
             idle = (geometry.num_layers - experts.num_dense_layers) * num_idle * of_one
         tp, num_parameters = pool.tensor_parallel, geometry.num_parameters
         read_bytes_per_s = gpu.memory_bytes_per_s * tp
-        return DeviceFacts(gpu.matmul_flops * tp, read_bytes_per_s, num_parameters - idle, 2 * num_parameters)
+        return DeviceFacts(
+            gpu.matmul_flops * tp,
+            read_bytes_per_s,
+            self.link.port.bytes_per_s,
+            num_parameters - idle,
+            2 * num_parameters,
+        )
 
     def num_blocks(self, pool: PoolSection) -> int:
         """Of a replica. Raises ConfigurationError when that is neither said nor known."""

@@ -31,6 +31,7 @@ from worker.engine_thread import EngineThread
 from worker.lender import Lender
 from worker.load import LoadedEngine, load_engine
 from worker.peers import RpcPeerControl
+from worker.port_speed import port_bytes_per_s
 from worker.rank_context import RankContext, RoleService
 from worker.rank_weights import RankWeights
 from worker.reporter import Reporter
@@ -276,6 +277,7 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         warm_up_s=round(loaded.warm_up_s, 3),
         flop_per_s=speed.flop_per_s * spec.pool.tensor_parallel,
         read_bytes_per_s=speed.read_bytes_per_s * spec.pool.tensor_parallel,
+        port_bytes_per_s=port_bytes_per_s(spec.pool.device, spec.pool.tensor_parallel),
         num_active_parameters=num_active_parameters(model),
         parameter_bytes=model.num_parameters * DTYPE_BYTES[model.dtype],
     )

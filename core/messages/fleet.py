@@ -34,6 +34,7 @@ class ReplicaInfo:
     warm_up_s: float = 0.0  # before it was ready: compilation, graphs, first steps; 0 did not say
     flop_per_s: float = 0.0  # peak of its devices, over all ranks; 0 did not say
     read_bytes_per_s: float = 0.0  # of their memory, likewise
+    port_bytes_per_s: float = 0.0  # peak of its network ports, each way, likewise
     num_active_parameters: int = 0  # weights that one token is multiplied with; 0 did not say
     parameter_bytes: int = 0  # of all weights
 

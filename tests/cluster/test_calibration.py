@@ -1,6 +1,7 @@
 """Costs find their true values through noise and outliers, follow a change, and tell a slow replica apart."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -167,6 +168,24 @@ def test_a_link_is_latency_and_bytes_of_each_pair():
     assert taken_s("d0", 1e8) < taken_s("d2", 1e8) < taken_s("d1", 1e8), "one that is not measured: the class"
     book.lost("d1")
     assert taken_s("d1", 1e8) == taken_s("d2", 1e8)
+
+
+def test_a_link_that_nothing_moved_over_is_guessed_by_the_ports_at_its_ends():
+    """0.8 of the slower one's peak; through memory within a host; 1.5 GB/s where nobody says."""
+    speeds = {"f": 50e9, "s": 10e9, "u": 0.0}
+    fast, slow, unknown = (info(name, Role.DECODE, port_bytes_per_s=speed) for name, speed in speeds.items())
+    beside = replace(slow, replica_id="b")
+    views = {one.replica_id: ReplicaView(one, status(), 0.0) for one in (fast, slow, unknown, beside)}
+    book = LinkBook()
+
+    def bytes_per_s(source: str, destination: str) -> float:
+        return 1 / book.cost(views[source], views[destination]).byte_s
+
+    assert bytes_per_s("f", "s") == bytes_per_s("s", "f") == pytest.approx(8e9)
+    assert bytes_per_s("f", "u") == pytest.approx(1.5e9)
+    assert bytes_per_s("s", "b") == pytest.approx(5e9)
+    book.heard(views["f"], [], {})
+    assert 1 / book.fastest.byte_s == pytest.approx(50e9)
 
 
 def test_an_older_workers_link_speed_is_believed():
