@@ -8,6 +8,7 @@ from rich.console import Console
 from cluster.http_client import ask
 
 _TERMS = ("queue_s", "pull_s", "restore_s", "prefill_s", "transfer_s", "wait_s")
+_OTHERS = ("evict_s", "strain_s")  # what counts beside TTFT
 _UNTIL_FIRST_TOKEN = _TERMS[:4]
 
 
@@ -49,7 +50,8 @@ def _way(candidate: dict[str, Any]) -> str:
     route = " -> ".join(filter(None, (candidate["prefill_id"], candidate["decode_id"])))
     terms = [f"{term.removesuffix('_s')} {_ms(candidate[term])}" for term in _TERMS if candidate[term]]
     total = " = ".join(filter(None, (_ms(sum(candidate[term] for term in _TERMS)), " + ".join(terms))))
-    return f"{candidate['reason']}, {route}{pulled}: TTFT {total}; ITL {_ms(candidate['itl_s'])}"
+    others = "".join(f"; {term.removesuffix('_s')} {_ms(candidate[term])}" for term in _OTHERS if candidate.get(term))
+    return f"{candidate['reason']}, {route}{pulled}: TTFT {total}; ITL {_ms(candidate['itl_s'])}{others}"
 
 
 def _ms(seconds: float | None) -> str:

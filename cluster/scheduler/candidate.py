@@ -8,7 +8,7 @@ from cluster.scheduler.replica_view import ReplicaView
 
 
 class Terms(NamedTuple):
-    """The parts of a request's predicted TTFT, which add up, and the ITL of the batch that it joins."""
+    """The parts of a request's predicted TTFT, which add up, and what else counts."""
 
     queue_s: float = 0.0  # work that whoever prefills has before it
     pull_s: float = 0.0  # a lender's prefix, over the link
@@ -16,7 +16,9 @@ class Terms(NamedTuple):
     prefill_s: float = 0.0  # the rest of the prompt, computed
     transfer_s: float = 0.0  # what decode lacks, as far as no compute hides it
     wait_s: float = 0.0  # until decode's batch takes it in
-    itl_s: float = 0.0  # not part of TTFT; of decode's batch with this request in it
+    itl_s: float = 0.0  # of decode's batch with this request in it, beside the prompts that it computes
+    evict_s: float = 0.0  # what others are likely to compute again, whose cached blocks it takes the place of
+    strain_s: float = 0.0  # what an ITL near its SLO or beyond counts for
 
     @property
     def ttft_s(self) -> float:

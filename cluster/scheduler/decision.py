@@ -5,9 +5,12 @@ TTFT(P, D) = queue(P) + pull + restore + prefill(uncached, context on P)
              + wait(D)
 TTFT(D)    = queue(D) + pull + restore + prefill(uncached, context on D, beside its batch)
 
-subject to the ITL of D's batch with the request in it, and to the room that D has through the request's expected
-length. Where nobody else prefills, a prompt waits for a plan while every D has a full step's worth to compute: what is
-given out early goes by forecasts, and keeps its place whatever becomes more urgent.
+cost       = TTFT + evict (what others will compute again, whose cached blocks it takes the place of)
+                  + strain (what the ITL of D's batch with the request in it counts for, near its SLO and beyond)
+
+subject to the room that D has through the request's expected length. Where nobody else prefills, a prompt waits for a
+plan while every D has a full step's worth to compute: what is given out early goes by forecasts, and keeps its place
+whatever becomes more urgent.
 Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
 Reasons: pair; of local prefill
     local_asked, local_no_prefill: nothing else is possible
@@ -35,7 +38,8 @@ from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, without
 from cluster.scheduler.shortlist import May, Shortlist
 from cluster.scheduler.site import Site, Sites
 from cluster.scheduler.source import Source, Sources
-from cluster.scheduler.weighed import Explained, Sink, Weighed, excess_of, rank_of
+from cluster.scheduler.strain import Strain
+from cluster.scheduler.weighed import Explained, Sink, Weighed, rank_of
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report, Reserve
@@ -65,14 +69,15 @@ class DecisionMaker:
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
         """The cheapest candidate that has room now, or None: wait. What others will have to compute again, whose cached
-        blocks it evicts, counts like its own TTFT.
+        blocks it evicts, counts like its own TTFT, and so does an ITL near its SLO.
 
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
         """
         generation, matches = choices.decodes[0].info.generation, choices.cached
         num_new = self.learned.lengths.of(generation, request.tenant, request.max_new_tokens)
-        sinks = self._sinks(request, choices, num_new)
+        strain = self._strain(request)
+        sinks = self._sinks(request, choices, num_new, strain)
         if not sinks:
             return None
         lenders, links = self._lenders(request, choices), self.learned.links
@@ -84,7 +89,7 @@ class DecisionMaker:
             self._held_until = min(self._held_until, held_until)
             return None
         if request.placement != "pair" or not weighed:
-            weighed += self._locals(request, choices, sources, sinks, num_new, have_pairs=bool(weighed))
+            weighed += self._locals(request, choices, sources, sinks, num_new, strain, have_pairs=bool(weighed))
         best = _best(request, weighed, num_new)
         self._decided = (request, choices) if best is not None else None
         return best
@@ -111,7 +116,12 @@ class DecisionMaker:
         """The loads of its replicas have changed."""
         self.learned.booked(reservation)
         self._take_care(reservation, now)
-        taker = reservation.decision.prefill or reservation.decision.decode
+        decision = reservation.decision
+        taker = decision.prefill or decision.decode
+        if decision.prefill is None:
+            site = self._sites.of(taker)
+            num_steps = -(-decision.num_uncached_tokens // site.max_at_once)
+            site.stalls.add(decision.terms.prefill_s, num_steps, now)
         if len(taker.prefill_tokens) == 1:
             self._sites.of(taker).begun_at = now
         self._replicas_changed(reservation)
@@ -153,8 +163,8 @@ class DecisionMaker:
 
         return [sources.of(site) for site in self._short(choices.prefills, request, choices.cached, may_prefill)]
 
-    def _sinks(self, request: Reserve, choices: Choices, num_new: float) -> list[Sink]:
-        num_tokens, matches, slo_s = request.num_tokens, choices.cached, self._itl_slo_s(request)
+    def _sinks(self, request: Reserve, choices: Choices, num_new: float, strain: Strain) -> list[Sink]:
+        num_tokens, matches = request.num_tokens, choices.cached
         fits, now = self._headroom_for(request).fits, choices.now
 
         def has_room(site: Site) -> bool:
@@ -164,13 +174,13 @@ class DecisionMaker:
         for site in self._short(choices.decodes, request, matches, has_room):
             depth = matches.depth(site.replica_id)
             num_blocks = site.num_missing(depth, num_tokens)
-            itl_s = site.itl_s + site.costs.context_s * (num_tokens + num_new / 2)
-            wait_s = itl_s / 2 if site.busy else 0.0  # of the step under way, on average
+            step_s = site.step_s + site.costs.context_s * (num_tokens + num_new / 2)
+            itl_s = site.stalls.itl_s(step_s, now)
             if request.is_batch and site.busy and itl_s > self._batch_itl_s:
                 continue
             num_bytes = num_blocks * site.block_bytes
-            excess = excess_of(itl_s, slo_s)
-            sinks.append(Sink(site, depth, num_blocks, num_bytes, wait_s, itl_s, excess))
+            strain_s = strain.seconds(itl_s)
+            sinks.append(Sink(site, depth, num_blocks, num_bytes, site.left_of_step_s, step_s, itl_s, strain_s))
         return sinks
 
     def _locals(
@@ -180,6 +190,7 @@ class DecisionMaker:
         sources: Sources,
         sinks: Sequence[Sink],
         num_new: float,
+        strain: Strain,
         *,
         have_pairs: bool,
     ) -> list[Weighed]:
@@ -192,8 +203,8 @@ class DecisionMaker:
                 for view in without(choices.prefills, request.avoid)
             )
 
-        slo_s, headroom, weighed = self._itl_slo_s(request), self._headroom_for(request), []
-        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens, choices.now):
+        headroom, weighed, now = self._headroom_for(request), [], choices.now
+        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens, now):
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
             if request.is_batch and site.busy and harm_s > self._batch_itl_s:
@@ -201,19 +212,24 @@ class DecisionMaker:
             reason = self._local_rules.why(request.placement, source, harm_s, have_pairs=have_pairs, may_pair=may_pair)
             # what is behind windows while a long chunk is computed takes room, too
             if reason and (
-                site.whole_blocks or headroom.fits(site, request.num_tokens, num_new, site.max_at_once, choices.now)
+                site.whole_blocks or headroom.fits(site, request.num_tokens, num_new, site.max_at_once, now)
             ):
-                itl_s = max(sink.itl_s, harm_s)
-                rank = rank_of(source.first_token_s + source.evict_s, excess_of(itl_s, slo_s), site.num_reserved)
-                weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s))
+                itl_s = (
+                    site.stalls.itl_s(sink.step_s, now, source.prefill_s, source.num_steps) if site.busy else sink.itl_s
+                )
+                strain_s = strain.seconds(itl_s)
+                rank = rank_of(source.first_token_s + source.evict_s + strain_s, site.num_reserved)
+                weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s, strain_s))
         return weighed
 
     def _headroom_for(self, request: Reserve) -> Headroom:
         return self._batch_headroom if request.is_batch else self._headroom
 
-    def _itl_slo_s(self, request: Reserve) -> float:
+    def _strain(self, request: Reserve) -> Strain:
         """What a request asks for binds the batch that it joins; it loosens nothing for the others there."""
-        return min(self._config.itl_slo_s, request.itl_slo_s or self._config.slo.target(request.slo_class).itl_s)
+        target = self._config.slo.target(request.slo_class)
+        itl_slo_s = min(self._config.itl_slo_s, request.itl_slo_s or target.itl_s)
+        return Strain(request.ttft_slo_s or target.ttft_s, itl_slo_s)
 
     def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
         if not request.avoid:

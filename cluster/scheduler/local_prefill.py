@@ -50,7 +50,7 @@ def few_for_local(sinks: Sequence[Sink], num_tokens: int, now: float) -> Sequenc
         site = sink.site
         num_uncached = max(1, num_tokens - sink.depth * site.block_size)
         seconds = site.queue_left_s(now) + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
-        ranked.append((seconds + sink.evict_s, number))
+        ranked.append((seconds + sink.evict_s + sink.strain_s, number))
     ranked.sort()
     return [sinks[number] for _, number in ranked[:NUM_LOCAL]]
 

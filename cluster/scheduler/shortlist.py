@@ -39,7 +39,7 @@ class Shortlist:
         paces = (round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
         bucket: Bucket = (site.zone, site.kind, *paces)
         # a decode replica that prefills has its batch wait, and what it shall prefill next
-        self._ranked.place(site, bucket, site.queue_s if is_prefill else site.itl_s + site.queue_s)
+        self._ranked.place(site, bucket, site.queue_s if is_prefill else site.step_s + site.queue_s)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""

@@ -4,6 +4,7 @@ from cluster.scheduler.cost_book import CostBook
 from cluster.scheduler.matches import Matches
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import STEPS_HELD, takes_more
+from cluster.scheduler.stalls import Stalls
 from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
 from core.messages.fleet import ReplicaInfo, Role
 
@@ -28,10 +29,10 @@ class Site:
         "grown_blocks",
         "has_slot",
         "info",
-        "itl_s",
         "kind",
         "kv_layer_bytes",
         "layout",
+        "left_of_step_s",
         "max_at_once",
         "num_layers",
         "num_queued",
@@ -39,6 +40,8 @@ class Site:
         "queue_s",
         "reaches",
         "replica_id",
+        "stalls",
+        "step_s",
         "takes_more",
         "view",
         "whole_blocks",
@@ -64,6 +67,7 @@ class Site:
         num_growing = sum(group.window is None for group in layout.kv_groups)
         self.block_share = num_growing / layout.block_size  # blocks per token of growth
         self.max_at_once = info.max_num_batched_tokens
+        self.stalls = Stalls()
         self.begun_at = 0.0  # since when it works at what is first in `queue_s`
 
     def refresh(self, costs: StepCosts, max_kv_usage: float) -> None:
@@ -87,9 +91,9 @@ class Site:
         coming = view.num_reserved_blocks * self.block_size
         grown = view.num_expected_tokens - status.num_kv_tokens - coming
         self.grown_blocks = self.block_share * max(0.0, grown)  # that its requests will come to need, in all
-        self.itl_s = costs.decode_step_s(num_decoding + 1, status.num_kv_tokens + coming)
-        if view.prefill_tokens:
-            self.itl_s += costs.token_s * min(self.num_queued, self.max_at_once)
+        self.step_s = costs.decode_step_s(num_decoding + 1, status.num_kv_tokens + coming)  # with one sequence more
+        prompts_s = costs.token_s * min(self.num_queued, self.max_at_once) if view.prefill_tokens else 0.0
+        self.left_of_step_s = (self.step_s + prompts_s) / 2 if self.busy else 0.0  # under way, on average
 
     @property
     def full_step_s(self) -> float:

@@ -14,6 +14,7 @@ class Source:
         "first_token_s",
         "last_bytes",
         "lender",
+        "num_steps",
         "num_uncached",
         "prefill_s",
         "pull_s",
@@ -33,7 +34,7 @@ class Source:
         prefill_s: float,
     ) -> None:
         before_s = queue_s + pull_s + restore_s
-        num_pieces = -(-num_uncached // site.max_at_once) * site.num_layers
+        self.num_steps = -(-num_uncached // site.max_at_once)
         self.site = site
         self.evict_s = site.evict_s(-(-num_uncached // site.block_size))  # no part of TTFT, but others'
         self.lender = lender  # whom a prefix is pulled from
@@ -46,7 +47,7 @@ class Source:
         # of KV that is ready only with the first token: the last layer's of the last chunk
         self.last_bytes = min(num_uncached, site.max_at_once) * site.kv_layer_bytes
         # until the first piece of KV is ready: one layer's of the first chunk
-        self.first_piece_s = before_s + prefill_s / num_pieces
+        self.first_piece_s = before_s + prefill_s / (self.num_steps * site.num_layers)
 
 
 class Sources:

@@ -11,10 +11,29 @@ from cluster.scheduler.source import Source
 class Sink:
     """A decode replica. A plain class: each decision makes several, and quickly."""
 
-    __slots__ = ("depth", "evict_s", "excess", "itl_s", "num_blocks", "num_bytes", "num_reserved", "site", "wait_s")
+    __slots__ = (
+        "depth",
+        "evict_s",
+        "itl_s",
+        "num_blocks",
+        "num_bytes",
+        "num_reserved",
+        "site",
+        "step_s",
+        "strain_s",
+        "wait_s",
+    )  # fmt: skip
 
     def __init__(
-        self, site: Site, depth: int, num_blocks: int, num_bytes: int, wait_s: float, itl_s: float, excess: int
+        self,
+        site: Site,
+        depth: int,
+        num_blocks: int,
+        num_bytes: int,
+        wait_s: float,
+        step_s: float,
+        itl_s: float,
+        strain_s: float,
     ) -> None:
         self.site = site
         self.num_reserved = site.num_reserved
@@ -23,22 +42,26 @@ class Sink:
         self.num_blocks = num_blocks  # that it lacks
         self.num_bytes = num_bytes  # of KV in them
         self.wait_s = wait_s  # until its batch takes the request in
-        self.itl_s = itl_s  # with the request in its batch
-        self.excess = excess  # tenths of the SLO that the ITL is beyond it
+        self.step_s = step_s  # of its batch with the request in it
+        self.itl_s = itl_s  # likewise, on average beside the prompts that it computes
+        self.strain_s = strain_s  # what that ITL counts for
 
 
 class Weighed:
     """A candidate, compared by its place. Ranks are integers, quick to compare."""
 
-    __slots__ = ("itl_s", "rank", "reason", "sink", "source", "transfer_s")
+    __slots__ = ("itl_s", "rank", "reason", "sink", "source", "strain_s", "transfer_s")
 
-    def __init__(self, rank: int, reason: str, source: Source, sink: Sink, transfer_s: float, itl_s: float) -> None:
+    def __init__(
+        self, rank: int, reason: str, source: Source, sink: Sink, transfer_s: float, itl_s: float, strain_s: float
+    ) -> None:
         self.rank = rank
         self.reason = reason
         self.source = source
         self.sink = sink
         self.transfer_s = transfer_s
         self.itl_s = itl_s
+        self.strain_s = strain_s
 
     @property
     def prefill_id(self) -> str:
@@ -58,27 +81,29 @@ class Weighed:
     @property
     def terms(self) -> Terms:
         """Local prefill waits for no batch: it is its own."""
-        source, wait_s = self.source, self.sink.wait_s if self.reason == "pair" else 0.0
+        source, sink, is_pair = self.source, self.sink, self.reason == "pair"
         return Terms(
-            source.queue_s, source.pull_s, source.restore_s, source.prefill_s, self.transfer_s, wait_s, self.itl_s
+            source.queue_s,
+            source.pull_s,
+            source.restore_s,
+            source.prefill_s,
+            self.transfer_s,
+            sink.wait_s if is_pair else 0.0,
+            self.itl_s,
+            source.evict_s + sink.evict_s if is_pair else source.evict_s,
+            self.strain_s,
         )
 
 
-# What decides, in this order: crosses zones, tenths of the SLO that the ITL is beyond it, TTFT and what others lose by
-# evictions, reservations.
-RESERVATION, TICK, TENTH, CROSSING = 1, 1 << 12, 1 << 44, 1 << 60
+# What decides, in this order: crosses zones, cost, reservations.
+TICK, CROSSING = 1 << 12, 1 << 60
 TICKS_PER_S = 10_000  # differences below 0.1 ms are none
-MOST_TENTHS = (1 << 15) - 1
+MOST_TICKS = CROSSING // TICK - 1
 
 
-def rank_of(cost_s: float, excess: int, num_reserved: int) -> int:
+def rank_of(cost_s: float, num_reserved: int) -> int:
     """Of a candidate within one zone, the smallest is the best."""
-    return excess * TENTH + int(cost_s * TICKS_PER_S + 0.5) * TICK + min(num_reserved, TICK - 1)
-
-
-def excess_of(itl_s: float, slo_s: float) -> int:
-    """Tenths of the SLO."""
-    return min(MOST_TENTHS, int(10 * itl_s / slo_s - 9.5)) if itl_s > slo_s else 0
+    return min(int(cost_s * TICKS_PER_S + 0.5), MOST_TICKS) * TICK + min(num_reserved, TICK - 1)
 
 
 class Explained(Sequence[Candidate]):

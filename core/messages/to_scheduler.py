@@ -269,6 +269,8 @@ class ExplainedCandidate:
     transfer_s: float
     wait_s: float
     itl_s: float
+    evict_s: float = 0.0
+    strain_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import pytest
 
 from cluster.scheduler.handoff_time import left_s
+from cluster.scheduler.strain import Strain
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Progress, TierStatus
@@ -273,6 +274,43 @@ def test_the_itl_after_joining_is_predicted_and_bounds_the_batch():
     world.report("d0", draining=True)
     last = world.decide(world.request(2000, tokens=tokens))
     assert last.decode.info.replica_id == "d1" and last.terms.itl_s > 0.02
+
+
+@pytest.mark.parametrize(("port_bytes_per_s", "lender"), [(50e9, "p0"), (0.0, None)])
+def test_a_prefix_is_pulled_over_fast_ports_that_nothing_moved_over_yet(port_bytes_per_s, lender):
+    """60,000 tokens take 4.8 s to compute, their 7.9 GB 0.2 s over 50 GB/s; over the 1.5 GB/s of who says nothing 5.2."""
+    world = World(PAIRS_ONLY)
+    for name, role in (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE)):
+        world.add(name, role, port_bytes_per_s=port_bytes_per_s)
+    tokens = range(60_000)
+    world.report("p0", stored=blocks_of(tokens), num_waiting=1, num_waiting_tokens=100_000)
+    decision = world.decide(world.request(60_000, tokens=tokens))
+    assert decision.prefill.info.replica_id == "p1"
+    assert (decision.lender and decision.lender.info.replica_id) == lender
+
+
+def test_long_prompts_do_not_all_go_beside_the_smallest_batch():
+    """One of 8,192 tokens each 0.8 s takes 0.5 s: beside one batch its tokens would take 20 ms in place of 9."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=0.015))
+    world.fleet(0, 2)
+    world.report("d0", num_running=20, num_kv_tokens=20_000, num_free_blocks=20_000)
+    world.report("d1", num_running=22, num_kv_tokens=22_000, num_free_blocks=20_000)
+    places = []
+    for number in range(12):
+        now = 0.8 * number
+        plan = world.plan(world.request(8192, max_new_tokens=1), now)
+        places.append(plan.decode.replica_id)
+        world.admission.progress(Progress(plan.request_id), now + 0.6)
+        world.admission.finish(plan.request_id, 0, now + 0.6, 1)
+    assert places[0] == "d0"
+    assert 4 <= places.count("d1") <= 6, places
+
+
+def test_strain_is_a_cost_like_seconds():
+    """ITL 0.02, TTFT 2 s: nothing up to 16 ms, then 0.3 s for each ms; so a fuller batch is joined to save more."""
+    strain = Strain(2.0, 0.02)
+    assert strain.seconds(0.016) == 0.0
+    assert strain.seconds(0.022) == pytest.approx(6 * 0.3)
 
 
 # ---- local prefill ----------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.fair_share import FairShare
+from cluster.scheduler.pace import Pace
+from cluster.scheduler.replica_view import ReplicaView
+from cluster.scheduler.site import Site
 from cluster.scheduler.step_costs import StepCosts
 from cluster.scheduler.wait_forecast import WaitForecast
 from core.block_hash import hash_blocks
@@ -373,12 +376,11 @@ def test_many_tenants_who_want_little_take_little_of_anothers_part():
 
 def test_steps_that_seem_to_cost_nothing_are_no_reason_to_fail():
     """A fit may find that all of a step's time is attention."""
-    fleet = held_up()
-    fleet.ask(request("a"), request("b"))
-    costs = fleet.admission.policy.learned.costs
-    costs.of = lambda _: StepCosts(0.0, 0.0, 1e-7, 0.0, 0.01, 0.0, 0.0)
-    fleet.admission.report(report(fleet.info), 0.2)
-    fleet.plans(0.2)
+    told = report(decode_replica())
+    site = Site(ReplicaView(told.info, told.status, 0.0), 0)
+    site.refresh(StepCosts(0.0, 0.0, 1e-7, 0.0, 0.01, 0.0, 0.0), 0.9)
+    pace = Pace.of([site], 0.2, are_decodes=True)
+    assert 0 < pace.work_s(100, 100) < 0.01
 
 
 def test_who_comes_back_in_the_middle_of_its_answer_is_not_put_off():
