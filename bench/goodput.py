@@ -1,8 +1,9 @@
 """Goodput under SLO of the production policy and of published ones, tuned alike, with pools for prefill and without.
 
 Goodput: the highest rate of arrivals at which 90 % (99 %) of all arrivals are inside both SLOs, found by a search of a
-fixed number of simulations, per GPU. Each policy is tuned over equally many configurations with equally many
-simulations on the first half of a trace, and scored on the second. Bound: nobody serves more than all; the ratio that
+fixed number of probes, per GPU. A probe simulates one load for each seed and takes the mean of their shares: on small
+fleets a share hangs on which sessions a load drew. Each policy is tuned over equally many configurations with equally
+many probes on the first half of a trace, and scored on the second. Bound: nobody serves more than all; the ratio that
 is printed is to the best other policy. Cells whose results are in `--out` are not run again.
 
 `goodput_loads.py` says how a trace becomes a load of some rate, and where the SLOs are from; `goodput_fleets.py` what
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench.goodput_fleets import COLOCATED, NUM_CONFIGS, Shape, configurations, fleet, make_policy
@@ -55,11 +57,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Budget:
-    """Simulations of each cell."""
+    """Probes of each cell, each of as many simulations as there are seeds."""
 
     tuning: int
     scoring: tuple[int, ...]  # for each of SHARES, each beginning with what those before it know
-    seed: int
+    seeds: tuple[int, ...]
 
 
 def main() -> None:
@@ -71,20 +73,20 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--policies", choices=sorted(POLICIES), nargs="+", default=list(POLICIES))
     parser.add_argument("--colocated", action="store_true", help="tune over fleets without a prefill pool alone")
-    parser.add_argument("--tuning", type=int, default=NUM_CONFIGS + 2, help="simulations of each cell")
+    parser.add_argument("--tuning", type=int, default=NUM_CONFIGS + 2, help="probes of each cell")
     parser.add_argument("--scoring", type=int, nargs=len(SHARES), default=[5, 2], help="the same, at 90 and at 99 %%")
     parser.add_argument("--out", type=Path, default=Path("bench/results/goodput.json"), help="is added to")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each probe's loads")
     args = parser.parse_args()
     cells = [
         Cell(load, args.model, args.gpus, policy, args.colocated) for load in args.loads for policy in args.policies
     ]
-    budget = Budget(args.tuning, tuple(args.scoring), args.seed)
+    budget = Budget(args.tuning, tuple(args.scoring), tuple(args.seeds))
     begun = conditions()  # of the code that was loaded, whatever the tree becomes meanwhile
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for cell, result in _measured([cell for cell in cells if cell.key not in found], args.traces, budget, args.jobs):
-        found[cell.key] = begun | {"seed": args.seed, **result}
+        found[cell.key] = begun | {"seeds": args.seeds, **result}
         args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     for load in args.loads:
         print(f"\n{load}, {args.model}, {args.gpus} H100{', colocated' if args.colocated else ''}")
@@ -121,18 +123,23 @@ def _measured(
 
 def measure(cell: Cell, traces: Path, budget: Budget) -> dict[str, Any]:
     """Tunes on the first half, scores on the second."""
-    first, second = _halves(traces, cell.load, cell.model, budget.seed)
+    halves = [_halves(traces, cell.load, cell.model, seed) for seed in budget.seeds]
+
+    def mean_share(half: int, shape: Shape, rate: float) -> float:
+        loads = zip(budget.seeds, halves, strict=True)
+        return fmean(good_share(cell, shape, of_seed[half], rate, seed) for seed, of_seed in loads)
+
     guess = LOADS[cell.load].guess_per_gpu[cell.model] * cell.num_gpus
     shapes = list(COLOCATED) if cell.colocated else configurations(cell.policy)
     trials = tune(
         len(shapes),
-        lambda number, rate: good_share(cell, shapes[number], first, rate, budget.seed),
+        lambda number, rate: mean_share(0, shapes[number], rate),
         guess,
         SHARES[0],
         budget.tuning,
     )
     shape = shapes[best_of(trials, SHARES[0])]
-    search = RateSearch(partial(good_share, cell, shape, second, seed=budget.seed))
+    search = RateSearch(partial(mean_share, 1, shape))
     for share, num_probes in zip(SHARES, budget.scoring, strict=True):
         search.highest(share, guess, num_probes)
     rates = [search.highest(share, guess, 0) for share in SHARES]  # later probes tell of the laxer share, too

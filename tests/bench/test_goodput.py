@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.goodput import Budget, Cell, measure, table_rows
+from bench.goodput import Budget, Cell, good_share, measure, table_rows
 from bench.goodput_fleets import NUM_CONFIGS, configurations, fleet
-from bench.goodput_loads import LOADS, at_rate, overlaid
+from bench.goodput_loads import LOADS, at_rate, half_windows, overlaid
 from bench.goodput_search import Probe, RateSearch, Trial, best_of, tune
 from simulator.baselines.catalog import POLICIES
+from simulator.traces.readers import read_trace
 from simulator.traces.trace import plain_request
 
 
@@ -103,11 +104,18 @@ def test_one_cell_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_code_trace(tmp_path)
     small = replace(LOADS["code"], file="code.csv", window_s=2.0, guess_per_gpu={"llama-3.1-8b": 5.0})
     monkeypatch.setitem(LOADS, "code", small)
-    result = measure(Cell("code", "llama-3.1-8b", 2, "baton", False), tmp_path, Budget(NUM_CONFIGS, (2, 1), 0))
+    cell = Cell("code", "llama-3.1-8b", 2, "baton", False)
+    result = measure(cell, tmp_path, Budget(NUM_CONFIGS, (2, 1), (0, 1)))
     assert len(result["trials"]) == NUM_CONFIGS
     assert len(result["probes"]) == 3
     assert result["goodput"][0] >= result["goodput"][1] > 0
     assert json.loads(json.dumps(result)) == result
+    (first,) = (shape for shape in configurations("baton") if str(shape) == result["trials"][0][0])
+    rate, share = result["trials"][0][1:]
+    trace = read_trace(tmp_path / "code.csv")
+    windows = [half_windows(trace, small, 131_072, seed)[0] for seed in (0, 1)]
+    shares = [good_share(cell, first, window, rate, seed) for seed, window in enumerate(windows)]
+    assert share == pytest.approx(sum(shares) / 2), "a probe is the mean over its seeds"
 
 
 def test_the_table_says_who_beats_us():
