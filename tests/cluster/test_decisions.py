@@ -278,7 +278,7 @@ def test_the_itl_after_joining_is_predicted_and_bounds_the_batch():
 
 @pytest.mark.parametrize(("port_bytes_per_s", "lender"), [(50e9, "p0"), (0.0, None)])
 def test_a_prefix_is_pulled_over_fast_ports_that_nothing_moved_over_yet(port_bytes_per_s, lender):
-    """60,000 tokens take 4.8 s to compute, their 7.9 GB 0.2 s over 50 GB/s; over the 1.5 GB/s of who says nothing 5.2."""
+    """60,000 tokens take 4.8 s to compute, their 7.9 GB 0.2 s over 50 GB/s, 5.2 s where nobody says how fast it is."""
     world = World(PAIRS_ONLY)
     for name, role in (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE)):
         world.add(name, role, port_bytes_per_s=port_bytes_per_s)
