@@ -277,7 +277,7 @@ def _replica_info(spec: RankSpec, loaded: LoadedEngine, address: str) -> Replica
         warm_up_s=round(loaded.warm_up_s, 3),
         flop_per_s=speed.flop_per_s * spec.pool.tensor_parallel,
         read_bytes_per_s=speed.read_bytes_per_s * spec.pool.tensor_parallel,
-        port_bytes_per_s=port_bytes_per_s(spec.pool.device, spec.pool.tensor_parallel),
+        port_bytes_per_s=port_bytes_per_s(spec.pool.device, max(1, len(spec.rank_addresses))),
         num_active_parameters=num_active_parameters(model),
         parameter_bytes=model.num_parameters * DTYPE_BYTES[model.dtype],
     )

@@ -15,7 +15,8 @@ LINK_LATENCY_S = 0.002
 LEAST_SAMPLES = 3  # between two zones, before their fit is believed
 LEAST_BYTES_PER_S = 1e3
 
-Pair = tuple[str, str]  # from, to: replicas or zones
+Pair = tuple[str, str]  # from, to: ids of replicas
+Way = tuple[str, str, bool]  # from one zone to another, and whether within a host
 
 
 class LinkCost(NamedTuple):
@@ -26,34 +27,41 @@ class LinkCost(NamedTuple):
 
 
 GUESSED = LinkCost(LINK_LATENCY_S, 1 / LINK_BYTES_PER_S)
+WITHIN_HOST = LinkCost(LINK_LATENCY_S, 1 / HOST_BYTES_PER_S)
 LEAST = LinkCost(1e-6, 1e-13)  # 10 TB/s
+LEAST_FACTOR = 1e-3  # of a guess
 
 
 class LinkBook:
-    """Links are told apart by the replicas at their ends, in this direction. Pairs that nothing moved between share."""
+    """Links are told apart by the replicas at their ends, in this direction. Pairs that nothing moved between share
+    what others of their zones took, beside what was guessed of these. One taken to be slow is never tried, so that
+    nobody would learn how fast it is: hence guesses by ports.
+    """
 
     def __init__(self) -> None:
-        self.fastest = LinkCost(LINK_LATENCY_S, 1 / HOST_BYTES_PER_S)  # what no link is faster than, as far as is known
-        self._between_zones: dict[Pair, RobustFit] = {}
+        self.fastest = WITHIN_HOST  # what no link is faster than, as far as is known
+        self._least_guess_s = WITHIN_HOST.byte_s
+        self._least_factor = 1.0
+        self._by_way: dict[Way, RobustFit] = {}  # of seconds that bytes were guessed to take
+        self._usual: dict[Way, LinkCost] = {}  # seconds, and for each guessed one
         self._fits: dict[Pair, RobustFit] = {}
-        self._usual: dict[Pair, LinkCost] = {}  # by zones
-        self._known: dict[Pair, LinkCost] = {}  # by replicas
+        self._known: dict[Pair, LinkCost] = {}
         self._pairs_of: dict[str, set[Pair]] = {}
 
     def heard(
-        self, destination: ReplicaView, transfers: Iterable[TransferSample], source_zones: Mapping[str, str]
+        self, destination: ReplicaView, transfers: Iterable[TransferSample], sources: Mapping[str, ReplicaInfo]
     ) -> None:
-        """Transfers that came in there, and the zones of replicas by id."""
-        to_id, to_zone = destination.info.replica_id, destination.info.zone
-        if (port := destination.info.port_bytes_per_s) * self.fastest.byte_s > 1:
-            self.fastest = self.fastest._replace(byte_s=1 / port)
-        if links := destination.status.links:
-            most_bytes_per_s = max(1 / self.fastest.byte_s, *(link.bytes_per_s for link in links))
-            self.fastest = self.fastest._replace(byte_s=1 / most_bytes_per_s)
+        """A report: transfers that came in there, from replicas by id. Of those that are gone nothing is known."""
+        info = destination.info
+        if info.port_bytes_per_s:
+            self._least_guess_s = min(self._least_guess_s, _of_ports(info.port_bytes_per_s).byte_s)
+            self._bound(self._least_guess_s * self._least_factor)
+        for link in destination.status.links:
+            if link.bytes_per_s > 0:
+                self._bound(1 / link.bytes_per_s)
         for source_id, num_bytes, seconds in transfers:
             if num_bytes > 0 and seconds > 0:
-                zones = source_zones.get(source_id, ""), to_zone
-                self._add((source_id, to_id), zones, num_bytes, seconds, _of_ports(destination.info.port_bytes_per_s))
+                self._add((source_id, info.replica_id), sources.get(source_id), info, num_bytes, seconds)
 
     def cost(self, source: ReplicaView, destination: ReplicaView) -> LinkCost:
         """Of the pair, else as it reports, else of pairs between these zones, else a guess."""
@@ -63,7 +71,7 @@ class LinkBook:
             return known
         if destination.status.links and (bytes_per_s := destination.bytes_per_s_from(source_id)) > 0:
             return LinkCost(LINK_LATENCY_S, 1 / max(bytes_per_s, LEAST_BYTES_PER_S))
-        usual = self._usual.get((source.info.zone, destination.info.zone)) or _guess(source.info, destination.info)
+        usual = self._usual_of(source.info, destination.info)
         others = [self._known[pair] for pair in self._pairs_of.get(source_id, ()) if pair[0] == source_id]
         if not others:
             return usual
@@ -78,26 +86,41 @@ class LinkBook:
             for other in pair:
                 self._pairs_of.get(other, set()).discard(pair)
 
-    def _add(self, pair: Pair, zones: Pair, num_bytes: int, seconds: float, guess: LinkCost) -> None:
-        features = (1, num_bytes)
+    def _usual_of(self, source: ReplicaInfo | None, destination: ReplicaInfo) -> LinkCost:
+        guess, usual = _guess(source, destination), self._usual.get(_way(source, destination))
+        return guess if usual is None else LinkCost(usual.latency_s, usual.byte_s * guess.byte_s)
+
+    def _add(
+        self, pair: Pair, source: ReplicaInfo | None, destination: ReplicaInfo, num_bytes: int, seconds: float
+    ) -> None:
         fit = self._fits.get(pair)
         if fit is None:
-            fit = self._fits[pair] = RobustFit(self._usual.get(zones, guess))
+            fit = self._fits[pair] = RobustFit(self._usual_of(source, destination))
             for replica_id in pair:
                 self._pairs_of.setdefault(replica_id, set()).add(pair)
-        fit.add(features, seconds)
-        cost = self._known[pair] = _cost_of(fit)
+        fit.add((1, num_bytes), seconds)
+        cost = self._known[pair] = LinkCost(*map(max, fit.coefficients, LEAST))  # a fit may find that it costs nothing
         self.fastest = LinkCost(*map(min, self.fastest, cost))
-        together = self._between_zones.setdefault(zones, RobustFit(guess))
-        together.add(features, seconds)
+        way = _way(source, destination)
+        together = self._by_way.setdefault(way, RobustFit((LINK_LATENCY_S, 1.0)))
+        together.add((1, num_bytes * _guess(source, destination).byte_s), seconds)
         if together.num_samples >= LEAST_SAMPLES:
-            self._usual[zones] = _cost_of(together)
+            latency_s, factor = together.coefficients
+            usual = self._usual[way] = LinkCost(max(latency_s, LEAST.latency_s), max(factor, LEAST_FACTOR))
+            self._least_factor = min(self._least_factor, usual.byte_s)
+            self.fastest = self.fastest._replace(latency_s=min(self.fastest.latency_s, usual.latency_s))
+            self._bound(self._least_guess_s * self._least_factor)
+
+    def _bound(self, byte_s: float) -> None:
+        if byte_s < self.fastest.byte_s:
+            self.fastest = self.fastest._replace(byte_s=byte_s)
 
 
-def _guess(source: ReplicaInfo, destination: ReplicaInfo) -> LinkCost:
-    """A link that is taken to be slow is never tried, so that nobody would learn how fast it is."""
+def _guess(source: ReplicaInfo | None, destination: ReplicaInfo) -> LinkCost:
+    if source is None:
+        return _of_ports(destination.port_bytes_per_s)
     if _host_of(source) == _host_of(destination):
-        return LinkCost(LINK_LATENCY_S, 1 / HOST_BYTES_PER_S)
+        return WITHIN_HOST
     return _of_ports(min(source.port_bytes_per_s, destination.port_bytes_per_s))
 
 
@@ -105,10 +128,11 @@ def _of_ports(bytes_per_s: float) -> LinkCost:
     return LinkCost(LINK_LATENCY_S, 1 / (PORT_SHARE * bytes_per_s)) if bytes_per_s else GUESSED
 
 
+def _way(source: ReplicaInfo | None, destination: ReplicaInfo) -> Way:
+    if source is None:
+        return "", destination.zone, False
+    return source.zone, destination.zone, _host_of(source) == _host_of(destination)
+
+
 def _host_of(info: ReplicaInfo) -> str:
     return info.address.rpartition(":")[0] or info.address
-
-
-def _cost_of(fit: RobustFit) -> LinkCost:
-    """Positive: a fit may find that a feature costs nothing."""
-    return LinkCost(*map(max, fit.coefficients, LEAST))

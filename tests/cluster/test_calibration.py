@@ -15,6 +15,7 @@ from core.messages.fleet import Role
 from core.messages.to_scheduler import LinkStatus
 from tests.cluster.scheduler_world import info, status
 
+MiB = 2**20
 TRUE = (0.012, 80e-6, 10e-9)
 PRIOR = (0.03, 200e-6, 4e-9)
 
@@ -156,7 +157,7 @@ def test_a_link_is_latency_and_bytes_of_each_pair():
         for name, slow in (("d0", 1), ("d1", 2)):
             num_bytes = rng.choice((1e5, 1e6, 1e7, 1e8))
             taken = (0.001 + slow * num_bytes / 20e9) * rng.gauss(1, 0.1)
-            book.heard(views[name], [("p0", int(num_bytes), taken)], {"p0": ""})
+            book.heard(views[name], [("p0", int(num_bytes), taken)], {"p0": views["p0"].info})
 
     def taken_s(name: str, num_bytes: float) -> float:
         latency_s, byte_s = book.cost(views["p0"], views[name])
@@ -185,7 +186,11 @@ def test_a_link_that_nothing_moved_over_is_guessed_by_the_ports_at_its_ends():
     assert bytes_per_s("f", "u") == pytest.approx(1.5e9)
     assert bytes_per_s("s", "b") == pytest.approx(5e9)
     book.heard(views["f"], [], {})
-    assert 1 / book.fastest.byte_s == pytest.approx(50e9)
+    assert 1 / book.fastest.byte_s == pytest.approx(40e9)
+    for num_bytes in (MiB, 64 * MiB, 256 * MiB):
+        book.heard(views["f"], [("s", num_bytes, 0.001 + num_bytes / 4e9)] * 20, {"s": slow})
+    assert bytes_per_s("u", "s") == pytest.approx(0.75e9, rel=0.1), "half of its guess, as others took of theirs"
+    assert bytes_per_s("b", "s") == pytest.approx(5e9), "within hosts nothing moved yet"
 
 
 def test_an_older_workers_link_speed_is_believed():
