@@ -4,7 +4,7 @@ Goodput: the highest rate of arrivals at which 90 % (99 %) of all arrivals are i
 fixed number of probes, per GPU. A probe simulates one load for each seed and takes the mean of their shares: on small
 fleets a share hangs on which sessions a load drew. Each policy is tuned over equally many configurations with equally
 many probes on the first half of a trace, and scored on the second. Bound: nobody serves more than all; the ratio that
-is printed is to the best other policy. Cells whose results are in `--out` are not run again.
+is printed is to the best other policy. Cells whose results are in `--out`, of the same seeds, are not run again.
 
 `goodput_loads.py` says how a trace becomes a load of some rate, and where the SLOs are from; `goodput_fleets.py` what
 is tuned.
@@ -85,7 +85,8 @@ def main() -> None:
     budget = Budget(args.tuning, tuple(args.scoring), tuple(args.seeds))
     begun = conditions()  # of the code that was loaded, whatever the tree becomes meanwhile
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for cell, result in _measured([cell for cell in cells if cell.key not in found], args.traces, budget, args.jobs):
+    missing = [cell for cell in cells if found.get(cell.key, {}).get("seeds") != args.seeds]
+    for cell, result in _measured(missing, args.traces, budget, args.jobs):
         found[cell.key] = begun | {"seeds": args.seeds, **result}
         args.out.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     for load in args.loads:
