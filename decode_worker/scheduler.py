@@ -120,6 +120,9 @@ class DecodeScheduler:
         for job, num_wanted in decoding_first:
             if len(advances) == num_jobs:
                 break
+            if num_wanted > 1 and budget:
+                job.sequence.acquire_computed_since()
+                num_wanted = self._num_to_launch(job)
             num_tokens = min(num_wanted, budget)
             if num_tokens == 0 or job.cancelled or not self._make_room(job, num_tokens, advances, jobs):
                 continue

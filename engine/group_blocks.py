@@ -42,6 +42,15 @@ class GroupBlocks:
         self.first, self.blocks = first, cached
         self._num_registered = self.end
 
+    def exchange(self, start: int, cached: list[int]) -> list[int]:
+        """From logical block `start` on these, which can be found already, in place of others, which are returned."""
+        assert self._num_registered <= start
+        places = slice(start - self.first, start - self.first + len(cached))
+        before, self.blocks[places] = self.blocks[places], cached
+        assert len(before) == len(cached)
+        self._num_registered = start + len(cached)
+        return before
+
     def physical(self, logical: range) -> list[int]:
         """Of blocks that are held."""
         assert self.first <= logical.start <= logical.stop <= self.end

@@ -77,6 +77,21 @@ class ActiveSequence:
         self.num_computed = self.num_launched = self.num_cached = depth * self.block_size
         self._acquire([range(blocks.first_needed(self.num_computed), depth) for blocks in self.groups])
 
+    def acquire_computed_since(self) -> None:
+        """Before the first step: what others have computed of the prompt since takes the place of blocks that were
+        allocated for it. In layouts of one group without a window; others let go of what is behind it.
+        """
+        if self.num_launched != self.num_cached or len(self.groups) > 1 or not self._full_groups:
+            return
+        (blocks,), start = self.groups, self.num_cached // self.block_size
+        usable = range(start, min(len(self._hashes), (self.num_prompt - 1) // self.block_size, blocks.end))
+        found = self._pool.match(blocks.keys(self._hashes, usable))
+        if found:
+            self._pool.disown(blocks.exchange(start, found))
+            self._pool.own(found)  # there is room: as many were given back
+            self.num_acquired += len(found)
+            self.num_computed = self.num_launched = self.num_cached = (start + len(found)) * self.block_size
+
     def acquire_received(self) -> None:
         """Takes what is cached of the blocks that the token after the prompt sees: from the first one on, by group.
 

@@ -133,6 +133,8 @@ class PrefillScheduler:
         budget = self.max_num_batched_tokens
         chunks = []
         for job in self.running:
+            if budget:
+                job.sequence.acquire_computed_since()
             num_tokens = min(job.sequence.num_known_to_launch, budget)
             if num_tokens <= 0:
                 continue

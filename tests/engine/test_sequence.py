@@ -67,6 +67,51 @@ def test_blocks_behind_a_window_are_given_back_step_by_step():
     assert pool.num_held == pool.num_promised == 0 and pool.num_cached == 3 * 35
 
 
+PLAIN = KVLayout(1, 1, 1, 2, "float32", 1)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_others_computed_meanwhile_takes_the_place_of_blocks_that_wait(is_over):
+    """Of 20 tokens in blocks of 2 the first 14 are as those of a prompt that was under way."""
+    pool = BlockPool(24)
+    first = sequence_of(pool, range(20), PLAIN)
+    second = sequence_of(pool, (*range(14), *range(90, 96)), PLAIN)
+    for one in (first, second):
+        one.acquire_prefix()
+        one.reserve(AT_ONCE)
+    assert (pool.num_held, second.num_cached) == (20, 0)
+    for _ in range(3):
+        compute(first, 6)
+    if is_over:
+        first.release()
+    second.acquire_computed_since()
+    assert (second.num_cached, second.num_known_to_launch, second.num_acquired) == (14, 6, 7)
+    assert pool.num_held == (10 if is_over else 13)
+    pool.validate()
+    table = second.groups[0].blocks[:7]
+    assert table == pool.match(second._hashes[:7]), "what was computed once is read by both"
+    compute(second, 4)
+    second.acquire_computed_since()
+    assert (second.num_cached, second.num_computed) == (14, 18), "once it has begun it goes on"
+    compute(second, 2)
+    second.release()
+    first.release()
+    pool.validate()
+    assert pool.num_held == 0
+
+
+def test_one_token_is_left_to_compute_of_a_prompt_that_another_had_whole():
+    pool = BlockPool(24)
+    first, second = (sequence_of(pool, range(20), PLAIN) for _ in range(2))
+    for one in (first, second):
+        one.acquire_prefix()
+        one.reserve(20)
+    compute(first, 20)
+    second.acquire_computed_since()
+    assert (second.num_cached, second.num_known_to_launch) == (18, 2)
+    pool.validate()
+
+
 def test_a_prompt_needs_a_pool_for_its_full_layers_and_windows_only():
     needed = MIXED.num_blocks_held(60, AT_ONCE)
     assert needed == 30 + 2 * MOST
