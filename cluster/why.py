@@ -8,7 +8,7 @@ from rich.console import Console
 from cluster.http_client import ask
 
 _TERMS = ("queue_s", "pull_s", "restore_s", "prefill_s", "transfer_s", "wait_s")
-_OTHERS = ("evict_s", "strain_s")  # what counts beside TTFT
+_OTHERS = ("evict_s", "work_s", "strain_s")  # what counts beside TTFT
 _UNTIL_FIRST_TOKEN = _TERMS[:4]
 
 

@@ -18,12 +18,18 @@ class Terms(NamedTuple):
     wait_s: float = 0.0  # until decode's batch takes it in
     itl_s: float = 0.0  # of decode's batch with this request in it, beside the prompts that it computes
     evict_s: float = 0.0  # what others are likely to compute again, whose cached blocks it takes the place of
+    work_s: float = 0.0  # what it is to others that a replica has its prompt to compute
     strain_s: float = 0.0  # what an ITL near its SLO or beyond counts for
 
     @property
     def ttft_s(self) -> float:
         """Sum of all that stands before the first token."""
         return self.queue_s + self.pull_s + self.restore_s + self.prefill_s + self.transfer_s + self.wait_s
+
+    @property
+    def cost_s(self) -> float:
+        """What candidates are compared by."""
+        return self.ttft_s + self.evict_s + self.work_s + self.strain_s
 
     @property
     def first_token_s(self) -> float:

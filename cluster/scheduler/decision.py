@@ -6,11 +6,13 @@ TTFT(P, D) = queue(P) + pull + restore + prefill(uncached, context on P)
 TTFT(D)    = queue(D) + pull + restore + prefill(uncached, context on D, beside its batch)
 
 cost       = TTFT + evict (what others will compute again, whose cached blocks it takes the place of)
+                  + work (a part of prefill: others wait for it)
                   + strain (what the ITL of D's batch with the request in it counts for, near its SLO and beyond)
 
 subject to the room that D has through the request's expected length. Where nobody else prefills, a prompt waits for a
 plan while every D has a full step's worth to compute: what is given out early goes by forecasts, and keeps its place
 whatever becomes more urgent.
+A prompt that is under way somewhere counts as cached behind its queue there.
 Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
 Reasons: pair; of local prefill
     local_asked, local_no_prefill: nothing else is possible
@@ -19,11 +21,12 @@ Reasons: pair; of local prefill
     local_idle, local_saturated: prefill takes no more work; D has no batch, or one that it keeps within the SLO
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from operator import attrgetter
 
 from cluster.scheduler.candidate import Decision
+from cluster.scheduler.coming_prefixes import ComingPrefixes
 from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
 from cluster.scheduler.local_prefill import LocalRules, few_for_local, weigh_local
@@ -62,14 +65,14 @@ class DecisionMaker:
         self._batch_headroom = Headroom(max(0.0, config.max_decode_kv_usage - config.max_batch_kv_usage))
         self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
         self._local_rules = LocalRules(config.local_prefill_max_tokens, config.itl_slo_s)
+        self._coming = ComingPrefixes()
         self._care = PrefixCare(config.pull_min_tokens)
         self._decided: tuple[Reserve, Choices] | None = None  # the last question that had an answer
         self._shortlists: dict[tuple[Role, str], Shortlist] = {}
         self._held_until = inf
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
-        """The cheapest candidate that has room now, or None: wait. What others will have to compute again, whose cached
-        blocks it evicts, counts like its own TTFT, and so does an ITL near its SLO.
+        """The cheapest candidate that has room now, or None: wait.
 
         Ties go to the replicas with the fewest reservations, so that equal replicas fill evenly, then by id, so that
         a decision can be repeated.
@@ -77,15 +80,18 @@ class DecisionMaker:
         generation, matches = choices.decodes[0].info.generation, choices.cached
         num_new = self.learned.lengths.of(generation, request.tenant, request.max_new_tokens)
         strain = self._strain(request)
-        sinks = self._sinks(request, choices, num_new, strain)
+        num_usable = (request.num_tokens - 1) // choices.decodes[0].info.layout.block_size  # one token must be computed
+        coming = self._coming.depths(request.block_hashes[:num_usable])
+        sinks = self._sinks(request, choices, coming, num_new, strain)
         if not sinks:
             return None
         lenders, links = self._lenders(request, choices), self.learned.links
-        sources = Sources(links, request.num_tokens, matches, lenders, self._config.pull_min_tokens, choices.now)
+        least, now = self._config.pull_min_tokens, choices.now
+        sources = Sources(links, request.num_tokens, matches, lenders, least, now, coming)
         weighed: list[Weighed] = []
         if request.placement != "local" and choices.prefills:
-            weighed = self._pairing.pairs(self._sources(request, choices, sources), sinks)
-        elif not choices.prefills and (held_until := min(sink.site.has_work_until for sink in sinks)) > choices.now:
+            weighed = self._pairing.pairs(self._sources(request, choices, coming, sources), sinks)
+        elif not choices.prefills and (held_until := min(sink.site.has_work_until for sink in sinks)) > now:
             self._held_until = min(self._held_until, held_until)
             return None
         if request.placement != "pair" or not weighed:
@@ -99,6 +105,7 @@ class DecisionMaker:
     def reported(self, replica: ReplicaView, report: Report, now: float) -> None:
         """Learns from samples; the replica's load has changed."""
         self.learned.reported(replica, report)
+        self._coming.reported(replica.info.replica_id)
         site = self._sites.of(replica)
         num_before = site.num_queued
         self._changed(replica)
@@ -108,6 +115,7 @@ class DecisionMaker:
     def lost(self, replica_id: str) -> None:
         """Forgets the replica."""
         self.learned.lost(replica_id)
+        self._coming.lost(replica_id)
         for shortlist in self._shortlists.values():
             shortlist.remove(replica_id)
         self._sites.remove(replica_id)
@@ -118,10 +126,11 @@ class DecisionMaker:
         self._take_care(reservation, now)
         decision = reservation.decision
         taker = decision.prefill or decision.decode
-        if decision.prefill is None:
-            site = self._sites.of(taker)
-            num_steps = -(-decision.num_uncached_tokens // site.max_at_once)
-            site.stalls.add(decision.terms.prefill_s, num_steps, now)
+        layout = taker.info.layout
+        if layout.reaches == (None,):  # others let go of what is behind their windows
+            depth = decision.num_cached_tokens // layout.block_size
+            hashes = reservation.request.block_hashes
+            self._coming.begin(reservation.request_id, taker.info.replica_id, hashes, depth)
         if len(taker.prefill_tokens) == 1:
             self._sites.of(taker).begun_at = now
         self._replicas_changed(reservation)
@@ -129,12 +138,21 @@ class DecisionMaker:
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """Its prefill is over."""
         self.learned.first_token(reservation, num_cached_tokens, now)
-        self._sites.of(reservation.decision.prefill or reservation.decision.decode).begun_at = now
+        self._coming.computed(reservation.request_id)
+        decision = reservation.decision
+        view = decision.prefill or decision.decode
+        site = self._sites.of(view)
+        site.begun_at = now
+        if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:  # others decode there
+            num_steps = -(-decision.num_uncached_tokens // site.max_at_once)
+            site.stalls.add(decision.terms.prefill_s, num_steps, now)
         self._replicas_changed(reservation)
 
     def finished(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
         """Its replicas are free of it."""
         self.learned.finished(reservation)
+        if reservation.decoding_since is None:
+            self._coming.end(reservation.request_id)
         self._replicas_changed(reservation)
 
     def foresight(self) -> Foresight:
@@ -156,14 +174,17 @@ class DecisionMaker:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _sources(self, request: Reserve, choices: Choices, sources: Sources) -> list[Source]:
+    def _sources(self, request: Reserve, choices: Choices, coming: Mapping[str, int], sources: Sources) -> list[Source]:
         def may_prefill(site: Site) -> bool:
             takes = takes_more(site.view, is_batch=True) if request.is_batch else site.takes_more
             return takes and site.view.usable and request.num_tokens <= site.info.max_model_len
 
-        return [sources.of(site) for site in self._short(choices.prefills, request, choices.cached, may_prefill)]
+        sites = self._short(choices.prefills, request, choices.cached, coming, may_prefill)
+        return [sources.of(site) for site in sites]
 
-    def _sinks(self, request: Reserve, choices: Choices, num_new: float, strain: Strain) -> list[Sink]:
+    def _sinks(
+        self, request: Reserve, choices: Choices, coming: Mapping[str, int], num_new: float, strain: Strain
+    ) -> list[Sink]:
         num_tokens, matches = request.num_tokens, choices.cached
         fits, now = self._headroom_for(request).fits, choices.now
 
@@ -171,11 +192,11 @@ class DecisionMaker:
             return site.has_slot and site.view.usable and fits(site, num_tokens, num_new, 1, now)
 
         sinks = []
-        for site in self._short(choices.decodes, request, matches, has_room):
-            depth = matches.depth(site.replica_id)
+        for site in self._short(choices.decodes, request, matches, coming, has_room):
+            depth = max(matches.depth(site.replica_id), coming.get(site.replica_id, 0))
             num_blocks = site.num_missing(depth, num_tokens)
             step_s = site.step_s + site.costs.context_s * (num_tokens + num_new / 2)
-            itl_s = site.stalls.itl_s(step_s, now)
+            itl_s = site.itl_s(step_s, now)
             if request.is_batch and site.busy and itl_s > self._batch_itl_s:
                 continue
             num_bytes = num_blocks * site.block_bytes
@@ -204,7 +225,7 @@ class DecisionMaker:
             )
 
         headroom, weighed, now = self._headroom_for(request), [], choices.now
-        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens, now):
+        for sink in sinks if self._exhaustive else few_for_local(sinks, request.num_tokens, strain, now):
             site = sink.site
             source, harm_s = weigh_local(sources, sink, request.num_tokens)
             if request.is_batch and site.busy and harm_s > self._batch_itl_s:
@@ -214,11 +235,9 @@ class DecisionMaker:
             if reason and (
                 site.whole_blocks or headroom.fits(site, request.num_tokens, num_new, site.max_at_once, now)
             ):
-                itl_s = (
-                    site.stalls.itl_s(sink.step_s, now, source.prefill_s, source.num_steps) if site.busy else sink.itl_s
-                )
+                itl_s = site.itl_s(sink.step_s, now, source.prefill_s, source.num_steps)
                 strain_s = strain.seconds(itl_s)
-                rank = rank_of(source.first_token_s + source.evict_s + strain_s, site.num_reserved)
+                rank = rank_of(source.first_token_s + source.evict_s + source.work_s + strain_s, site.num_reserved)
                 weighed.append(Weighed(rank, reason, source, sink, 0.0, itl_s, strain_s))
         return weighed
 
@@ -227,13 +246,30 @@ class DecisionMaker:
 
     def _strain(self, request: Reserve) -> Strain:
         """What a request asks for binds the batch that it joins; it loosens nothing for the others there."""
-        target = self._config.slo.target(request.slo_class)
-        itl_slo_s = min(self._config.itl_slo_s, request.itl_slo_s or target.itl_s)
-        return Strain(request.ttft_slo_s or target.ttft_s, itl_slo_s)
+        slo = self._config.slo
+        itl_slo_s = min(self._config.itl_slo_s, request.itl_slo_s or slo.target(request.slo_class).itl_s)
+        return Strain(slo.standard.ttft_s, itl_slo_s)
 
-    def _short(self, pool: Sequence[ReplicaView], request: Reserve, matches: Matches, may: May) -> list[Site]:
+    def _short(
+        self,
+        pool: Sequence[ReplicaView],
+        request: Reserve,
+        matches: Matches,
+        coming: Mapping[str, int],
+        may: May,
+    ) -> list[Site]:
         if not request.avoid:
-            return self._shortlist(pool[0]).of(pool, request.num_tokens, matches, may)
+            short = self._shortlist(pool[0]).of(pool, request.num_tokens, matches, may)
+            if coming and len(short) < len(pool):
+                role, generation, found = (
+                    pool[0].info.role,
+                    pool[0].info.generation,
+                    {site.replica_id for site in short},
+                )
+                for site in map(self._sites.find, coming.keys() - found):
+                    if site and (site.info.role, site.info.generation) == (role, generation) and may(site):
+                        short.append(site)
+            return short
         # rare: a short list knows of nobody's failures
         return [site for site in map(self._sites.of, without(pool, request.avoid)) if may(site)]
 

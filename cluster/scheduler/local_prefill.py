@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from cluster.scheduler.site import Site
-from cluster.scheduler.source import Source, Sources
+from cluster.scheduler.source import WORK_COUNTS, Source, Sources
+from cluster.scheduler.strain import Strain
 from cluster.scheduler.weighed import Sink
 
 NUM_LOCAL = 2  # decode replicas that local prefill is weighed on, in all
@@ -41,7 +42,7 @@ class LocalRules:
         return "local_idle" if is_idle else "local_saturated"
 
 
-def few_for_local(sinks: Sequence[Sink], num_tokens: int, now: float) -> Sequence[Sink]:
+def few_for_local(sinks: Sequence[Sink], num_tokens: int, strain: Strain, now: float) -> Sequence[Sink]:
     """Those on which local prefill costs least, pulls left aside."""
     if len(sinks) <= NUM_LOCAL:
         return sinks
@@ -49,8 +50,10 @@ def few_for_local(sinks: Sequence[Sink], num_tokens: int, now: float) -> Sequenc
     for number, sink in enumerate(sinks):
         site = sink.site
         num_uncached = max(1, num_tokens - sink.depth * site.block_size)
-        seconds = site.queue_left_s(now) + site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
-        ranked.append((seconds + sink.evict_s + sink.strain_s, number))
+        prefill_s = site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
+        seconds = site.queue_left_s(now) + (1 + WORK_COUNTS) * prefill_s
+        itl_s = site.itl_s(sink.step_s, now, prefill_s, -(-num_uncached // site.max_at_once))
+        ranked.append((seconds + sink.evict_s + strain.seconds(itl_s), number))
     ranked.sort()
     return [sinks[number] for _, number in ranked[:NUM_LOCAL]]
 

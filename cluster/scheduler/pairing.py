@@ -64,7 +64,7 @@ class Pairing:
                     continue
                 transfer_s = self._transfer_s(source, sink) if num_bytes else 0.0
                 ttft_s = source.first_token_s + transfer_s + sink.wait_s
-                rank = rank_of(ttft_s + source.evict_s + sink.evict_s + strain_s, num_reserved)
+                rank = rank_of(ttft_s + source.evict_s + source.work_s + sink.evict_s + strain_s, num_reserved)
                 if crosses:
                     rank += CROSSING
                 weighed.append(Weighed(rank, "pair", source, sink, transfer_s, sink.itl_s, strain_s))

@@ -107,6 +107,13 @@ class Site:
         """
         return self.begun_at + self.queue_s - STEPS_HELD * self.full_step_s
 
+    def itl_s(self, step_s: float, now: float, more_s: float = 0.0, num_more: int = 0) -> float:
+        """Of its batch, if it has one, whose steps take `step_s` without the prompts that it computes, and one more."""
+        if not self.busy:
+            return step_s
+        num_steps = -(-self.num_queued // self.max_at_once) + num_more
+        return self.stalls.itl_s(step_s, now, self.queue_s + more_s, num_steps)
+
     def queue_left_s(self, now: float) -> float:
         """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""
         return max(0.0, self.queue_s - (now - self.begun_at)) if self.queue_s else 0.0
@@ -165,6 +172,10 @@ class Sites:
             site = self._sites[info.replica_id] = Site(view, kind)
         site.refresh(self._costs.of(view), self._max_kv_usage)
         return site
+
+    def find(self, replica_id: str) -> Site | None:
+        """As of the last `refresh`, if there was one."""
+        return self._sites.get(replica_id)
 
     def remove(self, replica_id: str) -> None:
         """Idempotent."""

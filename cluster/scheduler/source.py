@@ -1,8 +1,12 @@
 """Whoever prefills a prompt: what stands before its first token there, computed or pulled from a lender. Pure."""
 
+from collections.abc import Mapping
+
 from cluster.scheduler.link_book import LinkBook
 from cluster.scheduler.matches import Matches
 from cluster.scheduler.site import Site
+
+WORK_COUNTS = 0.25  # for so much beside TTFT: others wait for what a replica computes, the more the fuller the fleet
 
 
 class Source:
@@ -21,6 +25,7 @@ class Source:
         "queue_s",
         "restore_s",
         "site",
+        "work_s",
     )  # fmt: skip
 
     def __init__(
@@ -36,7 +41,9 @@ class Source:
         before_s = queue_s + pull_s + restore_s
         self.num_steps = -(-num_uncached // site.max_at_once)
         self.site = site
-        self.evict_s = site.evict_s(-(-num_uncached // site.block_size))  # no part of TTFT, but others'
+        # no part of TTFT, but others'
+        self.evict_s = site.evict_s(-(-num_uncached // site.block_size))
+        self.work_s = WORK_COUNTS * prefill_s
         self.lender = lender  # whom a prefix is pulled from
         self.num_uncached = num_uncached
         self.queue_s = queue_s
@@ -61,13 +68,15 @@ class Sources:
         lenders: tuple[Site, ...],
         pull_min_tokens: int,
         now: float,
+        coming: Mapping[str, int],
     ) -> None:
-        """`lenders` have the deepest prefixes."""
+        """`lenders` have the deepest prefixes. `coming`: see ComingPrefixes.depths."""
         self.now = now
         self._links = links
         self._num_tokens = num_tokens
         self._matches = matches
         self._lenders = [(matches.depth(site.replica_id), site) for site in lenders]
+        self._coming = coming
         self._pull_min_tokens = pull_min_tokens
 
     def of(self, site: Site, beside_s: float = 0.0) -> Source:
@@ -75,6 +84,7 @@ class Sources:
         num_tokens, block_size, matches = self._num_tokens, site.block_size, self._matches
         depth = matches.depth(site.replica_id)
         restore_s = site.restore_s(matches, depth) if depth and matches.has_below else 0.0
+        depth = max(depth, self._coming.get(site.replica_id, 0))  # what is computed there stands in its queue
         num_uncached = max(1, num_tokens - depth * block_size)
         prefill_s = site.prefill_s(num_uncached, num_tokens, beside_s)
         pull_s, best_lender = 0.0, None

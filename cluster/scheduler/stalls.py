@@ -20,14 +20,14 @@ class Stalls:
         self._seconds = self._num_steps = self._at = 0.0
 
     def add(self, seconds: float, num_steps: int, now: float) -> None:
-        """A prompt is computed there."""
+        """A prompt has been computed beside its batch."""
         fading = exp((self._at - now) / WINDOW_S)
         self._seconds = self._seconds * fading + seconds
         self._num_steps = self._num_steps * fading + num_steps
         self._at = now
 
     def itl_s(self, step_s: float, now: float, more_s: float = 0.0, num_more: int = 0) -> float:
-        """Of a batch whose steps take `step_s` without prompts, if a prompt of `more_s` in `num_more` steps comes."""
+        """Of a batch whose steps take `step_s` without prompts, with others of `more_s` in `num_more` steps."""
         if not self._seconds and not more_s:
             return step_s
         fading = exp((self._at - now) / WINDOW_S)

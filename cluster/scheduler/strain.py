@@ -7,7 +7,7 @@ WEIGHT = 3.0  # an ITL of twice its SLO is as bad as a TTFT that is later by so 
 
 
 class Strain(NamedTuple):
-    """Of one request's SLOs."""
+    """Of the standard class's TTFT, whoever asks, and of one request's ITL."""
 
     ttft_slo_s: float
     itl_slo_s: float

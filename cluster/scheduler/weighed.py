@@ -91,6 +91,7 @@ class Weighed:
             sink.wait_s if is_pair else 0.0,
             self.itl_s,
             source.evict_s + sink.evict_s if is_pair else source.evict_s,
+            source.work_s,
             self.strain_s,
         )
 
@@ -103,7 +104,7 @@ MOST_TICKS = CROSSING // TICK - 1
 
 def rank_of(cost_s: float, num_reserved: int) -> int:
     """Of a candidate within one zone, the smallest is the best."""
-    return min(int(cost_s * TICKS_PER_S + 0.5), MOST_TICKS) * TICK + min(num_reserved, TICK - 1)
+    return int(min(cost_s * TICKS_PER_S + 0.5, MOST_TICKS)) * TICK + min(num_reserved, TICK - 1)
 
 
 class Explained(Sequence[Candidate]):

@@ -270,6 +270,7 @@ class ExplainedCandidate:
     wait_s: float
     itl_s: float
     evict_s: float = 0.0
+    work_s: float = 0.0
     strain_s: float = 0.0
 
 

@@ -1,7 +1,10 @@
 """Which candidate wins, and by how much: decisions on fleets whose times are known. See scheduler_world for those."""
 
+import random
+
 import pytest
 
+from cluster.scheduler.decision import DecisionMaker
 from cluster.scheduler.handoff_time import left_s
 from cluster.scheduler.strain import Strain
 from core.config import SchedulerConfig
@@ -313,6 +316,61 @@ def test_strain_is_a_cost_like_seconds():
     assert strain.seconds(0.022) == pytest.approx(6 * 0.3)
 
 
+def test_a_long_prompt_strains_its_batch_until_it_is_computed():
+    """80,000 tokens in steps of 0.15 s and more: that is the ITL of whoever joins, at the end as in the beginning."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=0.05))
+    world.fleet(0, 1)
+    world.report("d0", num_running=4, num_kv_tokens=4000, num_free_blocks=30_000)
+    world.plan(world.request(80_000))
+    for now in (0.1, 4.0, 7.0):
+        batch = world.request(100, slo_class="batch")
+        assert world.decide(batch, now) is None or world.decide(batch, now).terms.itl_s > 0.1
+
+
+def test_an_idle_replica_is_not_charged_for_what_nobody_sat_beside():
+    world = World(SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=0.012))
+    world.fleet(0, 2)
+    world.report("d1", num_running=4, num_kv_tokens=4000, num_free_blocks=30_000)
+    for number in range(8):
+        plan = world.plan(world.request(4096, max_new_tokens=1), 0.5 * number)
+        assert plan.decode.replica_id == "d0"
+        world.admission.progress(Progress(plan.request_id), 0.5 * number + 0.3)
+        world.admission.finish(plan.request_id, 0, 0.5 * number + 0.3, 1)
+    decision = world.decide(world.request(400), 4.0)
+    assert decision.decode.info.replica_id == "d0" and decision.terms.strain_s == 0
+
+
+def test_an_absurd_slo_is_no_reason_to_fail():
+    world = World()
+    world.fleet(1, 1)
+    world.report("d0", num_running=4, num_kv_tokens=4000, num_free_blocks=30_000)
+    for itl_slo_s in (1e-300, 1e-320):
+        assert world.decide(world.request(400, itl_slo_s=itl_slo_s)) is not None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_pruned_is_never_better_on_links_that_nobody_used(seed):
+    rng = random.Random(seed)
+    worlds = [
+        World(PAIRS_ONLY, policy=DecisionMaker(PAIRS_ONLY, exhaustive=exhaustive)) for exhaustive in (False, True)
+    ]
+    for number in range(10):
+        name, role = (f"p{number}", Role.PREFILL) if number < 5 else (f"d{number}", Role.DECODE)
+        changes = {"port_bytes_per_s": rng.choice((0.0, 1e9, 50e9, 400e9))}
+        load = {"num_waiting": 1, "num_waiting_tokens": rng.randrange(4000)} if number < 5 else {
+            "num_running": rng.randrange(40), "num_kv_tokens": rng.randrange(100_000)
+        }  # fmt: skip
+        for world in worlds:
+            world.add(name, role, **changes)
+            world.report(name, **load)
+    for _ in range(20):
+        num_tokens, moved = rng.randrange(100, 20_000), (rng.randrange(10**8), rng.random())
+        pruned, full = (world.decide(world.request(num_tokens)) for world in worlds)
+        assert pruned.terms.cost_s == pytest.approx(full.terms.cost_s, abs=2e-4)
+        for world in worlds:
+            world.report(f"d{5 + moved[0] % 5}", transfers=[(f"p{moved[0] % 4}", moved[0] + 1, 0.002 + moved[1] / 100)])
+
+
 # ---- local prefill ----------------------------------------------------------------------------------------------
 
 
@@ -398,4 +456,4 @@ def test_errors_of_ttft_and_missed_hits_are_told():
     foresight = world.admission.policy.foresight()
     ttft = next(error for error in foresight.errors if error.quantity == "ttft")
     assert ttft.num_samples == 3 and ttft.p95 >= ttft.median > 0.5
-    assert (foresight.num_hits_checked, foresight.num_hits_missed, foresight.num_tokens_missed) == (2, 1, 640)
+    assert (foresight.num_hits_checked, foresight.num_hits_missed, foresight.num_tokens_missed) == (2, 1, 992 - 320)

@@ -127,7 +127,7 @@ def test_saturated_prefill_spills_to_an_idle_decode_then_waits(admission):
         admission.report(report(replica(name, Role.PREFILL), num_waiting_tokens=2000), 0.0)
     assert plan_one(admission, reserve("a")).reason == "local_idle"
     assert plan_one(admission, reserve("b", tokens=tuple(range(1000, 1200)))).reason == "local_idle"
-    admission.reserve(reserve("c"), 0.0)
+    admission.reserve(reserve("c", tokens=tuple(range(2000, 2200))), 0.0)
     assert admission.dispatch(0.0) == []
     admission.report(report(replica("p0", Role.PREFILL), num_waiting_tokens=0), 1.0)
     (plan,) = admission.dispatch(1.0)
@@ -161,7 +161,7 @@ def test_a_prompt_that_prefill_cannot_hold_is_prefilled_where_it_fits(admission)
     plan = plan_one(admission, reserve("r", tokens=tuple(range(200)), placement="pair"))
     assert (plan.prefill, plan.reason) == (None, "local_no_prefill")
     admission.report(report(replace(replica("p1", Role.PREFILL), max_model_len=200)), 0.0)
-    assert plan_one(admission, reserve("s", tokens=tuple(range(200)))).prefill.replica_id == "p1"
+    assert plan_one(admission, reserve("s", tokens=tuple(range(1000, 1200)))).prefill.replica_id == "p1"
 
 
 def test_a_request_that_waits_for_the_replica_it_did_not_fail_on_holds_nobody_up(admission):

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.scheduler.admission import Admission
 from simulator.records import Record
+from simulator.traces.trace import Run, TracedRequest
 from tests.simulator.adversity import goodput, h100_fleet, load, play, shares, ttft_p99
 
 PAIRS = {"scheduler": {"local_prefill_max_tokens": 0}}
@@ -128,3 +129,23 @@ def test_more_long_prompts_than_a_fleet_can_do_make_few_short_ones_late(monkeypa
 
 def of(name: str, records: list[Record]) -> list[Record]:
     return [record for record in records if record.request_id.startswith(name)]
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(4, 4), (0, 8)])
+def test_a_burst_about_a_new_document_has_it_computed_once_or_twice(num_prefill, num_decode):
+    """Three documents, 15 questions each within 0.75 s, less than one takes to compute: 69,000 tokens are new."""
+    changes = {} if num_prefill else {"prefill": None}
+    requests = [
+        TracedRequest(
+            f"d{document}.{number}",
+            1.0 + 8 * document + 0.05 * number,
+            (Run(10**6 * document + 1, 20_000), Run(10**6 * document + 5 + number, 200)),
+            (Run(10**6 * document + 500 + number, 100),),
+        )
+        for document in range(3)
+        for number in range(15)
+    ]
+    records = play(h100_fleet(num_prefill or 1, num_decode, **changes), requests)
+    num_computed = sum(record.num_prompt_tokens - record.num_cached_tokens for record in records)
+    assert num_computed < 2 * 69_000, "0.34 and 0.41 million where only what is computed attracts"
+    assert max(record.ttft_s for record in records) < 0.8
