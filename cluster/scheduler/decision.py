@@ -30,7 +30,6 @@ from cluster.scheduler.coming_prefixes import ComingPrefixes
 from cluster.scheduler.headroom import Headroom
 from cluster.scheduler.learned import Learned
 from cluster.scheduler.local_prefill import LocalRules, few_for_local, weigh_local
-from cluster.scheduler.matches import Matches
 from cluster.scheduler.pace import Pace
 from cluster.scheduler.pairing import Pairing
 from cluster.scheduler.policy import Choices
@@ -61,6 +60,7 @@ class DecisionMaker:
         self._exhaustive = exhaustive
         self._sites = Sites(self.learned.costs, config.max_decode_kv_usage)
         self._headroom = Headroom()
+        self._usual_strain = Strain(config.slo.standard.ttft_s, min(config.itl_slo_s, config.slo.standard.itl_s))
         self._batch_itl_s = min(config.itl_slo_s, config.slo.interactive.itl_s)  # batch work slows nobody beyond this
         self._batch_headroom = Headroom(max(0.0, config.max_decode_kv_usage - config.max_batch_kv_usage))
         self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
@@ -108,7 +108,7 @@ class DecisionMaker:
         self._coming.reported(replica.info.replica_id)
         site = self._sites.of(replica)
         num_before = site.num_queued
-        self._changed(replica)
+        self._changed(replica, now)
         if site.num_queued < num_before:
             site.begun_at = now
 
@@ -133,7 +133,7 @@ class DecisionMaker:
             self._coming.begin(reservation.request_id, taker.info.replica_id, hashes, depth)
         if len(taker.prefill_tokens) == 1:
             self._sites.of(taker).begun_at = now
-        self._replicas_changed(reservation)
+        self._replicas_changed(reservation, now)
 
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
         """Its prefill is over."""
@@ -146,14 +146,14 @@ class DecisionMaker:
         if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:  # others decode there
             num_steps = -(-decision.num_uncached_tokens // site.max_at_once)
             site.stalls.add(decision.terms.prefill_s, num_steps, now)
-        self._replicas_changed(reservation)
+        self._replicas_changed(reservation, now)
 
-    def finished(self, reservation: Reservation, now: float) -> None:  # noqa: ARG002
+    def finished(self, reservation: Reservation, now: float) -> None:
         """Its replicas are free of it."""
         self.learned.finished(reservation)
         if reservation.decoding_since is None:
             self._coming.end(reservation.request_id)
-        self._replicas_changed(reservation)
+        self._replicas_changed(reservation, now)
 
     def foresight(self) -> Foresight:
         """How predictions compare with what came."""
@@ -179,7 +179,7 @@ class DecisionMaker:
             takes = takes_more(site.view, is_batch=True) if request.is_batch else site.takes_more
             return takes and site.view.usable and request.num_tokens <= site.info.max_model_len
 
-        sites = self._short(choices.prefills, request, choices.cached, coming, may_prefill)
+        sites = self._short(choices.prefills, request, choices, coming, may_prefill)
         return [sources.of(site) for site in sites]
 
     def _sinks(
@@ -192,7 +192,7 @@ class DecisionMaker:
             return site.has_slot and site.view.usable and fits(site, num_tokens, num_new, 1, now)
 
         sinks = []
-        for site in self._short(choices.decodes, request, matches, coming, has_room):
+        for site in self._short(choices.decodes, request, choices, coming, has_room):
             depth = max(matches.depth(site.replica_id), coming.get(site.replica_id, 0))
             num_blocks = site.num_missing(depth, num_tokens)
             step_s = site.step_s + site.costs.context_s * (num_tokens + num_new / 2)
@@ -254,12 +254,13 @@ class DecisionMaker:
         self,
         pool: Sequence[ReplicaView],
         request: Reserve,
-        matches: Matches,
+        choices: Choices,
         coming: Mapping[str, int],
         may: May,
     ) -> list[Site]:
         if not request.avoid:
-            short = self._shortlist(pool[0]).of(pool, request.num_tokens, matches, may)
+            is_only = not choices.prefills
+            short = self._shortlist(pool[0]).of(pool, request.num_tokens, choices.cached, may, is_only=is_only)
             if coming and len(short) < len(pool):
                 role, generation, found = (
                     pool[0].info.role,
@@ -301,14 +302,16 @@ class DecisionMaker:
             others = [view for view in pool if view.usable and view.info.replica_id not in have]
             self._care.held(request.block_hashes[:depth], holders, others, now)
 
-    def _replicas_changed(self, reservation: Reservation) -> None:
+    def _replicas_changed(self, reservation: Reservation, now: float) -> None:
         decision = reservation.decision
-        self._changed(decision.decode)
+        self._changed(decision.decode, now)
         if decision.prefill is not None:
-            self._changed(decision.prefill)
+            self._changed(decision.prefill, now)
 
-    def _changed(self, view: ReplicaView) -> None:
-        self._shortlist(view).changed(self._sites.refresh(view))
+    def _changed(self, view: ReplicaView, now: float) -> None:
+        site = self._sites.refresh(view)
+        site.strain_s = self._usual_strain.seconds(site.itl_s(site.step_s, now))
+        self._shortlist(view).changed(site)
 
     def _shortlist(self, view: ReplicaView) -> Shortlist:
         key = view.info.role, view.info.generation

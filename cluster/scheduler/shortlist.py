@@ -39,32 +39,37 @@ class Shortlist:
         paces = (round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
         bucket: Bucket = (site.zone, site.kind, *paces)
         # a decode replica that prefills has its batch wait, and what it shall prefill next
-        self._ranked.place(site, bucket, site.queue_s if is_prefill else site.step_s + site.queue_s)
+        load_s = site.queue_s if is_prefill else site.step_s + site.queue_s + site.strain_s
+        self._ranked.place(site, bucket, load_s)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""
         self._ranked.remove(replica_id)
 
-    def of(self, pool: Sequence[ReplicaView], num_tokens: int, matches: Matches, may: May) -> list[Site]:
-        """Those of the pool that may be taken for a prompt of so many tokens; of a large one a few."""
+    def of(
+        self, pool: Sequence[ReplicaView], num_tokens: int, matches: Matches, may: May, *, is_only: bool = False
+    ) -> list[Site]:
+        """Those of the pool that may be taken for a prompt of so many tokens; of a large one a few, and more where it
+        `is_only` this one: what a prompt is to a batch beside it no load tells.
+        """
         if self._exhaustive or len(pool) <= SMALL:
             return [site for site in map(self._sites.of, pool) if may(site)]
         if len(self._ranked) != len(pool):  # somebody fell silent, or nobody told
             self._ranked.clear()
             for view in pool:
                 self.changed(self._sites.of(view))
-        found = {site.replica_id: site for site in self._least(num_tokens, may)}
+        found = {site.replica_id: site for site in self._least(num_tokens, may, NUM_LEAST if is_only else OF_BUCKET)}
         for segment in matches.segments[:NUM_DEPTHS]:
             for site in self._holders(matches, segment, may):
                 found[site.replica_id] = site
         return list(found.values())
 
-    def _least(self, num_tokens: int, may: May) -> list[Site]:
+    def _least(self, num_tokens: int, may: May, num_of_bucket: int) -> list[Site]:
         """Of each zone: by load alone, and by load and what the prompt takes at the replica's pace."""
         zones: dict[str, list[Entry]] = {}
         buckets = self._ranked.buckets
         for bucket, entries in buckets.items():
-            num_left = OF_BUCKET if len(buckets) <= FEW_BUCKETS else 1
+            num_left = num_of_bucket if len(buckets) <= FEW_BUCKETS else 1
             for entry in entries:
                 if may(entry[3]):
                     zones.setdefault(bucket[0], []).append(entry)

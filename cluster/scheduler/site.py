@@ -42,6 +42,7 @@ class Site:
         "replica_id",
         "stalls",
         "step_s",
+        "strain_s",
         "takes_more",
         "view",
         "whole_blocks",
@@ -68,6 +69,7 @@ class Site:
         self.block_share = num_growing / layout.block_size  # blocks per token of growth
         self.max_at_once = info.max_num_batched_tokens
         self.stalls = Stalls()
+        self.strain_s = 0.0  # of its batch as of the last change, by usual SLOs: the policy's to say
         self.begun_at = 0.0  # since when it works at what is first in `queue_s`
 
     def refresh(self, costs: StepCosts, max_kv_usage: float) -> None:

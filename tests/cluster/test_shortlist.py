@@ -3,12 +3,14 @@
 import random
 from dataclasses import replace
 
+import pytest
+
 from cluster.scheduler.decision import DecisionMaker
 from cluster.scheduler.policy import Choices
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
-from core.messages.to_scheduler import Report
-from tests.cluster.scheduler_world import BLOCK, World, blocks_of, chunk_sample, decode_sample, info, status
+from core.messages.to_scheduler import Progress, Report
+from tests.cluster.scheduler_world import BLOCK, World, blocks_of, chunk_sample, decode_sample, info, status, steps_of
 
 NUM_REPLICAS = 60  # of each role
 
@@ -92,6 +94,53 @@ def test_short_lists_lose_less_than_one_percent_of_predicted_ttft():
     of_few, of_all = (sum(part) for part in zip(*sums, strict=True))
     assert of_few < 1.01 * of_all
     assert all(few < 1.03 * everything for few, everything in sums)
+
+
+def cost_s(seed: int, itl_slo_s: float) -> tuple[float, float]:
+    """Of decode replicas that prefill by themselves, most prompts new, while time goes by."""
+    rng, config = random.Random(seed), SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=itl_slo_s)
+    world, everyone = World(config), DecisionMaker(config, exhaustive=True)
+
+    def tell(name: str, now: float) -> None:
+        num_running = rng.randrange(60)
+        load = status(num_running=num_running, num_kv_tokens=1500 * num_running, num_free_blocks=30_000)
+        report = Report(world.admission.fleet.get(name).info, 0, False, load, (), ())
+        world.admission.report(report, now)
+        everyone.reported(world.admission.fleet.get(name), report, now)
+
+    for number in range(30):
+        world.add(f"d{number}", Role.DECODE)
+        view = world.admission.fleet.get(f"d{number}")
+        for _ in range(20):
+            everyone.reported(view, Report(view.info, 0, False, view.status, (), (), b"", steps_of()), 0.0)
+        tell(f"d{number}", 0.0)
+    few_s, all_s, under_way = 0.0, 0.0, []
+    for number in range(300):
+        now = 0.02 * number
+        request = world.request(rng.choice((200, 1000, 4000, 12_000)))
+        cached = world.admission.index.match(request.block_hashes)
+        choices = Choices((), world.admission.fleet.in_generation(Role.DECODE, "", now), cached, now, {})
+        few, best = world.admission.policy.decide(request, choices), everyone.decide(request, choices)
+        if few and best:
+            few_s, all_s = few_s + few.terms.cost_s, all_s + best.terms.cost_s
+        if (plan := world.plan(request, now)) is not None:
+            everyone.booked(world.admission.reservations.find(plan.request_id), now)
+            under_way.append((now + 0.3, plan.request_id))
+        for at, request_id in [one for one in under_way if one[0] <= now]:
+            under_way.remove((at, request_id))
+            reservation = world.admission.reservations.find(request_id)
+            world.admission.progress(Progress(request_id), now)
+            everyone.first_token(reservation, None, now)
+        tell(f"d{rng.randrange(30)}", now)
+    return few_s, all_s
+
+
+@pytest.mark.parametrize(("itl_slo_s", "most"), [(0.03, 1.015), (0.02, 1.04)])
+def test_short_lists_lose_little_of_the_cost_where_decode_prefills(itl_slo_s, most):
+    """A load whose prompts take most of the time: near the SLO, and beyond it whatever is chosen."""
+    sums = [cost_s(seed, itl_slo_s) for seed in range(4)]
+    few_s, all_s = (sum(part) for part in zip(*sums, strict=True))
+    assert all_s < few_s < most * all_s
 
 
 def test_a_large_pool_is_kept_in_order_as_loads_change():
