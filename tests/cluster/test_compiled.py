@@ -44,15 +44,13 @@ print(json.dumps([sequence.__file__, [*map(repr, result.records), result.num_eve
 SEND = """
 import json
 import pickle
+from bench.scheduler_fleet import ScheduledFleet
 from cluster.scheduler import decision
-from tests.cluster.scheduler_world import info
 from core.kv_groups import group_layers
-from core.messages.fleet import Role
 from dataclasses import replace
 
-groups = group_layers([128, None, 128, 128])
-told = info("d0", Role.DECODE)
-told = replace(told, layout=replace(told.layout, groups=groups))
+told = next(iter(ScheduledFleet(4, 100, seed=3).admission.fleet)).info
+told = replace(told, layout=replace(told.layout, groups=group_layers([128, None, 128, 128])))
 print(json.dumps([decision.__file__, [pickle.loads(pickle.dumps(told)) == told]]))
 """
 
