@@ -1,6 +1,7 @@
 """How long KV takes from one replica to another: a fit per pair of replicas, which starts from its zones' one. Pure."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from cluster.scheduler.replica_view import ReplicaView
@@ -39,8 +40,9 @@ class LinkBook:
     """
 
     def __init__(self) -> None:
-        self.fastest = WITHIN_HOST  # what no link is faster than, as far as is known
-        self._least_guess_s = WITHIN_HOST.byte_s
+        self.fastest = GUESSED  # what no link is faster than, as far as is known
+        self._least_guess_s = GUESSED.byte_s
+        self._first_on: dict[str, str] = {}  # by host, the replica that was heard of first
         self._least_factor = 1.0
         self._by_way: dict[Way, RobustFit] = {}  # of seconds that bytes were guessed to take
         self._usual: dict[Way, LinkCost] = {}  # seconds, and for each guessed one
@@ -53,9 +55,12 @@ class LinkBook:
     ) -> None:
         """A report: transfers that came in there, from replicas by id. Of those that are gone nothing is known."""
         info = destination.info
-        if info.port_bytes_per_s:
-            self._least_guess_s = min(self._least_guess_s, _of_ports(info.port_bytes_per_s).byte_s)
-            self._bound(self._least_guess_s * self._least_factor)
+        guess_s = _of_ports(info.port_bytes_per_s).byte_s
+        if self._first_on.setdefault(_host_of(info.address), info.replica_id) != info.replica_id:
+            guess_s = min(guess_s, WITHIN_HOST.byte_s)
+        if guess_s < self._least_guess_s:
+            self._least_guess_s = guess_s
+            self._bound(guess_s * self._least_factor)
         for link in destination.status.links:
             if link.bytes_per_s > 0:
                 self._bound(1 / link.bytes_per_s)
@@ -119,7 +124,7 @@ class LinkBook:
 def _guess(source: ReplicaInfo | None, destination: ReplicaInfo) -> LinkCost:
     if source is None:
         return _of_ports(destination.port_bytes_per_s)
-    if _host_of(source) == _host_of(destination):
+    if _host_of(source.address) == _host_of(destination.address):
         return WITHIN_HOST
     return _of_ports(min(source.port_bytes_per_s, destination.port_bytes_per_s))
 
@@ -131,8 +136,9 @@ def _of_ports(bytes_per_s: float) -> LinkCost:
 def _way(source: ReplicaInfo | None, destination: ReplicaInfo) -> Way:
     if source is None:
         return "", destination.zone, False
-    return source.zone, destination.zone, _host_of(source) == _host_of(destination)
+    return source.zone, destination.zone, _host_of(source.address) == _host_of(destination.address)
 
 
-def _host_of(info: ReplicaInfo) -> str:
-    return info.address.rpartition(":")[0] or info.address
+@lru_cache(maxsize=4096)
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0] or address

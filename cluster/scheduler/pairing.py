@@ -28,17 +28,17 @@ class Pairing:
         least_latency_s, least_byte_s = self._links.fastest
         ends = self._ends(sources, least_byte_s)
         starts = sorted(
-            (rank_of(one.wait_s + one.num_bytes * least_byte_s + one.strain_s, one.num_reserved), number)
+            (rank_of(one.wait_s + one.num_bytes * least_byte_s + one.strain_s + one.evict_s, one.num_reserved), number)
             for number, one in enumerate(sinks)
         )
-        first_ready_s = min((ready_s for _, _, ready_s, _ in ends), default=0.0)
-        first_goes_s = min((goes_s for _, _, _, goes_s in ends), default=0.0)
+        first_ready_s = min((ready_s + others_s for _, _, ready_s, _, others_s in ends), default=0.0)
+        first_goes_s = min((goes_s + others_s for _, _, _, goes_s, others_s in ends), default=0.0)
         least_reserved = min((one.site.num_reserved for one in sources), default=0)
         weighed: list[Weighed] = []
         best = CROSSING << 1
         for _, number in starts:
             sink = sinks[number]
-            num_bytes, strain_s, decode = sink.num_bytes, sink.strain_s, sink.site
+            num_bytes, there_s, decode = sink.num_bytes, sink.strain_s + sink.evict_s, sink.site
             least_s, wired_s = sink.wait_s, 0.0
             if num_bytes:
                 least_s += least_latency_s
@@ -48,36 +48,39 @@ class Pairing:
                 bound_s = first_ready_s + least_s
                 if num_bytes:
                     bound_s = max(bound_s, max(first_goes_s, comes_s) + wired_s)
-                if rank_of(bound_s + strain_s, least_reserved + sink.num_reserved) >= best:
+                if rank_of(bound_s + there_s, least_reserved + sink.num_reserved) >= best:
                     continue  # even with the best of each source
-            for _, number, ready_s, goes_s in ends:
+            for _, number, ready_s, goes_s, others_s in ends:
                 source = sources[number]
                 prefill = source.site
                 num_reserved = prefill.num_reserved + sink.num_reserved
                 if not self._exhaustive:
-                    if rank_of(ready_s + least_s + strain_s, num_reserved) >= best:
+                    if rank_of(ready_s + others_s + least_s + there_s, num_reserved) >= best:
                         break
-                    if num_bytes and rank_of(max(goes_s, comes_s) + wired_s + strain_s, num_reserved) >= best:
+                    if num_bytes and rank_of(max(goes_s, comes_s) + others_s + wired_s + there_s, num_reserved) >= best:
                         continue
                 crosses = self._zones_count and prefill.zone != decode.zone
                 if (crosses and self._must_be_near) or prefill.kind != decode.kind:
                     continue
                 transfer_s = self._transfer_s(source, sink) if num_bytes else 0.0
                 ttft_s = source.first_token_s + transfer_s + sink.wait_s
-                rank = rank_of(ttft_s + source.evict_s + source.work_s + sink.evict_s + strain_s, num_reserved)
+                rank = rank_of(ttft_s + others_s + there_s, num_reserved)
                 if crosses:
                     rank += CROSSING
-                weighed.append(Weighed(rank, "pair", source, sink, transfer_s, sink.itl_s, strain_s))
+                weighed.append(Weighed(rank, "pair", source, sink, transfer_s, sink.itl_s, sink.strain_s))
                 best = min(best, rank)
         return weighed
 
-    def _ends(self, sources: Sequence[Source], least_byte_s: float) -> list[tuple[int, int, float, float]]:
-        """Of each source, likely ones first: rank, number, when it can be ready and when its KV can set out."""
+    def _ends(self, sources: Sequence[Source], least_byte_s: float) -> list[tuple[int, int, float, float, float]]:
+        """Of each source, likely ones first: rank, number, when it can be ready and when its KV can set out, and what
+        it costs others.
+        """
         sent, ends = self._flights.sent, []
         for number, one in enumerate(sources):
             ready_s = one.first_token_s + one.last_bytes * least_byte_s
             goes_s = max(one.first_piece_s, sent.get(one.site.replica_id, 0) * least_byte_s)
-            ends.append((rank_of(ready_s, one.site.num_reserved), number, ready_s, goes_s))
+            others_s = one.evict_s + one.work_s
+            ends.append((rank_of(ready_s + others_s, one.site.num_reserved), number, ready_s, goes_s, others_s))
         ends.sort()
         return ends
 
