@@ -25,7 +25,7 @@ from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.refusals import Refusals
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
-from cluster.scheduler.rules import has_free_slot
+from cluster.scheduler.rules import has_free_slot, usable_hashes
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.triage import Triage
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
@@ -259,8 +259,7 @@ class Admission:
 
     def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
         prefills = self.fleet.in_generation(Role.PREFILL, decodes[0].info.generation, now)
-        num_usable = (request.num_tokens - 1) // decodes[0].info.compatibility.block_size  # one token must be computed
-        cached = self.index.match(request.block_hashes[:num_usable])
+        cached = self.index.match(usable_hashes(request, decodes[0].info.compatibility.block_size))
         return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id))
 
     def _put_off(self, generations: Generations, now: float) -> None:

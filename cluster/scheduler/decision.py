@@ -36,7 +36,7 @@ from cluster.scheduler.policy import Choices
 from cluster.scheduler.prefix_care import Copy, PrefixCare
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
-from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, without
+from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, usable_hashes, without
 from cluster.scheduler.shortlist import May, Shortlist
 from cluster.scheduler.site import Site, Sites
 from cluster.scheduler.source import Source, Sources
@@ -80,8 +80,7 @@ class DecisionMaker:
         generation, matches = choices.decodes[0].info.generation, choices.cached
         num_new = self.learned.lengths.of(generation, request.tenant, request.max_new_tokens)
         strain = self._strain(request)
-        num_usable = (request.num_tokens - 1) // choices.decodes[0].info.layout.block_size  # one token must be computed
-        coming = self._coming.depths(request.block_hashes[:num_usable])
+        coming = self._coming.depths(usable_hashes(request, choices.decodes[0].info.compatibility.block_size))
         sinks = self._sinks(request, choices, coming, num_new, strain)
         if not sinks:
             return None
@@ -144,8 +143,7 @@ class DecisionMaker:
         site = self._sites.of(view)
         site.begun_at = now
         if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:  # others decode there
-            num_steps = -(-decision.num_uncached_tokens // site.max_at_once)
-            site.stalls.add(decision.terms.prefill_s, num_steps, now)
+            site.stalls.add(decision.terms.prefill_s, site.num_steps(decision.num_uncached_tokens), now)
         self._replicas_changed(reservation, now)
 
     def finished(self, reservation: Reservation, now: float) -> None:

@@ -52,7 +52,7 @@ def few_for_local(sinks: Sequence[Sink], num_tokens: int, strain: Strain, now: f
         num_uncached = max(1, num_tokens - sink.depth * site.block_size)
         prefill_s = site.prefill_s(num_uncached, num_tokens, site.beside_tokens_s)
         seconds = site.queue_left_s(now) + (1 + WORK_COUNTS) * prefill_s
-        itl_s = site.itl_s(sink.step_s, now, prefill_s, -(-num_uncached // site.max_at_once))
+        itl_s = site.itl_s(sink.step_s, now, prefill_s, site.num_steps(num_uncached))
         ranked.append((seconds + sink.evict_s + strain.seconds(itl_s), number))
     ranked.sort()
     return [sinks[number] for _, number in ranked[:NUM_LOCAL]]

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from cluster.scheduler.replica_view import ReplicaView
+from core.block_hash import BlockHash
 from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import Reserve
 from core.version import PIPELINE_PROTOCOL
@@ -52,6 +53,11 @@ def has_room(num_tokens: int, decode: ReplicaView, num_at_once: int, max_kv_usag
 def uncached_tokens(request: Reserve, num_blocks: int, replica: ReplicaView) -> int:
     """Tokens that are left to compute behind so many leading blocks; the last one always is."""
     return max(1, request.num_tokens - num_blocks * replica.info.layout.block_size)
+
+
+def usable_hashes(request: Reserve, block_size: int) -> Sequence[BlockHash]:
+    """Of the prompt's leading blocks, those that a cache can be of use for: one token must be computed."""
+    return request.block_hashes[: (request.num_tokens - 1) // block_size]
 
 
 def without(replicas: Sequence[ReplicaView], avoid: Collection[str]) -> Sequence[ReplicaView]:

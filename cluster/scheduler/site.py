@@ -113,8 +113,11 @@ class Site:
         """Of its batch, if it has one, whose steps take `step_s` without the prompts that it computes, and one more."""
         if not self.busy:
             return step_s
-        num_steps = -(-self.num_queued // self.max_at_once) + num_more
-        return self.stalls.itl_s(step_s, now, self.queue_s + more_s, num_steps)
+        return self.stalls.itl_s(step_s, now, self.queue_s + more_s, self.num_steps(self.num_queued) + num_more)
+
+    def num_steps(self, num_tokens: int) -> int:
+        """That compute so many tokens of prompts."""
+        return -(-num_tokens // self.max_at_once)
 
     def queue_left_s(self, now: float) -> float:
         """Of `queue_s`: a step under way is the nearer to its end the longer it runs, and nobody reports that."""

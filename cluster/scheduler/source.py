@@ -39,7 +39,7 @@ class Source:
         prefill_s: float,
     ) -> None:
         before_s = queue_s + pull_s + restore_s
-        self.num_steps = -(-num_uncached // site.max_at_once)
+        self.num_steps = site.num_steps(num_uncached)
         self.site = site
         # no part of TTFT, but others'
         self.evict_s = site.evict_s(-(-num_uncached // site.block_size))

@@ -8,6 +8,7 @@ from math import inf
 from cluster.scheduler.fewest_late import Job, behind_others
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.pace import Pace
+from cluster.scheduler.rules import usable_hashes
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.water_level import WaterLevel
 
@@ -50,7 +51,7 @@ class Triage:
         request = waiting.request
         if now - waiting.looked_up_at >= LOOK_UP_EACH_S:
             waiting.looked_up_at = now
-            segments = self._index.match(request.block_hashes[: (request.num_tokens - 1) // block_size]).segments
+            segments = self._index.match(usable_hashes(request, block_size)).segments
             waiting.num_uncached = request.num_tokens - (segments[0].depth * block_size if segments else 0)
         return pace.work_s(waiting.num_uncached, request.num_tokens)
 
