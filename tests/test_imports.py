@@ -86,6 +86,7 @@ PURE = [
     "cluster.scheduler.key_log",
     "cluster.scheduler.learned",
     "cluster.scheduler.link_book",
+    "cluster.scheduler.link_end",
     "cluster.scheduler.local_prefill",
     "cluster.scheduler.matches",
     "cluster.scheduler.pace",

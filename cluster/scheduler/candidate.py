@@ -1,7 +1,6 @@
 """What a decision chooses among, and the terms of its cost in seconds. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.scheduler.replica_view import ReplicaView
@@ -47,8 +46,7 @@ class Candidate(NamedTuple):
     terms: Terms
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The chosen replicas, the terms that made them win, and what they won against."""
 
     prefill: ReplicaView | None  # None: decode prefills by itself

@@ -45,6 +45,7 @@ from cluster.scheduler.weighed import Explained, Sink, Weighed, rank_of
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report, Reserve
+from core.slo_config import SloConfig
 
 NUM_LENDERS = 2  # with the deepest prefixes, that pulls are weighed from
 NUM_EXPLAINED = 8  # candidates that a decision keeps
@@ -60,7 +61,10 @@ class DecisionMaker:
         self._exhaustive = exhaustive
         self._sites = Sites(self.learned.costs, config.max_decode_kv_usage)
         self._headroom = Headroom()
-        self._usual_strain = Strain(config.slo.standard.ttft_s, min(config.itl_slo_s, config.slo.standard.itl_s))
+        self._standard_ttft_s = config.slo.standard.ttft_s
+        self._itl_slo_s = config.itl_slo_s
+        self._slo_itl_s = {name: config.slo.target(name).itl_s for name in SloConfig.model_fields}
+        self._usual_strain = Strain(self._standard_ttft_s, min(config.itl_slo_s, config.slo.standard.itl_s))
         self._batch_itl_s = min(config.itl_slo_s, config.slo.interactive.itl_s)  # batch work slows nobody beyond this
         self._batch_headroom = Headroom(max(0.0, config.max_decode_kv_usage - config.max_batch_kv_usage))
         self._pairing = Pairing(self.learned.links, self.learned.flights, config.zone_affinity, exhaustive=exhaustive)
@@ -244,9 +248,8 @@ class DecisionMaker:
 
     def _strain(self, request: Reserve) -> Strain:
         """What a request asks for binds the batch that it joins; it loosens nothing for the others there."""
-        slo = self._config.slo
-        itl_slo_s = min(self._config.itl_slo_s, request.itl_slo_s or slo.target(request.slo_class).itl_s)
-        return Strain(slo.standard.ttft_s, itl_slo_s)
+        slo_itl_s = request.itl_slo_s or self._slo_itl_s.get(request.slo_class, self._slo_itl_s["standard"])
+        return Strain(self._standard_ttft_s, min(self._itl_slo_s, slo_itl_s))
 
     def _short(
         self,
@@ -325,12 +328,12 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
         return None
     ranked = sorted(weighed, key=attrgetter("place"))[:NUM_EXPLAINED]
     first = ranked[0]
-    source, sink, is_pair = first.source, first.sink, first.reason == "pair"
+    source, sink, terms, is_pair = first.source, first.sink, first.terms, first.reason == "pair"
     return Decision(
         source.site.view if is_pair else None,
         sink.site.view,
         first.reason,
-        first.terms,
+        terms,
         source.num_uncached,
         sink.num_blocks,
         num_new,
@@ -338,6 +341,6 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
         first.crosses_zones,
         sink.num_bytes if is_pair else 0,
         request.num_tokens - source.num_uncached,
-        first.terms.ttft_s + source.site.full_step_s / 2,
+        terms.ttft_s + source.site.full_step_s / 2,
         Explained(ranked),
     )

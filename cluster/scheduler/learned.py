@@ -8,7 +8,7 @@ from cluster.scheduler.hits import HitCheck
 from cluster.scheduler.link_book import LinkBook
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
-from core.messages.fleet import ReplicaInfo, Role
+from core.messages.fleet import Role
 from core.messages.to_scheduler import Foresight, Report
 
 
@@ -22,19 +22,16 @@ class Learned:
         self.flights = Flights()
         self._hits = HitCheck()
         self._ttft = Accuracy("ttft")
-        self._infos: dict[str, ReplicaInfo] = {}
 
     def reported(self, replica: ReplicaView, report: Report) -> None:
         """Samples of steps and transfers."""
-        self._infos[report.info.replica_id] = report.info
         self.costs.heard(replica, report.steps)
-        self.links.heard(replica, report.transfers, self._infos)
+        self.links.heard(replica, report.transfers)
         if report.info.role is Role.DECODE:
             self.flights.heard(report.info.replica_id, report.status.links, report.status.num_waiting)
 
     def lost(self, replica_id: str) -> None:
         """A replica is gone."""
-        self._infos.pop(replica_id, None)
         self.costs.lost(replica_id)
         self.links.lost(replica_id)
         self.flights.lost(replica_id)

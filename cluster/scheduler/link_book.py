@@ -1,36 +1,19 @@
 """How long KV takes from one replica to another: a fit per pair of replicas, which starts from its zones' one. Pure."""
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Iterable
 
+from cluster.scheduler.link_end import GUESSED, LINK_LATENCY_S, WITHIN_HOST, LinkCost, LinkEnd
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.robust_fit import RobustFit
-from core.messages.fleet import ReplicaInfo
 from core.messages.to_scheduler import TransferSample
 
-LINK_BYTES_PER_S = 1.5e9  # until links are measured, where replicas do not say what their ports can do
-PORT_SHARE = 0.8  # of that
-HOST_BYTES_PER_S = 5e9  # within a host: through its memory at least
-LINK_LATENCY_S = 0.002
 LEAST_SAMPLES = 3  # between two zones, before their fit is believed
 LEAST_BYTES_PER_S = 1e3
+LEAST = LinkCost(1e-6, 1e-13)  # 10 TB/s
+LEAST_FACTOR = 1e-3  # of a guess
 
 Pair = tuple[str, str]  # from, to: ids of replicas
 Way = tuple[str, str, bool]  # from one zone to another, and whether within a host
-
-
-class LinkCost(NamedTuple):
-    """Seconds before the first byte, and for each."""
-
-    latency_s: float
-    byte_s: float
-
-
-GUESSED = LinkCost(LINK_LATENCY_S, 1 / LINK_BYTES_PER_S)
-WITHIN_HOST = LinkCost(LINK_LATENCY_S, 1 / HOST_BYTES_PER_S)
-LEAST = LinkCost(1e-6, 1e-13)  # 10 TB/s
-LEAST_FACTOR = 1e-3  # of a guess
 
 
 class LinkBook:
@@ -42,6 +25,7 @@ class LinkBook:
     def __init__(self) -> None:
         self.fastest = GUESSED  # what no link is faster than, as far as is known
         self._least_guess_s = GUESSED.byte_s
+        self._ends: dict[str, LinkEnd] = {}  # by replica
         self._first_on: dict[str, str] = {}  # by host, the replica that was heard of first
         self._least_factor = 1.0
         self._by_way: dict[Way, RobustFit] = {}  # of seconds that bytes were guessed to take
@@ -50,13 +34,11 @@ class LinkBook:
         self._known: dict[Pair, LinkCost] = {}
         self._pairs_of: dict[str, set[Pair]] = {}
 
-    def heard(
-        self, destination: ReplicaView, transfers: Iterable[TransferSample], sources: Mapping[str, ReplicaInfo]
-    ) -> None:
+    def heard(self, destination: ReplicaView, transfers: Iterable[TransferSample]) -> None:
         """A report: transfers that came in there, from replicas by id. Of those that are gone nothing is known."""
-        info = destination.info
-        guess_s = _of_ports(info.port_bytes_per_s).byte_s
-        if self._first_on.setdefault(_host_of(info.address), info.replica_id) != info.replica_id:
+        end = self._ends[destination.info.replica_id] = destination.link_end
+        guess_s = end.through_port.byte_s
+        if self._first_on.setdefault(end.host, end.replica_id) != end.replica_id:
             guess_s = min(guess_s, WITHIN_HOST.byte_s)
         if guess_s < self._least_guess_s:
             self._least_guess_s = guess_s
@@ -66,18 +48,20 @@ class LinkBook:
                 self._bound(1 / link.bytes_per_s)
         for source_id, num_bytes, seconds in transfers:
             if num_bytes > 0 and seconds > 0:
-                self._add((source_id, info.replica_id), sources.get(source_id), info, num_bytes, seconds)
+                self._add(source_id, end, num_bytes, seconds)
 
     def cost(self, source: ReplicaView, destination: ReplicaView) -> LinkCost:
         """Of the pair, else as it reports, else of pairs between these zones, else a guess."""
-        source_id = source.info.replica_id
-        known = self._known.get((source_id, destination.info.replica_id))
+        start, end = source.link_end, destination.link_end
+        known = self._known.get((start.replica_id, end.replica_id))
         if known is not None:
             return known
-        if destination.status.links and (bytes_per_s := destination.bytes_per_s_from(source_id)) > 0:
+        if destination.status.links and (bytes_per_s := destination.bytes_per_s_from(start.replica_id)) > 0:
             return LinkCost(LINK_LATENCY_S, 1 / max(bytes_per_s, LEAST_BYTES_PER_S))
-        usual = self._usual_of(source.info, destination.info)
-        others = [self._known[pair] for pair in self._pairs_of.get(source_id, ()) if pair[0] == source_id]
+        usual, pairs = self._usual_of(start, end), self._pairs_of.get(start.replica_id)
+        if not pairs:
+            return usual
+        others = [self._known[pair] for pair in pairs if pair[0] == start.replica_id]
         if not others:
             return usual
         # what every other way out of this replica has cost: its port may be what is slow
@@ -85,19 +69,21 @@ class LinkBook:
 
     def lost(self, replica_id: str) -> None:
         """Its links are gone."""
+        self._ends.pop(replica_id, None)
         for pair in self._pairs_of.pop(replica_id, ()):
             self._known.pop(pair, None)
             self._fits.pop(pair, None)
             for other in pair:
                 self._pairs_of.get(other, set()).discard(pair)
 
-    def _usual_of(self, source: ReplicaInfo | None, destination: ReplicaInfo) -> LinkCost:
-        guess, usual = _guess(source, destination), self._usual.get(_way(source, destination))
-        return guess if usual is None else LinkCost(usual.latency_s, usual.byte_s * guess.byte_s)
+    def _usual_of(self, source: LinkEnd | None, destination: LinkEnd) -> LinkCost:
+        guess = destination.guess(source)
+        if not self._usual or (usual := self._usual.get(_way(source, destination))) is None:
+            return guess
+        return LinkCost(usual.latency_s, usual.byte_s * guess.byte_s)
 
-    def _add(
-        self, pair: Pair, source: ReplicaInfo | None, destination: ReplicaInfo, num_bytes: int, seconds: float
-    ) -> None:
+    def _add(self, source_id: str, destination: LinkEnd, num_bytes: int, seconds: float) -> None:
+        source, pair = self._ends.get(source_id), (source_id, destination.replica_id)
         fit = self._fits.get(pair)
         if fit is None:
             fit = self._fits[pair] = RobustFit(self._usual_of(source, destination))
@@ -108,7 +94,7 @@ class LinkBook:
         self.fastest = LinkCost(*map(min, self.fastest, cost))
         way = _way(source, destination)
         together = self._by_way.setdefault(way, RobustFit((LINK_LATENCY_S, 1.0)))
-        together.add((1, num_bytes * _guess(source, destination).byte_s), seconds)
+        together.add((1, num_bytes * destination.guess(source).byte_s), seconds)
         if together.num_samples >= LEAST_SAMPLES:
             latency_s, factor = together.coefficients
             usual = self._usual[way] = LinkCost(max(latency_s, LEAST.latency_s), max(factor, LEAST_FACTOR))
@@ -121,24 +107,7 @@ class LinkBook:
             self.fastest = self.fastest._replace(byte_s=byte_s)
 
 
-def _guess(source: ReplicaInfo | None, destination: ReplicaInfo) -> LinkCost:
-    if source is None:
-        return _of_ports(destination.port_bytes_per_s)
-    if _host_of(source.address) == _host_of(destination.address):
-        return WITHIN_HOST
-    return _of_ports(min(source.port_bytes_per_s, destination.port_bytes_per_s))
-
-
-def _of_ports(bytes_per_s: float) -> LinkCost:
-    return LinkCost(LINK_LATENCY_S, 1 / (PORT_SHARE * bytes_per_s)) if bytes_per_s else GUESSED
-
-
-def _way(source: ReplicaInfo | None, destination: ReplicaInfo) -> Way:
+def _way(source: LinkEnd | None, destination: LinkEnd) -> Way:
     if source is None:
         return "", destination.zone, False
-    return source.zone, destination.zone, _host_of(source.address) == _host_of(destination.address)
-
-
-@lru_cache(maxsize=4096)
-def _host_of(address: str) -> str:
-    return address.rpartition(":")[0] or address
+    return source.zone, destination.zone, source.host == destination.host

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import islice
 
+from cluster.scheduler.link_end import LinkEnd
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import ReplicaStatus
 
@@ -34,14 +35,20 @@ class ReplicaView:
     num_reserved_blocks: int = 0
     num_expected_tokens: float = 0.0
     reserved_prefill_s: float = 0.0
+    link_end: LinkEnd = field(init=False)
     _prefill_s: dict[str, float] = field(default_factory=dict)  # request id -> seconds that its prefill takes
     _knows_all: bool = False  # at its last report a decode replica held nothing but what was sent from here
     _bytes_per_s: dict[str, float] = field(default_factory=dict)  # by source, as reported
+
+    def __post_init__(self) -> None:
+        self.link_end = LinkEnd(self.info)
 
     def hear(self, info: ReplicaInfo, status: ReplicaStatus, now: float) -> None:
         """A report."""
         if status.links is not self.status.links:
             self._bytes_per_s.clear()
+        if info is not self.info:
+            self.link_end = LinkEnd(info)
         self.info, self.status, self.seen_at = info, status, now
         num_there = status.num_waiting + status.num_running
         self._knows_all = info.role is Role.DECODE and 0 < num_there <= len(self.decode_requests)

@@ -7,7 +7,8 @@ import pytest
 
 from cluster.scheduler.class_fit import ClassFit
 from cluster.scheduler.cost_book import CostBook
-from cluster.scheduler.link_book import GUESSED, LinkBook
+from cluster.scheduler.link_book import LinkBook
+from cluster.scheduler.link_end import GUESSED
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.robust_fit import RobustFit
 from cluster.scheduler.step_costs import num_pairs, roofline
@@ -153,11 +154,12 @@ def test_a_link_is_latency_and_bytes_of_each_pair():
         for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE), ("d2", Role.DECODE))
     }
     assert book.cost(views["p0"], views["d0"]) == GUESSED
+    book.heard(views["p0"], [])
     for _ in range(300):
         for name, slow in (("d0", 1), ("d1", 2)):
             num_bytes = rng.choice((1e5, 1e6, 1e7, 1e8))
             taken = (0.001 + slow * num_bytes / 20e9) * rng.gauss(1, 0.1)
-            book.heard(views[name], [("p0", int(num_bytes), taken)], {"p0": views["p0"].info})
+            book.heard(views[name], [("p0", int(num_bytes), taken)])
 
     def taken_s(name: str, num_bytes: float) -> float:
         latency_s, byte_s = book.cost(views["p0"], views[name])
@@ -185,10 +187,11 @@ def test_a_link_that_nothing_moved_over_is_guessed_by_the_ports_at_its_ends():
     assert bytes_per_s("f", "s") == bytes_per_s("s", "f") == pytest.approx(8e9)
     assert bytes_per_s("f", "u") == pytest.approx(1.5e9)
     assert bytes_per_s("s", "b") == pytest.approx(5e9)
-    book.heard(views["f"], [], {})
+    for view in views.values():
+        book.heard(view, [])
     assert 1 / book.fastest.byte_s == pytest.approx(40e9)
     for num_bytes in (MiB, 64 * MiB, 256 * MiB):
-        book.heard(views["f"], [("s", num_bytes, 0.001 + num_bytes / 4e9)] * 20, {"s": slow})
+        book.heard(views["f"], [("s", num_bytes, 0.001 + num_bytes / 4e9)] * 20)
     assert bytes_per_s("u", "s") == pytest.approx(0.75e9, rel=0.1), "half of its guess, as others took of theirs"
     assert bytes_per_s("b", "s") == pytest.approx(5e9), "within hosts nothing moved yet"
 
@@ -208,7 +211,7 @@ def test_a_link_that_takes_equally_long_for_all_sizes_still_costs_something_per_
         for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE))
     )
     for num_bytes in (1000, 4000, 16_000) * 20:
-        book.heard(destination, [("p0", num_bytes, 0.01 - num_bytes * 1e-8)], {})
+        book.heard(destination, [("p0", num_bytes, 0.01 - num_bytes * 1e-8)])
     latency_s, byte_s = book.cost(source, destination)
     assert latency_s == pytest.approx(0.01, rel=0.05)
     assert 0 < byte_s < 1e-7 and book.fastest.byte_s > 0
