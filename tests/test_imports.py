@@ -195,6 +195,7 @@ PURE = [
     "simulator.cost.least_squares",
     "simulator.cost.measured_costs",
     "simulator.cost.models",
+    "simulator.cost.run_times",
     "simulator.replay",
     "simulator.traces.agent_sessions",
     "simulator.traces.block_ids",

@@ -1,82 +1,81 @@
-"""TTFT of measured runs, and times of disaggregated ones, as their benchmarks read them. Pure."""
+"""What a benchmark adds to the times of its runs, as its TTFT tells. Pure.
+
+A benchmark of N clients begins with N requests at once. Later ones come as others end, T / N apart, where a request
+takes T to decode. No row tells how many of its requests were the first ones, whether an engine had a place for each
+client, and what a request and a client cost outside of steps:
+
+    TTFT = burst_share * TTFT(first ones) + num_prompts * own prompt + num_without_place * T / N
+           + request_s + client_s * N
+
+These five, none negative, are fitted to runs that were measured alike, and say something of others of theirs alone.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import cycle
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simulator.cost.apart_loop import ApartTimes, apart_times
-from simulator.cost.closed_loop import TOKEN_BUDGET, LoopTimes
-from simulator.cost.cost_model import StepWork
-from simulator.cost.fit_engines import PUBLIC_BURST_SHARE, PUBLIC_LEAST_SIZE, loop_terms, replica_costs
-from simulator.cost.gpu_cost_model import EngineOverhead
+from simulator.cost.fit_engines import Floats
+from simulator.cost.least_squares import not_negative
 from simulator.cost.measured_runs import MeasuredRun
+from simulator.cost.run_times import RunTimes
 
-REQUEST_S = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16)
-BURST_SHARES = tuple(np.linspace(0, 1, 41).tolist())
-
-Floats = NDArray[np.float64]
+NUM_ROUNDS = 60
+LEAST_ERROR = 0.02  # smaller ones count as squares
 
 
-@dataclass(frozen=True)
-class Campaign:
+class Campaign(NamedTuple):
     """How a group of runs was measured."""
 
     burst_share: float  # of a benchmark's requests, those that came at once in its beginning
+    num_prompts: float  # that a later request waits for, its own with them, in times of its own
+    num_without_place: float  # clients, on average, that wait until another one's request has ended
     request_s: float
-    least_size: float  # see LoopShape; told of public runs
+    client_s: float
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A run, and its times by how its requests' sizes are spread."""
-
-    run: MeasuredRun
-    _known: dict[float, LoopTimes] = field(default_factory=dict, init=False)
-
-    def terms(self, least_size: float = 1.0) -> LoopTimes:
-        """See `loop_terms`."""
-        if least_size not in self._known:
-            self._known[least_size] = loop_terms(self.run, least_size)
-        return self._known[least_size]
-
-
-def ttft_errors(checked: Sequence[Checked], weights: Floats, campaign: Campaign) -> list[float]:
-    """Relative ones; `weights` are an engine's, see `as_weights`."""
-    terms = (c.terms(campaign.least_size).ttft(campaign.burst_share) @ weights for c in checked)
-    return [(float(s) + campaign.request_s) / c.run.ttft_s - 1 for s, c in zip(terms, checked, strict=True)]
+def fit_campaign(times: Sequence[RunTimes], weights: Floats) -> Campaign:
+    """To runs that were measured alike, under an engine of these `weights`: about the least sum of absolute relative
+    errors, by least squares weighted anew in each round; of all rounds the one with the least median.
+    """
+    relative = _relative(times, weights)
+    scale = relative.max(axis=0)
+    found, least = np.zeros(len(scale)), np.inf
+    roots = np.ones(len(times))
+    for _ in range(NUM_ROUNDS):
+        solved = not_negative(relative / scale * roots[:, None], roots) / scale
+        errors = np.abs(relative @ solved - 1)
+        roots = 1 / np.sqrt(np.maximum(errors, LEAST_ERROR))
+        if np.median(errors) < least:
+            found, least = solved, float(np.median(errors))
+    return Campaign(*found.tolist())
 
 
-def fit_campaign(checked: Sequence[Checked], weights: Floats) -> Campaign:
-    """To the TTFT of runs that were measured alike: the least median of absolute errors."""
-    campaigns = [
-        Campaign(burst_share, request_s, least_size)
-        for least_size in ((1.0,) if checked[0].run.is_public else (1.0, PUBLIC_LEAST_SIZE))
-        for burst_share in BURST_SHARES
-        for request_s in REQUEST_S
-    ]
-    return min(campaigns, key=lambda campaign: float(np.median(np.abs(ttft_errors(checked, weights, campaign)))))
+def ttft_errors(times: Sequence[RunTimes], weights: Floats, campaign: Campaign) -> list[float]:
+    """Relative ones."""
+    return [float(ratio) - 1 for ratio in _relative(times, weights) @ np.array(campaign)]
 
 
-def disaggregated_times(run: MeasuredRun, overhead: EngineOverhead) -> ApartTimes:
-    """Of replicas as the run had them."""
-    side = run.prefill
-    assert side is not None
-    size = (1 + PUBLIC_LEAST_SIZE) / 2 if run.is_public else 1.0
-    prompt, output = round(size * run.num_prompt_tokens), round(size * run.num_output_tokens)
-    prefill, decode = replica_costs(run, side.split, overhead), replica_costs(run, run.split, overhead)
-    starts = range(0, prompt, TOKEN_BUDGET)
-    prompt_s = sum(prefill.step_s(StepWork(((min(TOKEN_BUDGET, prompt - start), start),))) for start in starts)
-
-    def step_s(num_decoding: float) -> float:
-        low = int(num_decoding)
-        low_s, high_s = (decode.step_s(StepWork((), num, num * (prompt + output // 2))) for num in (low, low + 1))
-        return low_s + (num_decoding - low) * (high_s - low_s)
-
-    return apart_times(run.num_clients, output, side.num_prefill, side.num_decode, prompt_s, step_s)
+def held_out_errors(times: Sequence[RunTimes], weights: Floats) -> list[float]:
+    """Of each half of the runs' shapes by the campaign that the other half shows; none where there is but one shape."""
+    first, second = shape_halves(times)
+    if not first or not second:
+        return []
+    pairs = (first, second), (second, first)
+    return [error for known, others in pairs for error in ttft_errors(others, weights, fit_campaign(known, weights))]
 
 
-def mean_ttft_s(times: ApartTimes) -> float:
-    """Mean TTFT, in seconds, where ten requests per client were sent."""
-    return PUBLIC_BURST_SHARE * times.first_ttft_s + (1 - PUBLIC_BURST_SHARE) * times.later_ttft_s
+def shape_halves(times: Sequence[RunTimes]) -> tuple[list[RunTimes], list[RunTimes]]:
+    """Runs of one shape of load are in one half, so that neither knows of any that the other has."""
+    half_of = dict(zip(sorted({_shape(one.run) for one in times}), cycle((0, 1)), strict=False))
+    first, second = ([one for one in times if half_of[_shape(one.run)] == half] for half in (0, 1))
+    return first, second
+
+
+def _shape(run: MeasuredRun) -> tuple[int, int, int]:
+    return run.num_clients, run.num_prompt_tokens, run.num_output_tokens
+
+
+def _relative(times: Sequence[RunTimes], weights: Floats) -> Floats:
+    return np.array([[term / one.run.ttft_s for term in one.ttft_terms(weights)] for one in times])

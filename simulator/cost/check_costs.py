@@ -3,9 +3,10 @@
     python -m simulator.cost.check_costs TABLES      # a folder with silicon_e2e_*.csv.gz
 
 Two numbers of an engine are fitted to TPOT: for the errors of a model, on the aggregated runs of all other models under
-that engine; disaggregated runs are fitted to never. How a benchmark of one host began and what a request takes beside
-its prompt differs from one campaign to the next, and no row tells: three numbers for that are fitted to the TTFT of
-every second run of a group, and checked on the others. Writes engines.json beside this file, of all runs together.
+that engine; disaggregated runs are fitted to never. How a benchmark began and what a request takes beside its prompt
+differs from one campaign to the next, and no row tells: five numbers for that (campaigns.py) are fitted to the TTFT of
+each half of a group's shapes of load, and checked on the other half. Writes engines.json beside this file, of all runs
+together.
 """
 
 import json
@@ -17,11 +18,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from simulator.cost.campaigns import Checked, disaggregated_times, fit_campaign, mean_ttft_s, ttft_errors
-from simulator.cost.fit_engines import PUBLIC_BURST_SHARE, as_weights, fit_overhead
+from simulator.cost.campaigns import held_out_errors
+from simulator.cost.fit_engines import as_weights, fit_overhead
 from simulator.cost.gpu_cost_model import EngineOverhead
 from simulator.cost.measured_runs import MeasuredRun, read_runs
 from simulator.cost.models import served_model
+from simulator.cost.run_times import AggregatedTimes, DisaggregatedTimes, RunTimes
 
 Errors = list[float]
 
@@ -31,24 +33,26 @@ def main(tables: Annotated[Path, typer.Argument(exists=True, file_okay=False)]) 
     left_out: Counter[str] = Counter()
     (path,) = tables.glob("silicon_e2e_*.csv.gz")
     runs = list(read_runs(path, left_out))
-    aggregated = [Checked(run) for run in runs if run.prefill is None]
+    aggregated = [AggregatedTimes(run) for run in runs if run.prefill is None]
+    disaggregated = [DisaggregatedTimes(run) for run in runs if run.prefill is not None]
     typer.echo(f"{'engine':11}{'model':17}{'gpu':6}{'weights':11}{'runs':>5}  {'TPOT':^24}  {'TTFT':^24}")
     typer.echo(f"{'':45}{'':>5}  {'bias   median    p90':^24}  {'bias   median    p90':^24}")
-    held_out = {key: _fit([c for c in aggregated if _fits(c.run, key)]) for key in sorted({_key(run) for run in runs})}
+    held_out = {
+        key: _fit([one for one in aggregated if _fits(one.run, key)]) for key in sorted({_key(run) for run in runs})
+    }
     sums: defaultdict[str, tuple[Errors, Errors]] = defaultdict(lambda: ([], []))
-    typer.echo("aggregated")
-    for members in _groups(aggregated):
-        overhead = held_out[_key(members[0].run)]
-        _report("aggregated", members[0].run, *_aggregated_errors(members, overhead), sums)
-    typer.echo("disaggregated")
-    for members in _groups([Checked(run) for run in runs if run.prefill is not None]):
-        overhead = held_out[_key(members[0].run)]
-        _report("disaggregated", members[0].run, *_disaggregated_errors([c.run for c in members], overhead), sums)
+    modes: dict[str, Sequence[RunTimes]] = {"aggregated": aggregated, "disaggregated": disaggregated}
+    for mode, times in modes.items():
+        typer.echo(mode)
+        for members in _groups(times):
+            weights = as_weights(held_out[_key(members[0].run)])
+            tpots = [one.tpot_s(weights) / one.run.tpot_s - 1 for one in members]
+            _report(mode, members[0].run, tpots, held_out_errors(members, weights), sums)
     for kind, (tpots, ttfts) in sums.items():
         typer.echo(f"{kind:45}{len(tpots):5}  {_spread(tpots)}  {_spread(ttfts)}")
     for reason, number in left_out.most_common():
         typer.echo(f"left out {number}: {reason}")
-    engines = {engine: _fit([c for c in aggregated if c.run.engine == engine]) for engine in _engines(aggregated)}
+    engines = {engine: _fit([one for one in aggregated if one.run.engine == engine]) for engine in _engines(aggregated)}
     Path(__file__).with_name("engines.json").write_text(json.dumps(_described(engines), indent=1) + "\n")
 
 
@@ -60,31 +64,19 @@ def _fits(run: MeasuredRun, held_out: tuple[str, str]) -> bool:
     return run.engine == held_out[0] and run.model != held_out[1]
 
 
-def _engines(checked: Sequence[Checked]) -> list[str]:
-    return sorted({c.run.engine for c in checked})
+def _engines(times: Sequence[AggregatedTimes]) -> list[str]:
+    return sorted({one.run.engine for one in times})
 
 
-def _groups(checked: Sequence[Checked]) -> list[list[Checked]]:
-    groups: defaultdict[tuple[str, str, str, str], list[Checked]] = defaultdict(list)
-    for one in checked:
+def _groups(times: Sequence[RunTimes]) -> list[list[RunTimes]]:
+    groups: defaultdict[tuple[str, str, str, str], list[RunTimes]] = defaultdict(list)
+    for one in times:
         groups[one.run.group].append(one)
     return [groups[group] for group in sorted(groups)]
 
 
-def _fit(checked: Sequence[Checked]) -> EngineOverhead:
-    return fit_overhead([c.run for c in checked], [c.terms() for c in checked])
-
-
-def _aggregated_errors(members: Sequence[Checked], overhead: EngineOverhead) -> tuple[Errors, Errors]:
-    weights = as_weights(overhead)
-    tpots = [float(c.terms().tpot(PUBLIC_BURST_SHARE) @ weights) / c.run.tpot_s - 1 for c in members]
-    return tpots, ttft_errors(members[1::2], weights, fit_campaign(members[::2], weights))
-
-
-def _disaggregated_errors(runs: Sequence[MeasuredRun], overhead: EngineOverhead) -> tuple[Errors, Errors]:
-    found = [(run, disaggregated_times(run, overhead)) for run in runs]
-    ttfts = [mean_ttft_s(times) / run.ttft_s - 1 for run, times in found]
-    return [times.tpot_s / run.tpot_s - 1 for run, times in found], ttfts
+def _fit(times: Sequence[AggregatedTimes]) -> EngineOverhead:
+    return fit_overhead([one.run for one in times], [one.loop for one in times])
 
 
 def _report(

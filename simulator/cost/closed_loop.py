@@ -3,7 +3,7 @@
 Clients begin together. Nothing but steps passes time, so that which step computes what depends on sizes alone:
 `play` finds that out once, and any cost model says what the times are, as sums over the steps
 
-    TTFT = sum over steps of (share of the requests that wait for their first token) * seconds
+    TTFT = sum over steps of (share of the first requests that wait for their first token) * seconds
     TPOT = sum over steps of (share of the requests that decode, by their outputs) * seconds
 
 Three waves of N requests are played: all first requests come at once, and nothing comes behind the last ones; what is
@@ -45,7 +45,6 @@ class LoopStep:
     work: StepWork
     num_steps: int
     first_ttft: float  # of those that came at once in the beginning
-    later_ttft: float
     early_tpot: float  # of all waves but the last
     last_tpot: float
 
@@ -55,16 +54,11 @@ class LoopTimes:
     """Means, in seconds, or in whatever the steps were measured in."""
 
     first_ttft: Floats
-    later_ttft: Floats
     early_tpot: Floats
     last_tpot: Floats
 
-    def ttft(self, burst_share: float) -> Floats:
-        """`burst_share` is how many of a benchmark's requests came at once in its beginning."""
-        return burst_share * self.first_ttft + (1 - burst_share) * self.later_ttft
-
     def tpot(self, burst_share: float) -> Floats:
-        """As many requests are the last ones."""
+        """`burst_share` is how many of a benchmark's requests came at once in its beginning; as many are the last."""
         return burst_share * self.last_tpot + (1 - burst_share) * self.early_tpot
 
 
@@ -72,7 +66,7 @@ def loop_times(shape: LoopShape, measure: Callable[[StepWork], Sequence[float]])
     """Of every step `measure` says a vector, all of one length: its seconds, or terms of them."""
     steps = play(shape)
     measured = np.array([measure(step.work) for step in steps])
-    names = ("first_ttft", "later_ttft", "early_tpot", "last_tpot")
+    names = ("first_ttft", "early_tpot", "last_tpot")
     return LoopTimes(*(np.array([getattr(step, name) * step.num_steps for step in steps]) @ measured for name in names))
 
 
@@ -165,7 +159,6 @@ def _weighed(loop: _Loop, chunks: list[tuple[int, int]], num_decoding: int, num_
         StepWork(tuple(chunks), num_decoding, num_kv_tokens),
         num_steps,
         num_first / num_clients,
-        (len(loop.waiting) - num_first) / (num_clients * (NUM_WAVES - 1)),
         sum(shares) / (num_clients * (NUM_WAVES - 1)),
         sum(last) / num_clients,
     )

@@ -38,14 +38,14 @@ def replica_costs(run: MeasuredRun, split: Split, overhead: EngineOverhead) -> G
     return GpuCostModel(gpu, model, *ranks)
 
 
-def loop_terms(run: MeasuredRun, least_size: float = 1.0) -> LoopTimes:
+def loop_terms(run: MeasuredRun) -> LoopTimes:
     """TTFT and TPOT as what they are the sums of: [kernels' seconds, steps, sequences in steps]."""
     costs = replica_costs(run, run.split, EngineOverhead())
 
     def terms(work: StepWork) -> tuple[float, float, float]:
         return costs.step_s(work), 1.0, float(len(work.chunks) + work.num_decoding)
 
-    sizes = PUBLIC_LEAST_SIZE if run.is_public else least_size
+    sizes = PUBLIC_LEAST_SIZE if run.is_public else 1.0
     prompts_first = run.engine in ENGINES_THAT_PREFER_PROMPTS
     shape = LoopShape(run.num_clients, run.num_prompt_tokens, run.num_output_tokens, sizes, prompts_first)
     return loop_times(shape, terms)

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simulator.cost.campaigns import Checked, disaggregated_times, fit_campaign, ttft_errors
+from simulator.cost.campaigns import Campaign, fit_campaign, held_out_errors, shape_halves, ttft_errors
 from simulator.cost.fit_engines import as_weights, fit_overhead, loop_terms
 from simulator.cost.gpu_cost_model import EngineOverhead
 from simulator.cost.least_squares import not_negative
 from simulator.cost.measured_runs import MeasuredRun, PrefillSide, Split, read_runs
+from simulator.cost.run_times import AggregatedTimes, DisaggregatedTimes
 
 RANKS = ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
 COLUMNS = (
@@ -24,16 +25,19 @@ COLUMNS = (
 TRUE = EngineOverhead(1.5e-3, 4e-5)
 
 
-def runs_of(overhead: EngineOverhead, burst_share: float = 0.1, request_s: float = 0.02) -> list[MeasuredRun]:
+CAMPAIGN = Campaign(burst_share=0.25, num_prompts=1.5, num_without_place=1.0, request_s=0.02, client_s=1e-3)
+
+
+def runs_of(overhead: EngineOverhead, campaign: Campaign = CAMPAIGN) -> list[MeasuredRun]:
     shapes = [(ranks, clients, 1000, 100 + 25 * clients) for ranks in (1, 2, 4) for clients in (1, 4, 16, 64)]
     runs = []
     for ranks, clients, prompt, output in shapes:
         run = MeasuredRun(
             "llama-3.1-8b", "h100", "vllm", "fp8", Split(ranks), clients, prompt, output, 1.0, 1.0, is_public=True
         )
-        terms, weights = loop_terms(run), as_weights(overhead)
-        ttft_s = float(terms.ttft(burst_share) @ weights) + request_s
-        runs.append(replace(run, ttft_s=ttft_s, tpot_s=float(terms.tpot(0.1) @ weights)))
+        times, weights = AggregatedTimes(run), as_weights(overhead)
+        ttft_s = sum(number * term for number, term in zip(campaign, times.ttft_terms(weights), strict=True))
+        runs.append(replace(run, ttft_s=ttft_s, tpot_s=times.tpot_s(weights)))
     return runs
 
 
@@ -46,11 +50,21 @@ def test_overhead_is_found_again_though_a_third_of_the_runs_say_something_else()
     assert found.sequence_s == pytest.approx(TRUE.sequence_s, rel=0.03)
 
 
-def test_a_campaign_is_found_again():
-    checked = [Checked(run) for run in runs_of(TRUE, 0.25, 0.02)]
-    campaign = fit_campaign(checked[::2], as_weights(TRUE))
-    assert (campaign.burst_share, campaign.request_s) == (0.25, 0.02)
-    assert np.max(np.abs(ttft_errors(checked[1::2], as_weights(TRUE), campaign))) < 1e-9
+def test_a_campaign_is_found_again_though_some_runs_say_something_else():
+    runs, weights = runs_of(TRUE), as_weights(TRUE)
+    runs[5] = replace(runs[5], ttft_s=9.0)
+    campaign = fit_campaign([AggregatedTimes(run) for run in runs], weights)
+    assert campaign == pytest.approx(CAMPAIGN, rel=0.1)
+    others = [AggregatedTimes(run) for run in runs[:5] + runs[6:]]
+    assert np.max(np.abs(ttft_errors(others, weights, campaign))) < 0.03
+
+
+def test_a_campaign_is_checked_on_shapes_of_load_that_it_was_not_fitted_to():
+    times = [AggregatedTimes(run) for run in runs_of(TRUE)]
+    halves = shape_halves(times)
+    assert [{one.run.num_clients for one in half} for half in halves] == [{1, 16}, {4, 64}]
+    assert len(held_out_errors(times, as_weights(TRUE))) == len(times)
+    assert held_out_errors([one for one in times if one.run.num_clients == 4], as_weights(TRUE)) == []
 
 
 def test_columns_that_would_be_negative_are_left_out_even_all_of_them():
@@ -111,7 +125,7 @@ def test_disaggregated_runs_take_the_number_of_replicas_from_the_row_that_tells_
 
 def test_a_disaggregated_replica_decodes_without_the_prompts_that_others_compute():
     together = MeasuredRun("llama-3.1-8b", "h100", "vllm", "fp8", Split(1), 16, 4000, 500, 1.0, 1.0, is_public=False)
-    apart = disaggregated_times(replace(together, prefill=PrefillSide(Split(1), 4, 1)), TRUE)
+    apart = DisaggregatedTimes(replace(together, prefill=PrefillSide(Split(1), 4, 1))).apart(as_weights(TRUE))
     tpot_s = float(loop_terms(together).tpot(0.0) @ as_weights(TRUE))
     prompt_s = apart.later_ttft_s
     assert apart.tpot_s + 15 / 500 * prompt_s == pytest.approx(tpot_s, rel=0.1)
