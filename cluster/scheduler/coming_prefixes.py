@@ -14,8 +14,9 @@ NOTHING_COMES: Mapping[str, int] = {}
 
 
 class _Coming(NamedTuple):
-    """One prompt under way; `depth`: its blocks that were there before."""
+    """One attempt at a prompt; `depth`: its blocks that were there before."""
 
+    request_id: str
     replica_id: str
     hashes: Sequence[BlockHash]
     depth: int
@@ -27,7 +28,7 @@ class ComingPrefixes:
     def __init__(self) -> None:
         self._by_request: dict[str, _Coming] = {}
         self._by_first: dict[BlockHash, dict[str, _Coming]] = {}  # the first block that is computed anew -> by request
-        self._computed: defaultdict[str, list[str]] = defaultdict(list)  # requests by replica: its report will tell
+        self._computed: defaultdict[str, list[_Coming]] = defaultdict(list)  # by replica: its report will tell
 
     def __len__(self) -> int:
         return len(self._by_request)
@@ -36,18 +37,19 @@ class ComingPrefixes:
         """A prompt of these whole blocks is sent to a replica that has the first `depth` of them."""
         self.end(request_id)
         if depth < len(hashes):
-            one = self._by_request[request_id] = _Coming(replica_id, hashes, depth)
+            one = self._by_request[request_id] = _Coming(request_id, replica_id, hashes, depth)
             self._by_first.setdefault(hashes[depth], {})[request_id] = one
 
     def computed(self, request_id: str) -> None:
         """Its first token is out."""
         if (one := self._by_request.get(request_id)) is not None:
-            self._computed[one.replica_id].append(request_id)
+            self._computed[one.replica_id].append(one)
 
     def reported(self, replica_id: str) -> None:
         """The index knows what the replica had computed by then."""
-        for request_id in self._computed.pop(replica_id, ()):
-            self.end(request_id)
+        for one in self._computed.pop(replica_id, ()):
+            if self._by_request.get(one.request_id) is one:  # and not a later attempt elsewhere
+                self.end(one.request_id)
 
     def lost(self, replica_id: str) -> None:
         """Nothing comes there any more."""

@@ -66,3 +66,15 @@ def test_depths_are_those_of_comparing_with_each():
                 expected[replica_id] = max(common, expected.get(replica_id, 0))
         assert coming.depths(asked) == expected
     assert len(coming) == len(under_way)
+
+
+def test_a_report_of_an_earlier_attempts_replica_ends_no_later_attempt():
+    coming, hashes = ComingPrefixes(), blocks_of(range(BLOCK * 4))
+    coming.begin("r", "p0", hashes, 0)
+    coming.computed("r")
+    coming.begin("r", "p1", hashes, 0)  # decode was lost behind the first token
+    coming.reported("p0")
+    assert coming.depths(hashes) == {"p1": 4}
+    coming.computed("r")
+    coming.reported("p1")
+    assert not len(coming)
