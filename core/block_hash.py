@@ -52,6 +52,18 @@ def hash_blocks(
     return tuple(hashes)
 
 
+def num_common(some: Sequence[BlockHash], others: Sequence[BlockHash], low: int = 0) -> int:
+    """Leading blocks of both, of which `low` are known to be: a block's hash is of all before it, too."""
+    high = min(len(some), len(others))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if some[middle - 1] == others[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _encoded(token_ids: Sequence[int]) -> bytes:
     if isinstance(token_ids, array) and token_ids.typecode == "i" and sys.byteorder == "little":
         return token_ids.tobytes()

@@ -99,6 +99,7 @@ PURE = [
     "cluster.scheduler.reservations",
     "cluster.scheduler.robust_fit",
     "cluster.scheduler.rules",
+    "cluster.scheduler.shared_work",
     "cluster.scheduler.shortlist",
     "cluster.scheduler.site",
     "cluster.scheduler.source",

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from core.block_hash import BlockHash
+from core.block_hash import BlockHash, num_common
 
 NOTHING_COMES: Mapping[str, int] = {}
 
@@ -75,19 +75,7 @@ class ComingPrefixes:
         for first in hashes:
             if first in by_first:
                 for one in by_first[first].values():
-                    depth = _num_common(one.hashes, hashes, one.depth + 1)
+                    depth = num_common(one.hashes, hashes, one.depth + 1)
                     if depth > found.get(one.replica_id, 0):
                         found[one.replica_id] = depth
         return found
-
-
-def _num_common(some: Sequence[BlockHash], others: Sequence[BlockHash], low: int) -> int:
-    """Leading blocks in common, of which `low` are known to be: a block's hash is of all before it, too."""
-    high = min(len(some), len(others))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if some[middle - 1] == others[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

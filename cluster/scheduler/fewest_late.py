@@ -17,6 +17,7 @@ class Job(NamedTuple):
     work_s: float
     rank: int = 0  # those of higher ranks go first, also when they went behind others of theirs
     may_go_behind: bool = True
+    for_others_s: float = 0.0  # beside its own work; stays where it was when the job goes behind
 
 
 def behind_others(jobs: Iterable[Job], now: float) -> list[int]:
@@ -28,7 +29,7 @@ def behind_others(jobs: Iterable[Job], now: float) -> list[int]:
         if job.rank != rank:
             taken, rank = [], job.rank
             ends_at, behind_s = ends_at + behind_s, 0.0
-        ends_at += job.work_s
+        ends_at += job.work_s + job.for_others_s
         if job.may_go_behind:
             heappush(taken, (-job.work_s, number))
         if ends_at > job.due_at and taken:

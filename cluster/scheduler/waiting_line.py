@@ -27,7 +27,7 @@ class Waiting:
     due_at: float  # when its first token should be out
     timeout_s: float  # it waits no longer
     is_put_off: bool = False  # its first token cannot be out when it is due, or others' could not
-    num_uncached: int = 0  # tokens that nobody had cached
+    num_cached_blocks: int = 0  # leading ones that somebody had
     looked_up_at: float = -inf  # when that was
     number: int = field(default_factory=count().__next__)
 

@@ -23,7 +23,10 @@ def all_choices(numbers: list[int]):
 
 
 Jobs = st.lists(
-    st.builds(Job, st.integers(1, 30).map(float), st.integers(1, 12).map(float), st.just(0), st.just(True)), max_size=8
+    st.builds(
+        Job, st.integers(1, 30).map(float), st.integers(1, 12).map(float), st.just(0), st.just(True), st.just(0.0)
+    ),
+    max_size=8,
 )
 
 
@@ -37,7 +40,15 @@ def test_no_choice_makes_fewer_late(jobs):
 
 @given(
     st.lists(
-        st.builds(Job, st.integers(1, 30).map(float), st.integers(1, 12).map(float), st.integers(0, 2)), max_size=9
+        st.builds(
+            Job,
+            st.integers(1, 30).map(float),
+            st.integers(1, 12).map(float),
+            st.integers(0, 2),
+            st.just(True),
+            st.just(0.0),
+        ),
+        max_size=9,
     )
 )
 def test_nobody_goes_behind_one_of_a_lower_rank(jobs):
@@ -49,7 +60,9 @@ def test_nobody_goes_behind_one_of_a_lower_rank(jobs):
         assert behind_others(above, 0.0) == [number for number in chosen if number < len(above)]
 
 
-@given(st.lists(st.builds(Job, st.floats(1, 30), st.floats(1, 12), st.just(0), st.booleans()), max_size=9))
+@given(
+    st.lists(st.builds(Job, st.floats(1, 30), st.floats(1, 12), st.just(0), st.booleans(), st.just(0.0)), max_size=9)
+)
 def test_who_may_not_go_behind_does_not(jobs):
     chosen = behind_others(sorted(jobs), 0.0)
     assert all(sorted(jobs)[number].may_go_behind for number in chosen)
@@ -63,3 +76,9 @@ def test_the_longest_goes_behind_when_three_short_ones_would_be_late():
     jobs = [Job(11.0, 10.0), Job(12.0, 2.0), Job(13.0, 2.0), Job(14.0, 2.0)]
     assert behind_others(jobs, 0.0) == [0]
     assert behind_others(jobs, 10.0) == [0, 1], "later, two of the three can still be in time"
+
+
+def test_what_others_need_too_stays_where_it_was():
+    """Of three that share 6 s and need 1 s each the first has the common part; the longest of its own goes behind."""
+    jobs = [Job(8.0, 1.0, for_others_s=6.0), Job(8.5, 1.0), Job(11.0, 3.0), Job(11.5, 1.0)]
+    assert behind_others(jobs, 0.0) == [2]
