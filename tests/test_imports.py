@@ -89,6 +89,7 @@ PURE = [
     "cluster.scheduler.link_end",
     "cluster.scheduler.local_prefill",
     "cluster.scheduler.matches",
+    "cluster.scheduler.overtaking",
     "cluster.scheduler.pace",
     "cluster.scheduler.pairing",
     "cluster.scheduler.policy",

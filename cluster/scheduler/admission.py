@@ -6,7 +6,7 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
                +- deadline: Overloaded with Retry-After
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -20,18 +20,19 @@ from cluster.scheduler.fair_share import FairShare
 from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.overtaking import Overtaking
 from cluster.scheduler.policy import Choices, Policy
 from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.refusals import Refusals
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
-from cluster.scheduler.rules import has_free_slot, usable_hashes
+from cluster.scheduler.rules import has_room, usable_hashes
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.triage import Triage
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
-from core.errors import BatonError, NoReplica, PeerLost
+from core.errors import BatonError, NoReplica, Overloaded, PeerLost
 from core.messages.fleet import ReplicaInfo, Role
 from core.messages.to_scheduler import Plan, Progress, ReplicaState, Report, Reserve
 from kv_transfer.tombstones import Tombstones
@@ -136,7 +137,7 @@ class Admission:
             self.workload(generations.answering(request)).arrived(now)
 
     def dispatch(self, now: float) -> list[Plan]:
-        """Plans for waiting requests in their order, in each generation until one finds no room.
+        """Plans for waiting requests in their order; who finds no room is overtaken by shorter ones (Overtaking).
 
         One that avoids replicas holds nobody up: there may be room where it does not want to go. Who cannot be in time
         goes after those that can be.
@@ -148,28 +149,28 @@ class Admission:
         if self._triage.is_due(len(self.fleet.by_id), now):
             self._put_off(generations, now)
         decodes = generations.decodes
-        full: set[str] = set()
-        held_up: Counter[str] = Counter()  # by generation, requests that batch work may be in the way of
+        overtaking = Overtaking()
         late: list[Waiting] = []
         for waiting in chain(self._line.in_order(), late):
-            if full >= decodes.keys():
+            if overtaking.is_over(decodes):
                 break
             generation = generations.answering(waiting.request)
-            if generation in full or generation not in decodes:
+            if generation not in decodes or not overtaking.may_try(generation, waiting):
                 continue
-            decision = self._decide(waiting.request, decodes[generation].replicas, now)
+            pool = decodes[generation].replicas
+            decision = self._decide(waiting.request, pool, now, overtaking.kept_id(generation))
             if decision is None:
                 if not waiting.request.avoid:
-                    full.add(generation)  # nobody of this generation overtakes
-                    held_up[generation] += not waiting.is_batch
+                    overtaking.found_no_room(generation, waiting, self._kept_id(waiting, pool, now))
                 continue
             if waiting.misses(decision.busy_ttft_s, now):
                 late += self._line.put_off([waiting])
                 continue
             self._line.remove(waiting.request.request_id)
             plans.append(self._book(waiting, decision, now))
-        for generation in +held_up:
-            self._make_room(generation, decodes[generation].replicas)
+        for generation, first in overtaking.firsts().items():
+            if not first.is_batch:
+                self._make_room(first, generation, decodes[generation].replicas, now)
         return plans
 
     def dispatch_one(self, request_id: str, now: float) -> Plan | None:
@@ -225,12 +226,14 @@ class Admission:
         generations = self._generations(now)
         has_decode = self.can_grow(now) or bool(generations.decodes)
         late: dict[str, BatonError] = {**self._refusals.take_pushed_out()}
+        retry_after_s: float | None = None  # the same for all whose time is over in this call
         for waiting in self._line:
             request, waited_s = waiting.request, now - waiting.since
             if waited_s >= waiting.timeout_s:
-                late[request.request_id] = self._refusals.overloaded(
-                    waiting, f"no capacity within {waiting.timeout_s:.0f} s"
-                )
+                if retry_after_s is None:
+                    retry_after_s = self._refusals.retry_after_s(waiting)
+                message = f"no capacity within {waiting.timeout_s:.0f} s"
+                late[request.request_id] = Overloaded(message, retry_after_s=retry_after_s)
             elif (too_long := generations.too_long(request)) is not None:
                 late[request.request_id] = too_long
             elif not has_decode and waited_s >= self._config.no_replica_timeout_s:
@@ -257,10 +260,10 @@ class Admission:
     def _generations(self, now: float) -> Generations:
         return Generations.at(now, self.fleet, self.traffic, self.sizes.at(now))
 
-    def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float) -> Decision | None:
+    def _decide(self, request: Reserve, decodes: list[ReplicaView], now: float, kept_id: str = "") -> Decision | None:
         prefills = self.fleet.in_generation(Role.PREFILL, decodes[0].info.generation, now)
         cached = self.index.match(usable_hashes(request, decodes[0].info.compatibility.block_size))
-        return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id))
+        return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id, kept_id))
 
     def _put_off(self, generations: Generations, now: float) -> None:
         """Where all traffic goes to one generation: of those that shift it, each has a part of the line."""
@@ -283,10 +286,27 @@ class Admission:
             num = f"{len(self.fleet.by_id)} of {request.num_known_replicas} replicas"
             raise PeerLost(f"the global scheduler has just started: it has heard of {num}")
 
-    def _make_room(self, generation: str, decodes: Sequence[ReplicaView]) -> None:
+    def _kept_id(self, waiting: Waiting, decodes: Sequence[ReplicaView], now: float) -> str:
+        """The decode replica that nobody overtakes it to, once its token is due and as long as memory is what it lacks;
+        that which had most room when this began.
+        """
+        if waiting.is_batch or now < waiting.due_at:
+            return ""
+        num_tokens = waiting.request.num_tokens + waiting.request.max_new_tokens
+        kept = next((one for one in decodes if one.info.replica_id == waiting.kept_id), None)
+        if kept is None and not any(self._has_room(num_tokens, one) for one in decodes):
+            holding = [one for one in decodes if num_tokens <= one.info.max_model_len]
+            kept = max(holding, key=lambda one: (one.num_free_blocks, one.info.replica_id), default=None)
+            waiting.kept_id = kept.info.replica_id if kept is not None else ""
+        return waiting.kept_id if kept is not None and not self._has_room(num_tokens, kept) else ""
+
+    def _make_room(self, waiting: Waiting, generation: str, decodes: Sequence[ReplicaView], now: float) -> None:
         """Where decode is what is full, batch work is in the way."""
-        if not any(has_free_slot(decode, self._config.max_decode_kv_usage) for decode in decodes):
-            self._yields.choose(one for one in self.reservations if one.generation == generation)
+        if not any(self._has_room(waiting.request.num_tokens + 1, decode) for decode in decodes):
+            self._yields.choose((one for one in self.reservations if one.generation == generation), now)
+
+    def _has_room(self, num_tokens: int, decode: ReplicaView) -> bool:
+        return has_room(num_tokens, decode, 1, self._config.max_decode_kv_usage)
 
     def _book(self, waiting: Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request

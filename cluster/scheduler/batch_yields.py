@@ -16,20 +16,23 @@ class Yielding:
     decode: ReplicaInfo
 
 
+YIELD_WITHIN_S = 2.0  # then another one is asked, or this one again: what it was told may have been lost
+
+
 class BatchYields:
     """Those that were chosen and that nobody was told of yet."""
 
     def __init__(self) -> None:
         self._chosen: list[Yielding] = []
 
-    def choose(self, reservations: Iterable[Reservation]) -> None:
+    def choose(self, reservations: Iterable[Reservation], now: float) -> None:
         """Has the youngest of a generation's batch requests yield, one at a time."""
         batch = [reservation for reservation in reservations if reservation.request.is_batch]
         decoding = [reservation for reservation in batch if reservation.decoding_since is not None]
-        if not decoding or any(reservation.yielding for reservation in batch):
+        if not decoding or any(now - reservation.asked_to_yield_at < YIELD_WITHIN_S for reservation in batch):
             return
-        youngest = max(decoding, key=lambda reservation: reservation.booked_at)
-        youngest.yielding = True
+        youngest = max(decoding, key=lambda reservation: (-reservation.asked_to_yield_at, reservation.booked_at))
+        youngest.asked_to_yield_at = now
         self._chosen.append(Yielding(youngest.request_id, youngest.attempt, youngest.decision.decode.info))
 
     def take(self) -> list[Yielding]:

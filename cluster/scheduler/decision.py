@@ -188,10 +188,11 @@ class DecisionMaker:
         self, request: Reserve, choices: Choices, coming: Mapping[str, int], num_new: float, strain: Strain
     ) -> list[Sink]:
         num_tokens, matches = request.num_tokens, choices.cached
-        fits, now = self._headroom_for(request).fits, choices.now
+        fits, now, kept_id = self._headroom_for(request).fits, choices.now, choices.kept_id
 
         def has_room(site: Site) -> bool:
-            return site.has_slot and site.view.usable and fits(site, num_tokens, num_new, 1, now)
+            may = site.has_slot and site.view.usable and site.replica_id != kept_id
+            return may and fits(site, num_tokens, num_new, 1, now)
 
         sinks = []
         for site in self._short(choices.decodes, request, choices, coming, has_room):

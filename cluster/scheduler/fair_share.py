@@ -9,13 +9,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 OUTPUT_WEIGHT = 2.0  # of an output token, in prompt tokens, as in the paper
+MOST_UNSETTLED = 1024  # attempts that may be followed by others
 MOST_TENANTS = 4096  # counters kept; the lowest ones, which lifting makes anew, go first
 
 
 @dataclass(frozen=True)
 class _Charge:
     tenant: str
-    num_output_tokens: float  # charged for the output
+    num_prompt_tokens: float
+    num_output_tokens: float  # expected
+
+    @property
+    def num_tokens(self) -> float:
+        """What was charged, in prompt tokens."""
+        return self.num_prompt_tokens + OUTPUT_WEIGHT * self.num_output_tokens
 
 
 class FairShare:
@@ -25,6 +32,7 @@ class FairShare:
         self._weights = weights
         self._served: dict[str, float] = {}
         self._charges: dict[str, _Charge] = {}  # by request
+        self._unsettled: dict[str, _Charge] = {}  # of attempts that ended in the middle, the newest last
         self._last_turn: dict[str, int] = {}
         self._num_turns = 0
         self._level = 0.0  # of the tenant that was served last
@@ -52,17 +60,28 @@ class FairShare:
 
     def taken(self, request_id: str, tenant: str, num_prompt_tokens: float, num_output_tokens: float) -> None:
         """A request of a tenant is served from now on: prompt tokens to compute, output tokens that are expected."""
-        self._charges[request_id] = _Charge(tenant, num_output_tokens)
+        before = self._charges.pop(request_id, None) or self._unsettled.pop(request_id, None)
+        if before is not None:  # an attempt that failed or yielded: whoever has to answer again takes nothing twice
+            self._charge(before.tenant, -before.num_tokens)
+        charge = self._charges[request_id] = _Charge(tenant, num_prompt_tokens, num_output_tokens)
         self._level = max(self._level, self.served(tenant))
         self._num_turns += 1
         self._last_turn[tenant] = self._num_turns
-        self._charge(tenant, num_prompt_tokens + OUTPUT_WEIGHT * num_output_tokens)
+        self._charge(tenant, charge.num_tokens)
 
     def ended(self, request_id: str, num_output_tokens: float | None) -> None:
-        """It is over after so many output tokens; None: nobody knows, so what was expected stands."""
+        """It is over after so many output tokens, over all attempts; None: nobody knows, so what was expected stands
+        unless it is served again.
+        """
         charge = self._charges.pop(request_id, None)
-        if charge is not None and num_output_tokens is not None:
+        if charge is None:
+            return
+        if num_output_tokens is not None:
             self._charge(charge.tenant, OUTPUT_WEIGHT * (num_output_tokens - charge.num_output_tokens))
+            return
+        self._unsettled[request_id] = charge
+        if len(self._unsettled) > MOST_UNSETTLED:
+            del self._unsettled[next(iter(self._unsettled))]
 
     def _charge(self, tenant: str, num_tokens: float) -> None:
         self._served[tenant] = self.served(tenant) + num_tokens / self.weight(tenant)

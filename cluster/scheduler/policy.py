@@ -27,13 +27,14 @@ class Choices:
     cached: Matches  # leading blocks of the prompt, by replica id; those without any are left out
     now: float
     everyone: Mapping[str, ReplicaView]  # of the whole fleet, those that take no work included, by id
+    kept_id: str = ""  # the decode replica whose memory is kept for who has waited longer
 
 
 class Policy(Protocol):
     """Chooses, and may learn from what it is told."""
 
     def decide(self, request: Reserve, choices: Choices) -> Decision | None:
-        """Where a request goes now; None has it wait, and those of its generation behind it."""
+        """Where a request goes now; None has it wait, and longer ones of its generation behind it."""
         ...
 
     def reported(self, replica: ReplicaView, report: Report, now: float) -> None:

@@ -51,8 +51,11 @@ class Refusals:
 
     def overloaded(self, waiting: Waiting, message: str) -> Overloaded:
         """With an honest Retry-After."""
-        wait_s = self._wait_s(waiting)
-        return Overloaded(message, retry_after_s=self._forecast.retry_after_s(wait_s, waiting.timeout_s))
+        return Overloaded(message, retry_after_s=self.retry_after_s(waiting))
+
+    def retry_after_s(self, waiting: Waiting) -> float:
+        """When to come back, by how many wait before it."""
+        return self._forecast.retry_after_s(self._wait_s(waiting), waiting.timeout_s)
 
     def _wait_s(self, waiting: Waiting) -> float | None:
         """Foreseen; who will not be in time will have been put off by then."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.fleet_view import FleetView
@@ -26,7 +27,7 @@ class Reservation:
     num_output_tokens: int | None = None  # over all attempts, once the request has come to its end
     num_found_tokens: int | None = None  # of the prompt, that prefill found cached
     finished_at: float | None = None
-    yielding: bool = False  # it was asked to make room
+    asked_to_yield_at: float = -inf  # for the last time
 
 
 class Reservations:

@@ -17,6 +17,7 @@ from cluster.scheduler.water_level import WaterLevel
 
 PAUSE_EACH_S = 5e-5  # for each request and replica that is looked at: several times what that takes
 LOOK_UP_EACH_S = 2.0  # what is cached of a prompt changes while it waits
+MOST_LOOK_UPS = 32  # at a time, of those that were looked up before
 
 
 class Triage:
@@ -28,6 +29,7 @@ class Triage:
         self._line = line
         self._index = index
         self._last_at = -inf
+        self._num_look_ups = 0  # in this round
 
     def is_due(self, num_replicas: int, now: float) -> bool:
         """Not at every event: the order counts for the next requests alone, and so soon nobody comes late."""
@@ -37,6 +39,7 @@ class Triage:
     def put_off(self, pace: Pace, block_size: int, now: float) -> None:
         """Requests that a pool computes at a pace."""
         self._last_at = now
+        self._num_look_ups = 0
         by_weight = self._line.by_weight()
         prompts = [self._prompt(one, block_size, now) for _, line in by_weight for one in line]
         works = map(partial(_Work.of, pace), prompts, left_by_line(prompts, block_size))
@@ -52,8 +55,10 @@ class Triage:
 
     def _prompt(self, waiting: Waiting, block_size: int, now: float) -> Prompt:
         request = waiting.request
-        if now - waiting.looked_up_at >= LOOK_UP_EACH_S:
+        is_new = waiting.looked_up_at == -inf
+        if is_new or (now - waiting.looked_up_at >= LOOK_UP_EACH_S and self._num_look_ups < MOST_LOOK_UPS):
             waiting.looked_up_at = now
+            self._num_look_ups += not is_new
             segments = self._index.match(usable_hashes(request, block_size)).segments
             waiting.num_cached_blocks = segments[0].depth if segments else 0
         return Prompt(request.block_hashes, request.num_tokens, waiting.num_cached_blocks)

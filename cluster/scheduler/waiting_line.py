@@ -6,8 +6,8 @@
    first to come
 """
 
-from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import inf
@@ -29,6 +29,7 @@ class Waiting:
     is_put_off: bool = False  # its first token cannot be out when it is due, or others' could not
     num_cached_blocks: int = 0  # leading ones that somebody had
     looked_up_at: float = -inf  # when that was
+    kept_id: str = ""  # the decode replica that is kept for it
     number: int = field(default_factory=count().__next__)
 
     @property
@@ -65,6 +66,7 @@ class WaitingLine:
         self._share = share
         self._by_id: dict[str, Waiting] = {}
         self._by_tenant: dict[str, list[Waiting]] = {}
+        self._num_tokens: dict[str, tuple[int, int]] = {}  # of prompts by tenant: all, and those of batch work
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -82,8 +84,9 @@ class WaitingLine:
         if tenant not in self._by_tenant:
             self._share.arrived(tenant, self._by_tenant.keys())
             self._by_tenant[tenant] = []
-        insort(self._by_tenant[tenant], waiting, key=lambda one: one.place)
+        insort(self._by_tenant[tenant], waiting, key=_place)
         self._by_id[waiting.request.request_id] = waiting
+        self._count(waiting, 1)
 
     def remove(self, request_id: str) -> Waiting | None:
         """It waits no more; None when it did not."""
@@ -91,18 +94,22 @@ class WaitingLine:
         if waiting is not None:
             tenant = waiting.request.tenant
             self._by_tenant[tenant].remove(waiting)
+            self._count(waiting, -1)
             if not self._by_tenant[tenant]:
-                del self._by_tenant[tenant]
+                del self._by_tenant[tenant], self._num_tokens[tenant]
         return waiting
 
     def put_off(self, some: Sequence[Waiting]) -> list[Waiting]:
         """Requests of one tenant go behind its others of their priority. Returns them as they wait from now on."""
-        put_off = {one.number: one.as_put_off() for one in some}
+        put_off = [one.as_put_off() for one in some]
         if some:
             line = self._by_tenant[some[0].request.tenant]
-            line[:] = sorted((put_off.get(one.number, one) for one in line), key=lambda one: one.place)
-            self._by_id.update((one.request.request_id, one) for one in put_off.values())
-        return list(put_off.values())
+            gone = {one.number for one in some}
+            line[:] = [one for one in line if one.number not in gone]
+            for one in put_off:
+                insort(line, one, key=_place)
+                self._by_id[one.request.request_id] = one
+        return put_off
 
     def in_order(self) -> Iterator[Waiting]:
         """Each request once; whoever takes one away and charges its tenant for it changes who comes next."""
@@ -134,18 +141,23 @@ class WaitingLine:
 
         As tenants share by weight, no more of the others' than their part while the tenant's own are dispatched.
         """
-        weight, own, others = self._share.weight(waiting.request.tenant), 0, 0.0
-        limits: Mapping[str, int] = self._tokens_by_tenant(waiting.is_batch)
-        for one in self._by_tenant.get(waiting.request.tenant, ()):
-            own += one.request.num_tokens if one.place < waiting.place else 0
-        own += waiting.request.num_tokens
-        for tenant, num_tokens in limits.items():
-            if tenant != waiting.request.tenant:
-                others += min(num_tokens, own * self._share.weight(tenant) / weight)
+        tenant, weight = waiting.request.tenant, self._share.weight(waiting.request.tenant)
+        line = self._by_tenant.get(tenant, [])
+        own = waiting.request.num_tokens
+        own += sum([one.request.num_tokens for one in line[: bisect_left(line, waiting.place, key=_place)]])
+        others = 0.0
+        for other, (num_tokens, num_of_batch) in self._num_tokens.items():
+            if other != tenant:
+                num_before = num_tokens if waiting.is_batch else num_tokens - num_of_batch
+                others += min(num_before, own * self._share.weight(other) / weight)
         return own + others
 
-    def _tokens_by_tenant(self, with_batch: bool) -> dict[str, int]:
-        return {
-            tenant: sum(one.request.num_tokens for one in line if with_batch or not one.is_batch)
-            for tenant, line in self._by_tenant.items()
-        }
+    def _count(self, waiting: Waiting, sign: int) -> None:
+        num_all, num_of_batch = self._num_tokens.get(waiting.request.tenant, (0, 0))
+        num_tokens = sign * waiting.request.num_tokens
+        counted = num_all + num_tokens, num_of_batch + (num_tokens if waiting.is_batch else 0)
+        self._num_tokens[waiting.request.tenant] = counted
+
+
+def _place(waiting: Waiting) -> Place:
+    return waiting.place

@@ -1,0 +1,74 @@
+"""Who may have a plan before a request that finds no room now, in one round of plans. Pure.
+
+Whatever it lacks, a shorter request of the same kind may lack it not; one as long does, too. The first that waits for
+memory beyond the time when its token is due has one replica kept for it, which others leave alone: else they would take
+whatever becomes free there, and it would wait for good.
+"""
+
+from collections.abc import Collection, Mapping
+from math import inf
+
+from cluster.scheduler.waiting_line import Waiting
+
+MOST_TRIED = 8  # requests of a generation that find no room
+MOST_PASSED = 128  # that are as long, and left out
+
+_Kind = tuple[str, bool]  # placement, and whether it is batch work
+
+
+class _Jam:
+    """Of one generation."""
+
+    __slots__ = ("first", "kept_id", "least", "num_passed", "num_tried")
+
+    def __init__(self, first: Waiting, kept_id: str) -> None:
+        self.first = first
+        self.kept_id = kept_id
+        self.least: dict[_Kind, int] = {}  # tokens of the shortest one that found no room
+        self.num_passed = self.num_tried = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.num_tried >= MOST_TRIED or self.num_passed >= MOST_PASSED
+
+
+class Overtaking:
+    """Of one round."""
+
+    def __init__(self) -> None:
+        self._jams: dict[str, _Jam] = {}
+
+    def may_try(self, generation: str, waiting: Waiting) -> bool:
+        """Whether it may find the room that those before it did not."""
+        jam = self._jams.get(generation)
+        if jam is None:
+            return True
+        if jam.is_over:
+            return False
+        if waiting.request.num_tokens < jam.least.get(_kind(waiting), inf):
+            return True
+        jam.num_passed += 1
+        return False
+
+    def found_no_room(self, generation: str, waiting: Waiting, kept_id: str) -> None:
+        """Its policy has it wait. `kept_id`: of the decode replica that is kept for it, if it is the first; or none."""
+        jam = self._jams.setdefault(generation, _Jam(waiting, kept_id))
+        jam.num_tried += 1
+        jam.least[_kind(waiting)] = waiting.request.num_tokens
+
+    def kept_id(self, generation: str) -> str:
+        """The decode replica that others leave alone; empty: none."""
+        jam = self._jams.get(generation)
+        return jam.kept_id if jam is not None else ""
+
+    def firsts(self) -> Mapping[str, Waiting]:
+        """By generation, the first that found no room."""
+        return {generation: jam.first for generation, jam in self._jams.items()}
+
+    def is_over(self, generations: Collection[str]) -> bool:
+        """Nobody more of these is tried."""
+        return len(self._jams) == len(generations) and all(jam.is_over for jam in self._jams.values())
+
+
+def _kind(waiting: Waiting) -> _Kind:
+    return waiting.request.placement, waiting.is_batch

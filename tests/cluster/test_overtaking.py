@@ -1,0 +1,113 @@
+"""Who finds no room holds up nobody who finds some, and is not overtaken for good."""
+
+import pytest
+
+from core.config import SchedulerConfig
+from core.messages.fleet import Role
+from core.messages.to_scheduler import Progress
+from tests.cluster.scheduler_world import World
+
+LONG = 100_000
+
+
+def crowded(num_replicas: int = 3, num_free_blocks: int = 7000) -> World:
+    """Decode replicas whose batches leave room for 48,000 tokens (a tenth of the blocks stays free), not for LONG."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9, queue_timeout_s=60.0))
+    for number in range(num_replicas):
+        world.add(f"d{number}", Role.DECODE)
+        world.report(f"d{number}", num_free_blocks=num_free_blocks, num_running=8, num_kv_tokens=400_000)
+    return world
+
+
+def planned(world: World, now: float) -> list[tuple[str, str]]:
+    return [(plan.request_id, plan.decode.replica_id) for plan in world.admission.dispatch(now)]
+
+
+def test_shorter_ones_go_where_there_is_room_for_them_whoever_waits_before_them():
+    world = crowded()
+    world.admission.reserve(world.request(LONG), 0.0)
+    for _ in range(3):
+        world.admission.reserve(world.request(64, tenant="other"), 0.0)
+    assert [name for name, _ in planned(world, 0.0)] == ["r2", "r3", "r4"]
+    assert world.admission.num_waiting == 1
+
+
+def test_one_that_waits_beyond_its_due_time_has_a_replica_kept_for_it():
+    """It is due after 2 s. From then on the others go to the other replicas, and it goes when its own has emptied."""
+    world = crowded()
+    world.report("d1", num_free_blocks=7100)
+    world.admission.reserve(world.request(LONG), 0.0)
+    before = {}
+    for number in range(6):
+        world.admission.reserve(world.request(64), 1.0)
+        before |= dict(planned(world, 1.0 + number / 100))
+    assert set(before.values()) == {"d0", "d1", "d2"}
+    after = {}
+    for number in range(6):
+        world.admission.reserve(world.request(64), 3.0)
+        after |= dict(planned(world, 3.0 + number / 100))
+    assert len(after) == 6 and len(set(after.values())) == 2
+    (kept,) = {"d0", "d1", "d2"} - set(after.values())
+    world.report(kept, num_free_blocks=40_000, num_running=0, num_kv_tokens=0, now=4.0)
+    for request_id in before:
+        world.admission.finish(request_id, 0, 4.0, 1)
+    assert planned(world, 4.0) == [("r1", kept)]
+
+
+def test_no_replica_is_kept_for_one_that_waits_for_something_else():
+    """Prefill is busy; decode has room."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9))
+    world.fleet(1, 2)
+    for _ in range(2):
+        assert world.plan(world.request(4000, placement="pair"))
+    world.admission.reserve(world.request(4000, placement="pair"), 0.0)
+    for number in range(4):
+        world.admission.reserve(world.request(64 + number, placement="local"), 5.0)
+    assert {decode for _, decode in planned(world, 5.0)} == {"d0", "d1"}
+
+
+def test_a_client_that_insists_on_busy_prefill_replicas_holds_up_nobody():
+    world = World(SchedulerConfig(replica_timeout_s=1e9))
+    world.fleet(1, 2)
+    while world.plan(world.request(4000, placement="pair")):
+        pass
+    waiting = world.admission.num_waiting
+    world.admission.reserve(world.request(200), 0.1)
+    assert len(planned(world, 0.1)) == 1
+    assert world.admission.num_waiting == waiting
+
+
+@pytest.mark.parametrize("num_waiting", [20, 2000])
+def test_a_round_asks_for_few_of_those_who_find_no_room(num_waiting):
+    world = crowded(num_free_blocks=0)
+    world.admission._config = world.admission._config.model_copy(update={"queue_limit": 10_000})
+    world.admission._refusals._queue_limit = 10_000
+    for number in range(num_waiting):
+        world.admission.reserve(world.request(4000 - number), 0.0)
+    asked = 0
+    decide = world.admission.policy.decide
+
+    def counting(request, choices):
+        nonlocal asked
+        asked += 1
+        return decide(request, choices)
+
+    world.admission.policy.decide = counting
+    assert planned(world, 0.1) == []
+    assert asked == 8
+
+
+def test_batch_work_makes_room_for_a_long_prompt_though_short_ones_would_find_some():
+    world = World(SchedulerConfig(replica_timeout_s=1e9))
+    world.add("d0", Role.DECODE)
+    batch = []
+    for number in range(6):  # short prompts, long answers
+        batch.append(world.plan(world.request(64, slo_class="batch"), number / 10).request_id)
+        world.admission.progress(Progress(batch[-1]), number / 10)
+        held = {"num_free_blocks": 40_000 - 5500 * len(batch), "num_kv_tokens": LONG * len(batch)}
+        world.report("d0", num_running=len(batch), now=number / 10, **held)
+    assert world.plan(world.request(LONG), 1.0) is None
+    assert [one.request_id for one in world.admission.take_yields()] == [batch[-1]]
+    assert world.admission.dispatch(2.0) == [] and world.admission.take_yields() == []
+    world.admission.dispatch(3.1)  # what it was told may have been lost: another one is asked
+    assert [one.request_id for one in world.admission.take_yields()] == [batch[-2]]
