@@ -15,7 +15,7 @@ from core.config import SchedulerConfig
 from core.errors import ConfigurationError
 from simulator.baselines.catalog import POLICIES, find_policy
 from simulator.fleet_spec import FleetSpec, PoolSection
-from simulator.replay import Replayed, replay
+from simulator.replay import Replay, Replayed, replay
 
 app = typer.Typer(add_completion=False)
 
@@ -32,10 +32,10 @@ def replay_decisions(
     """Replay recorded decisions against another policy or other settings, each with what was foreseen of it."""
     config = read_config(record)
     spec = FleetSpec(decode=PoolSection(), scheduler=changed(config, setting or []))
-    replayed = replay(read_events(record), config, find_policy(policy)(spec, seed))
-    if not replayed:
+    outcome = replay(read_events(record), config, find_policy(policy)(spec, seed))
+    if not outcome.decisions:
         raise ConfigurationError(f"{record} holds no decision")
-    Console(highlight=False).print(summary(replayed, policy))
+    Console(highlight=False).print(summary(outcome, policy))
 
 
 def changed(config: SchedulerConfig, settings: list[str]) -> SchedulerConfig:
@@ -53,11 +53,13 @@ def changed(config: SchedulerConfig, settings: list[str]) -> SchedulerConfig:
         raise ConfigurationError(f"--set {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
 
 
-def summary(replayed: list[Replayed], policy: str) -> Table:
+def summary(outcome: Replay, policy: str) -> Table:
     """Agreement, and TTFT foreseen for both where both were."""
+    replayed = outcome.decisions
     table = Table("", "recorded", policy, title=f"{len(replayed)} decisions", title_justify="left")
     both = [(r.recorded_s, r.chosen_s) for r in replayed if r.recorded_s is not None and r.chosen_s is not None]
     table.add_row("same replicas", "", f"{fmean(r.agrees for r in replayed):.1%}")
+    table.add_row("refused, given up or left waiting", str(outcome.num_unplanned), "")
     table.add_row("would have waited", "", str(sum(r.chosen is None for r in replayed)))
     local = [f"{fmean(not pair[0] for pair in pairs):.1%}" for pairs in _pairs(replayed)]
     table.add_row("prefilled on decode", *local)
