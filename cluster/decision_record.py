@@ -5,10 +5,12 @@ A file is a line that says what it is, the scheduler's configuration, then one f
     | kind 1 byte | seconds since the record began 8 bytes | length 4 bytes | message, as on the wire |
 """
 
+import errno
 import logging
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,27 +26,32 @@ Event = Report | Deregister | Reserve | Plan | Progress | Finish
 MAGIC = b"baton decisions 1\n"
 FLUSH_S = 1.0
 _KINDS: tuple[type[Event], ...] = (Report, Deregister, Reserve, Plan, Progress, Finish)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _HEAD = struct.Struct("<BdI")
 
 
 class DecisionRecorder:
-    """Writes until the file is full; what comes then is lost, and said once."""
+    """Writes until the file is full, or its disk; what comes then is lost, and said once."""
 
     def __init__(self, path: Path, config: SchedulerConfig, most_bytes: int) -> None:
-        """Raises ConfigurationError when the file cannot be written."""
+        """Raises ConfigurationError when the file cannot be written, unless for want of space."""
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._num_left = most_bytes
+        self._began = self._flushed = time.monotonic()
+        settings = config.model_dump_json().encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = path.open("wb")
+            self._file = path.open("wb")
+            self._num_left -= self._file.write(MAGIC + struct.pack("<I", len(settings)) + settings)
         except OSError as error:
-            raise ConfigurationError(f"scheduler.record_dir: {path} cannot be written: {error}") from error
-        settings = config.model_dump_json().encode()
-        self._num_left = most_bytes - self._file.write(MAGIC + struct.pack("<I", len(settings)) + settings)
-        self._began = self._flushed = time.monotonic()
-        self._path = path
+            if error.errno not in _NO_SPACE:
+                raise ConfigurationError(f"scheduler.record_dir: {path} cannot be written: {error}") from error
+            self._give_up(error)
 
     def note(self, event: Event) -> None:
         """It happens now, before the scheduler knows of it; a plan once it is made."""
-        if self._num_left <= 0:
+        if self._file is None:
             return
         now = time.monotonic()
         message = encode(event)
@@ -52,16 +59,32 @@ class DecisionRecorder:
         self._num_left -= len(frame)
         if self._num_left <= 0:
             logger.warning("the record of decisions %s is full: nothing more is written", self._path)
-            self._file.flush()
+            self.close()
             return
-        self._file.write(frame)
-        if now - self._flushed >= FLUSH_S:
-            self._file.flush()
-            self._flushed = now
+        try:
+            self._file.write(frame)
+            if now - self._flushed >= FLUSH_S:
+                self._file.flush()
+                self._flushed = now
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Nothing more comes."""
-        self._file.close()
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                file.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A scheduler decides without a record, too."""
+        logger.warning("the record of decisions %s ends here: %s", self._path, error)
+        file, self._file = self._file, None
+        with suppress(OSError):
+            if file is not None:
+                file.close()
 
 
 def read_config(path: Path) -> SchedulerConfig:

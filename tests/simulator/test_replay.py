@@ -1,5 +1,6 @@
 """Records of decisions: written by a scheduler that runs, read whole or torn, played to other policies."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,21 @@ def test_a_full_file_ends_with_a_whole_event(tmp_path, monkeypatch, caplog):
     kept = [event for _, event in read_events(tmp_path / "s")]
     assert 0 < len(kept) < len(events) and kept == [event for _, event in events[: len(kept)]]
     assert sum("is full" in message for message in caplog.messages) == 1
+
+
+def test_a_full_disk_ends_the_record_and_nothing_else(monkeypatch, caplog):
+    spec, events = recorded_run(monkeypatch)
+    write_record(Path("/dev/full"), spec, events, 2**26)
+    write_record(Path("/dev/full"), spec, [], 2**26)  # its head is there to be written when it closes
+    (first, second) = (message for message in caplog.messages if "/dev/full" in message)
+    assert "ends here" in first and "No space left on device" in first and second == first
+
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", no_room)
+    write_record(Path("new/s.decisions"), spec, events, 2**26)
+    assert "new/s.decisions ends here" in caplog.messages[-1]
 
 
 def test_what_is_no_record_is_refused_by_name(tmp_path):
