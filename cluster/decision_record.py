@@ -11,19 +11,25 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import BinaryIO
+
+from pydantic import ValidationError
 
 from core.config import SchedulerConfig
 from core.errors import ConfigurationError, InvalidParameter
 from core.messages.to_scheduler import Deregister, Finish, Plan, Progress, Report, Reserve
+from core.section import problems_in
 from rpc.codec import decode, encode
 
 logger = logging.getLogger(__name__)
 
 Event = Report | Deregister | Reserve | Plan | Progress | Finish
 
-MAGIC = b"baton decisions 1\n"
+_NAME = b"baton decisions "
+MAGIC = _NAME + b"1\n"
+MOST_FRAME_BYTES = 2**30
 FLUSH_S = 1.0
 _KINDS: tuple[type[Event], ...] = (Report, Deregister, Reserve, Plan, Progress, Finish)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -87,6 +93,12 @@ class DecisionRecorder:
                 file.close()
 
 
+def is_record(path: Path) -> bool:
+    """Of whatever version. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(_NAME)) == _NAME
+
+
 def read_config(path: Path) -> SchedulerConfig:
     """That of the recorded scheduler. Raises ConfigurationError."""
     with _opened(path) as file:
@@ -99,12 +111,18 @@ def read_events(path: Path) -> Iterator[tuple[float, Event]]:
         _config(path, file)
         while len(head := file.read(_HEAD.size)) == _HEAD.size:
             kind, seconds, length = _HEAD.unpack(head)
+            if kind >= len(_KINDS) or length > MOST_FRAME_BYTES or not 0 <= seconds < inf:
+                at = file.tell() - _HEAD.size
+                raise ConfigurationError(
+                    f"{path} holds what is no event at byte {at}: kind {kind} of {len(_KINDS)}, "
+                    f"{length} bytes of at most {MOST_FRAME_BYTES}, {seconds:g} s"
+                )
             message = file.read(length)
             if len(message) < length:
                 return
             try:
                 yield seconds, decode(_KINDS[kind], message)
-            except (IndexError, InvalidParameter) as error:
+            except InvalidParameter as error:
                 raise ConfigurationError(f"{path} holds what is no event: {error}") from error
 
 
@@ -116,10 +134,17 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _config(path: Path, file: BinaryIO) -> SchedulerConfig:
-    if file.read(len(MAGIC)) != MAGIC:
+    head = file.readline(64)
+    if not head.startswith(_NAME):
         raise ConfigurationError(f"{path} is no record of decisions")
+    if head != MAGIC:
+        version = head.removeprefix(_NAME).strip().decode("ascii", "replace")
+        raise ConfigurationError(f"{path} is a record of decisions of version {version!r}; version 1 is read here")
     try:
         (length,) = struct.unpack("<I", file.read(4))
-        return SchedulerConfig.model_validate_json(file.read(length))
-    except (struct.error, ValueError) as error:
+        return SchedulerConfig.model_validate_json(file.read(min(length, MOST_FRAME_BYTES)))
+    except ValidationError as error:
+        problems = problems_in(error, "scheduler")
+        raise ConfigurationError(f"{path} holds no scheduler configuration of this version: {problems}") from error
+    except struct.error as error:
         raise ConfigurationError(f"{path} holds no scheduler configuration: {error}") from error

@@ -5,14 +5,14 @@ from statistics import fmean, median
 from typing import Annotated
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from cluster.decision_record import read_config, read_events
-from core.config import SchedulerConfig
+from core.config import SchedulerConfig, parse_yaml
 from core.errors import ConfigurationError
+from core.section import problems_in
 from simulator.baselines.catalog import POLICIES, find_policy
 from simulator.fleet_spec import FleetSpec, PoolSection
 from simulator.replay import Replay, Replayed, replay
@@ -45,12 +45,14 @@ def changed(config: SchedulerConfig, settings: list[str]) -> SchedulerConfig:
         key, equals, value = word.partition("=")
         if not equals or key not in tree:
             raise ConfigurationError(f"--set {word}: one of {', '.join(tree)} = value is asked", field=key)
-        tree[key] = yaml.safe_load(value)
+        try:
+            tree[key] = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigurationError(f"--set {word}: {error}", field=key) from error
     try:
         return SchedulerConfig.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigurationError(f"--set {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        raise ConfigurationError(f"--set {problems_in(error, 'scheduler')}") from error
 
 
 def summary(outcome: Replay, policy: str) -> Table:

@@ -1,11 +1,13 @@
 """Records of decisions: written by a scheduler that runs, read whole or torn, played to other policies."""
 
 import errno
+import struct
+from math import nan
 from pathlib import Path
 
 import pytest
 
-from cluster.decision_record import DecisionRecorder, read_config, read_events
+from cluster.decision_record import MAGIC, DecisionRecorder, read_config, read_events
 from cluster.scheduler.admission import Admission
 from cluster.scheduler.decision import DecisionMaker
 from core.config import SchedulerConfig
@@ -15,6 +17,7 @@ from simulator.baselines.catalog import find_policy
 from simulator.fleet_spec import FleetSpec, PoolSection
 from simulator.replay import replay
 from simulator.replay_command import changed, summary
+from simulator.traces.readers import read_trace
 from simulator.twin import Twin
 from tests.cluster.scheduler_world import World
 from tests.simulator.costs import COSTS, small_fleet
@@ -107,6 +110,8 @@ def test_other_settings_are_another_policy(monkeypatch):
         changed(spec.scheduler, ["queue_limits=3"])
     with pytest.raises(ConfigurationError, match="queue_limit: Input should be"):
         changed(spec.scheduler, ["queue_limit=-3"])
+    with pytest.raises(ConfigurationError, match=r"--set slo=\{: no YAML: while parsing"):
+        changed(spec.scheduler, ["slo={"])
 
 
 def test_whom_the_scheduler_refused_is_counted_and_harms_nobody(monkeypatch):
@@ -192,6 +197,35 @@ def test_what_is_no_record_is_refused_by_name(tmp_path):
         list(read_events(tmp_path / "other"))
     with pytest.raises(ConfigurationError, match="record_dir"):
         DecisionRecorder(tmp_path / "other" / "s", SchedulerConfig(), 1)
+
+
+def test_a_record_of_another_version_says_so(tmp_path):
+    path = tmp_path / "s"
+    path.write_bytes(b"baton decisions 12\nwhatever\xff")
+    for read in (read_config, read_trace):
+        with pytest.raises(ConfigurationError, match=f"{path} is a record of decisions of version '12'; version 1 is"):
+            read(path)
+    settings = b'{"queue_limit": 3, "coming": 1}'
+    path.write_bytes(MAGIC + struct.pack("<I", len(settings)) + settings)
+    with pytest.raises(ConfigurationError, match=r"of this version: coming: Extra inputs are not permitted$"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        ((99, 1.0, 0), r"at byte \d+: kind 99 of 6"),
+        ((2, 1.0, 2**32 - 1), "4294967295 bytes of at most 1073741824"),
+        ((2, nan, 0), "nan s"),
+        ((2, 1.0, 1), "malformed Reserve: message: Input should be"),
+    ],
+)
+def test_a_broken_event_is_named(tmp_path, head, problem):
+    path = tmp_path / "s"
+    DecisionRecorder(path, SchedulerConfig(), 2**20).close()
+    path.write_bytes(path.read_bytes() + struct.pack("<BdI", *head) + b"\x01")
+    with pytest.raises(ConfigurationError, match=f"{path} holds what is no event.*{problem}"):
+        list(read_events(path))
 
 
 def test_the_policies_of_the_catalog_need_no_more_of_a_fleet():
