@@ -4,10 +4,13 @@ bench/README.md has figures; `core.compiled` says where a build lies and who fin
 """
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from core import compiled
@@ -53,6 +56,7 @@ setup(name="decisions", ext_modules=mypycify({arguments!r}, opt_level="3", debug
 def compile_decisions() -> Path:
     """Builds what is not built yet, in one to three minutes; returns its folder.
 
+    Other builds that no process has begun to use for 30 days are removed.
     Raises ConfigurationError without mypy, a C compiler or a home to write to, and with the tools' own words when they
     fail.
     """
@@ -64,6 +68,10 @@ def compile_decisions() -> Path:
             _compile(build)
     except OSError as error:
         raise ConfigurationError(f"what is compiled cannot be kept in {build.parent}: {error}") from error
+    with suppress(OSError):  # somebody else may be at it, or own the folder
+        os.utime(build)
+        for unused in compiled.unused_builds(time.time()):
+            shutil.rmtree(unused, ignore_errors=True)
     return build
 
 

@@ -6,6 +6,7 @@ from urllib.parse import quote
 from rich.console import Console
 
 from cluster.http_client import ask
+from core.errors import InvalidParameter
 
 _TERMS = ("queue_s", "pull_s", "restore_s", "prefill_s", "transfer_s", "wait_s")
 _OTHERS = ("evict_s", "work_s", "strain_s")  # what counts beside TTFT
@@ -13,7 +14,9 @@ _UNTIL_FIRST_TOKEN = _TERMS[:4]
 
 
 def fetch_why(url: str, request_id: str, api_key: str = "") -> dict[str, Any]:
-    """The answer of `/v1/requests/{id}/why`. Raises NoReplica, Unauthorized, RequestNotFound."""
+    """The answer of `/v1/requests/{id}/why`. Raises NoReplica, Unauthorized, RequestNotFound, InvalidParameter."""
+    if not request_id:
+        raise InvalidParameter("the id of a request is asked, and it is empty", field="request_id")
     return ask("GET", f"{url}/v1/requests/{quote(request_id, safe='')}/why", api_key)
 
 

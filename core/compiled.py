@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import MutableSequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,7 @@ PACKAGES = (
     "worker",
 )
 LIBRARY = "library"  # of a build: what its modules share
+UNUSED_S = 30 * 86400.0
 _PREFIX = "decisions-"
 
 
@@ -44,14 +46,24 @@ def prefer_compiled(path: MutableSequence[str], package: str) -> None:
 
 @cache
 def found_build() -> Path | None:
-    """Of the present sources, as this process found them first."""
+    """Of the present sources, as this process found them first. That it is used is seen by the folder's time."""
     try:
         if not any(name.startswith(_PREFIX) for name in os.listdir(FOLDER.expanduser())):  # noqa: PTH208
             return None
     except (OSError, RuntimeError):
         return None  # nobody may look, or has a home
     build = build_folder()
-    return build if build is not None and build.is_dir() else None
+    if build is None or not build.is_dir():
+        return None
+    with suppress(OSError):  # a build that is only read is used as well
+        os.utime(build)
+    return build
+
+
+def unused_builds(now: float) -> list[Path]:
+    """Of whatever sources: those that no process has begun to use for UNUSED_S; `now` in seconds since the epoch."""
+    builds = FOLDER.expanduser().glob(f"{_PREFIX}*")
+    return [build for build in builds if now - build.stat().st_mtime > UNUSED_S]
 
 
 def build_folder() -> Path | None:

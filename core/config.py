@@ -15,7 +15,7 @@ from core.autoscaling_config import AutoscalingConfig
 from core.channel_kinds import ChannelKind, Device
 from core.engine_config import EngineConfig
 from core.errors import ConfigurationError
-from core.section import Section
+from core.section import Section, problems_in
 from core.security import Security, TlsConfig, read_private
 from core.serve_file import application_args
 from core.slo_config import SloConfig
@@ -250,8 +250,7 @@ def parse_config(tree: dict[str, Any]) -> BatonConfig:
     try:
         return BatonConfig.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigurationError(f"invalid configuration: {problems}") from error
+        raise ConfigurationError(f"invalid configuration: {problems_in(error, 'config')}") from error
 
 
 def load_config(path: Path | None) -> BatonConfig:
@@ -263,13 +262,21 @@ def load_config(path: Path | None) -> BatonConfig:
     return config_with_secrets(application_args(tree) if "applications" in tree else tree)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ConfigurationError."""
+def parse_yaml(text: str) -> Any:
+    """Its value. Raises ValueError whose text is one line."""
     import yaml
 
     try:
-        tree: Any = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"no YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigurationError."""
+    try:
+        tree = parse_yaml(path.read_text()) or {}
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigurationError(f"{path} must hold a mapping at its top level")

@@ -6,6 +6,7 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from core.errors import BatonError, InvalidParameter, error_classes
+from core.section import problems_in
 
 Message = TypeVar("Message")
 
@@ -28,7 +29,9 @@ def decode(message_type: type[Message], data: bytes) -> Message:
     """Raises InvalidParameter when `data` is no such message; the text names the field."""
     try:
         message: Message = _adapter(message_type).validate_python(msgpack.unpackb(data, strict_map_key=False))
-    except (ValidationError, ValueError) as error:
+    except ValidationError as error:
+        raise InvalidParameter(f"malformed {message_type.__name__}: {problems_in(error, 'message')}") from error
+    except ValueError as error:
         raise InvalidParameter(f"malformed {message_type.__name__}: {error}") from error
     return message
 

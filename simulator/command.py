@@ -15,7 +15,7 @@ from core.messages.fleet import Role
 from simulator.baselines.catalog import POLICIES, find_policy
 from simulator.cost.cost_model import CostModel
 from simulator.cost.gpus import gpu_cost_model
-from simulator.fleet_spec import FleetSpec, load_fleet
+from simulator.fleet_spec import FleetSpec, load_fleet, with_report_interval
 from simulator.page import write_outputs
 from simulator.summary import summarize
 from simulator.tables import pool_table, summary_table
@@ -34,7 +34,7 @@ def simulate(
     policy: Annotated[list[str] | None, typer.Option(help=f"one or several of {', '.join(POLICIES)}")] = None,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
     kind: Annotated[str, typer.Option(help=f"of the trace: {', '.join(KINDS)}")] = "auto",
-    rate_scale: Annotated[float, typer.Option(min=0.0, help="so many times the requests in the same time")] = 1.0,
+    rate_scale: Annotated[float, typer.Option(help="so many times the requests in the same time")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="the first so many requests alone")] = None,
     report_interval: Annotated[float | None, typer.Option(help="seconds; coarser is quicker to simulate")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PNG, HTML and JSON")] = None,
@@ -43,8 +43,7 @@ def simulate(
     console = Console(highlight=False)
     spec = load_fleet(fleet)
     if report_interval is not None:
-        report = spec.report.model_copy(update={"interval_s": report_interval})
-        spec = spec.model_copy(update={"report": report})
+        spec = with_report_interval(spec, report_interval)
     requests = load_requests(trace, kind, rate_scale, seed, limit)
     names = list(dict.fromkeys(policy or ["baton"]))
     makers = {name: find_policy(name) for name in names}
@@ -73,7 +72,7 @@ def load_requests(trace: Path, kind: str, rate_scale: float, seed: int, limit: i
         try:
             requests = scale(requests, rate_scale, seed)
         except ValueError as error:
-            raise ConfigurationError(str(error)) from error
+            raise ConfigurationError(f"--rate-scale {rate_scale:g}: {error}") from error
     return list(requests[:limit])
 
 

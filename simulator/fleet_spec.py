@@ -4,7 +4,7 @@ Replicas of the prefill and the decode pool; without the first, decode computes 
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,12 +14,14 @@ from core.errors import ConfigurationError
 from core.kv_groups import group_layers
 from core.kv_layout import KVLayout
 from core.messages.fleet import Role
-from core.section import Section
+from core.section import Section, problems_in
 from simulator.cost.cost_model import Link
 from simulator.cost.gpu_spec import LINKS, LinkKind, gpu_spec
 from simulator.cost.gpus import kv_layout, num_kv_blocks
 from simulator.cost.models import served_model
 from simulator.fault_spec import Fault
+
+MOST_REPLICAS = 100_000  # of a pool
 
 
 class KVSection(Section):
@@ -56,9 +58,9 @@ class LinkSection(Section):
 class PoolSection(Section):
     """Equal replicas, but for those with a speed of their own. With autoscaling `replicas` is the pool's first size."""
 
-    replicas: int = Field(default=1, ge=0)
-    min_replicas: int = Field(default=1, ge=0)
-    max_replicas: int = Field(default=0, ge=0)  # 0: as many as `replicas`
+    replicas: int = Field(default=1, ge=0, le=MOST_REPLICAS)
+    min_replicas: int = Field(default=1, ge=0, le=MOST_REPLICAS)
+    max_replicas: int = Field(default=0, ge=0, le=MOST_REPLICAS)  # 0: as many as `replicas`
     tensor_parallel: int = Field(default=1, ge=1)
     num_blocks: int | None = Field(default=None, ge=2)  # None: as many as fit beside the weights on this GPU
     max_num_seqs: int = Field(default=64, ge=1)
@@ -66,7 +68,9 @@ class PoolSection(Section):
     queue_limit: int = Field(default=64, ge=1)
     step_gap_s: float = Field(default=0.0, ge=0)  # from a step's end until its tokens leave and the next one begins
     drain_timeout_s: float = Field(default=20.0, ge=0)  # a replica that goes hands over what has not ended by then
-    speeds: dict[int, float] = Field(default_factory=dict)  # of single replicas, by number; 0.5 takes twice the time
+    speeds: dict[int, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict
+    )  # of single replicas, by number; 0.5 takes twice the time
 
 
 class SloSection(Section):
@@ -79,8 +83,8 @@ class SloSection(Section):
 class ReportSection(Section):
     """How often replicas report; the defaults are those of worker/reporter.py, coarser ones are quicker to simulate."""
 
-    interval_s: float = Field(default=0.05, gt=0)
-    quiet_interval_s: float = Field(default=0.5, gt=0)  # when nothing changed
+    interval_s: float = Field(default=0.05, ge=0.001)
+    quiet_interval_s: float = Field(default=0.5, ge=0.001)  # when nothing changed
 
 
 class ClientSection(Section):
@@ -116,12 +120,12 @@ class FleetSpec(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: TransferConfig = TransferConfig()
     autoscaling: AutoscalingConfig = AutoscalingConfig()
-    num_ingresses: int = Field(default=1, ge=1)
+    num_ingresses: int = Field(default=1, ge=1, le=MOST_REPLICAS)
     max_attempts: int = Field(default=5, ge=1)
     report: ReportSection = ReportSection()
     slo: SloSection = SloSection()
     clients: ClientSection = ClientSection()
-    sample_s: float = Field(default=5.0, gt=0)  # between the points of time series
+    sample_s: float = Field(default=5.0, ge=0.1)  # between the points of time series
     faults: tuple[Fault, ...] = ()
 
     @property
@@ -174,5 +178,13 @@ def load_fleet(path: Path) -> FleetSpec:
     try:
         return FleetSpec.model_validate(read_yaml(path))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'fleet'}: {e['msg']}" for e in error.errors())
-        raise ConfigurationError(f"invalid fleet: {problems}") from error
+        raise ConfigurationError(f"invalid fleet {path}: {problems_in(error, 'fleet')}") from error
+
+
+def with_report_interval(spec: FleetSpec, interval_s: float) -> FleetSpec:
+    """The same fleet, whose replicas report so often. Raises ConfigurationError."""
+    try:
+        report = ReportSection.model_validate({**spec.report.model_dump(), "interval_s": interval_s})
+    except ValidationError as error:
+        raise ConfigurationError(f"--report-interval: {problems_in(error, 'report')}") from error
+    return spec.model_copy(update={"report": report})

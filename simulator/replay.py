@@ -2,10 +2,12 @@
 
 History stays as it was: the recorded decision is carried out, so that both policies see the same fleet at every step.
 What a choice is worth is foreseen by the production policy, with what it had learned by then, for both alike. How a
-fleet fares under another policy from start to end is the twin's to say: `baton simulate`.
+fleet fares under another policy from start to end is the twin's to say: `baton simulate`. Requests that history gave
+no plan are counted: a record has them before the scheduler refused them.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -17,6 +19,7 @@ from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservation
 from core.config import SchedulerConfig
+from core.errors import BatonError
 from core.messages.to_scheduler import Deregister, Finish, Foresight, Plan, Progress, Report, Reserve
 
 Event = Report | Deregister | Reserve | Plan | Progress | Finish
@@ -129,10 +132,19 @@ class Shadow:
         return []
 
 
-def replay(events: Iterable[tuple[float, Event]], config: SchedulerConfig, other: Policy) -> list[Replayed]:
-    """The recorded decisions in order; `config` is the recorded scheduler's."""
+@dataclass(frozen=True)
+class Replay:
+    """Of a whole record."""
+
+    decisions: list[Replayed]  # in their order
+    num_unplanned: int  # attempts that were refused, given up while they waited, or waited when the record ended
+
+
+def replay(events: Iterable[tuple[float, Event]], config: SchedulerConfig, other: Policy) -> Replay:
+    """The recorded decisions; `config` is the recorded scheduler's."""
     shadow = Shadow(other, config)
-    admission = Admission(config.model_copy(update={"queue_limit": 2**31}), policy=shadow)
+    admission = Admission(_patient(config), policy=shadow)
+    unplanned: set[tuple[str, int]] = set()
     for now, event in events:
         match event:
             case Report():
@@ -140,15 +152,25 @@ def replay(events: Iterable[tuple[float, Event]], config: SchedulerConfig, other
             case Deregister():
                 admission.replica_lost(event.replica_id)
             case Reserve():
-                admission.reserve(replace(event, timeout_s=float("inf"), num_known_replicas=0), now)
+                unplanned.add((event.request_id, event.attempt))
+                with suppress(BatonError):  # it has no plan then, as in history
+                    admission.reserve(replace(event, timeout_s=inf, num_known_replicas=0), now)
             case Plan():
+                unplanned.discard((event.request_id, event.attempt))
                 shadow.expect(event)
                 admission.dispatch_one(event.request_id, now)
             case Progress():
                 admission.progress(event, now)
             case Finish():
                 admission.finish(event.request_id, event.attempt, now, event.num_output_tokens)
-    return list(shadow.replayed.values())
+    return Replay(list(shadow.replayed.values()), len(unplanned))
+
+
+def _patient(config: SchedulerConfig) -> SchedulerConfig:
+    """Nobody is refused, or late, for want of room: whom that befell has no plan in the record."""
+    names = type(config.slo).model_fields
+    slo = {name: config.slo.target(name).model_copy(update={"queue_timeout_s": inf}) for name in names}
+    return config.model_copy(update={"queue_limit": 2**31, "slo": config.slo.model_copy(update=slo)})
 
 
 def _pair(prefill: ReplicaView | None, decode: ReplicaView) -> Pair:

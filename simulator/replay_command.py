@@ -5,17 +5,17 @@ from statistics import fmean, median
 from typing import Annotated
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from cluster.decision_record import read_config, read_events
-from core.config import SchedulerConfig
+from core.config import SchedulerConfig, parse_yaml
 from core.errors import ConfigurationError
+from core.section import problems_in
 from simulator.baselines.catalog import POLICIES, find_policy
 from simulator.fleet_spec import FleetSpec, PoolSection
-from simulator.replay import Replayed, replay
+from simulator.replay import Replay, Replayed, replay
 
 app = typer.Typer(add_completion=False)
 
@@ -32,10 +32,10 @@ def replay_decisions(
     """Replay recorded decisions against another policy or other settings, each with what was foreseen of it."""
     config = read_config(record)
     spec = FleetSpec(decode=PoolSection(), scheduler=changed(config, setting or []))
-    replayed = replay(read_events(record), config, find_policy(policy)(spec, seed))
-    if not replayed:
+    outcome = replay(read_events(record), config, find_policy(policy)(spec, seed))
+    if not outcome.decisions:
         raise ConfigurationError(f"{record} holds no decision")
-    Console(highlight=False).print(summary(replayed, policy))
+    Console(highlight=False).print(summary(outcome, policy))
 
 
 def changed(config: SchedulerConfig, settings: list[str]) -> SchedulerConfig:
@@ -45,19 +45,23 @@ def changed(config: SchedulerConfig, settings: list[str]) -> SchedulerConfig:
         key, equals, value = word.partition("=")
         if not equals or key not in tree:
             raise ConfigurationError(f"--set {word}: one of {', '.join(tree)} = value is asked", field=key)
-        tree[key] = yaml.safe_load(value)
+        try:
+            tree[key] = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigurationError(f"--set {word}: {error}", field=key) from error
     try:
         return SchedulerConfig.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigurationError(f"--set {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        raise ConfigurationError(f"--set {problems_in(error, 'scheduler')}") from error
 
 
-def summary(replayed: list[Replayed], policy: str) -> Table:
+def summary(outcome: Replay, policy: str) -> Table:
     """Agreement, and TTFT foreseen for both where both were."""
+    replayed = outcome.decisions
     table = Table("", "recorded", policy, title=f"{len(replayed)} decisions", title_justify="left")
     both = [(r.recorded_s, r.chosen_s) for r in replayed if r.recorded_s is not None and r.chosen_s is not None]
     table.add_row("same replicas", "", f"{fmean(r.agrees for r in replayed):.1%}")
+    table.add_row("refused, given up or left waiting", str(outcome.num_unplanned), "")
     table.add_row("would have waited", "", str(sum(r.chosen is None for r in replayed)))
     local = [f"{fmean(not pair[0] for pair in pairs):.1%}" for pairs in _pairs(replayed)]
     table.add_row("prefilled on decode", *local)

@@ -13,20 +13,25 @@ The others than `decisions` may be gzipped. All draws are by `seed`.
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
 from random import Random
 
-from cluster.decision_record import MAGIC, read_events
+from pydantic import TypeAdapter, ValidationError
+
+from cluster.decision_record import is_record, read_events
 from core.errors import ConfigurationError
+from core.section import problems_in
 from simulator.traces.agent_sessions import read_sessions
-from simulator.traces.block_ids import read_block_ids
+from simulator.traces.block_ids import Row, read_block_ids
 from simulator.traces.decisions import read_decisions
-from simulator.traces.trace import TracedRequest, plain_request
+from simulator.traces.trace import TracedRequest, plain_request, require_playable
 
 KINDS = ("auto", "blocks", "azure", "servegen", "sessions", "lengths", "decisions")
+_ROW = TypeAdapter(Row)
 LENGTHS_RATE = 1.0  # requests per second of a trace without times; `scale` changes it
 
 
@@ -37,15 +42,17 @@ def read_trace(path: Path, kind: str = "auto", seed: int = 0) -> list[TracedRequ
     chosen = kind
     try:
         if kind == "auto":
-            chosen = "decisions" if _is_record(path) else _kind_of(path)
+            chosen = "decisions" if is_record(path) else _kind_of(path)
         if chosen == "decisions":
             requests = read_decisions(read_events(path))
         else:
             with _open(path) as file:
                 requests = list(_READERS[chosen](file, Random(seed)))
-    except (OSError, UnicodeDecodeError) as error:
+        for request in requests:
+            require_playable(request)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read trace {path}: {error}") from error
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise ConfigurationError(f"trace {path} is not of kind {chosen!r}: {type(error).__name__} {error}") from error
     if not requests:
         raise ConfigurationError(f"trace {path} holds no request")
@@ -54,11 +61,6 @@ def read_trace(path: Path, kind: str = "auto", seed: int = 0) -> list[TracedRequ
 
 def _open(path: Path) -> TextIOWrapper:
     return TextIOWrapper(gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
-
-
-def _is_record(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def _kind_of(path: Path) -> str:
@@ -104,7 +106,15 @@ def _lengths(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
 
 
 def _blocks(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
-    return read_block_ids([json.loads(line) for line in file if line.strip()], random)
+    lines = enumerate(file, 1)
+    return read_block_ids([_row(number, line) for number, line in lines if line.strip()], random)
+
+
+def _row(number: int, line: str) -> Row:
+    try:
+        return _ROW.validate_json(line)
+    except ValidationError as error:
+        raise ValueError(f"line {number}: {problems_in(error, 'line')}") from error
 
 
 def _sessions(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:

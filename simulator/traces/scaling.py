@@ -13,20 +13,24 @@ from random import Random
 
 from simulator.traces.trace import Run, TracedRequest
 
+MOST_REQUESTS = 10_000_000
 SPREAD = 0.02  # of the trace's duration: a drawn start lies that near to one of the trace, at most
 
 
 def scale(trace: Sequence[TracedRequest], factor: float, seed: int) -> list[TracedRequest]:
-    """A trace of the same duration with `factor` times the requests, about. Raises ValueError unless it is positive."""
-    if factor <= 0:
-        raise ValueError(f"a trace cannot be scaled by {factor}")
+    """A trace of the same duration with `factor` times the requests, about.
+
+    Raises ValueError unless that is between one request and MOST_REQUESTS.
+    """
+    if not 0.5 <= len(trace) * factor <= MOST_REQUESTS:
+        raise ValueError(f"{len(trace)} requests cannot be scaled to less than one, or more than {MOST_REQUESTS}")
     sessions = list(_sessions(trace).values())
     shared = _shared_tokens(sessions)
     random, duration_s = Random(seed), trace[-1].arrival_s
     starts = sorted(session[0].arrival_s for session in sessions)
     fresh = _FreshTokens(shared)
     drawn: list[TracedRequest] = []
-    wanted = round(len(trace) * factor)
+    wanted = max(1, round(len(trace) * factor))
     while len(drawn) < wanted:
         session = random.choice(sessions)
         start_s = random.choice(starts) + (random.random() - 0.5) * SPREAD * duration_s

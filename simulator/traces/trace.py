@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 OWN_TOKENS = 2**29  # from here on ids belong to one request alone
+MOST_TOKENS = 10_000_000  # of a prompt or an answer
+MOST_S = 31 * 86400.0  # until the last arrival
 
 
 class Run(NamedTuple):
@@ -61,10 +63,27 @@ class TracedRequest:
         return sum(run.num_tokens for run in self.output)
 
 
+def require_playable(request: TracedRequest) -> None:
+    """Raises ValueError for an arrival, or for numbers of tokens, that no trace of a real fleet has."""
+    name = request.request_id
+    if not 0 <= request.arrival_s <= MOST_S:
+        raise ValueError(f"{name} arrives at {request.arrival_s:g} s, not between 0 and {MOST_S:g} s")
+    for part, runs in (("prompt", request.prompt), ("output", request.output)):
+        if any(not (isinstance(number, int) and number >= 0) for run in runs for number in run):
+            raise ValueError(f"{name} has a {part} whose tokens are no whole numbers from 0 on")
+        if (num_tokens := sum(run.num_tokens for run in runs)) > MOST_TOKENS:
+            raise ValueError(f"{name} has a {part} of {num_tokens} tokens; at most {MOST_TOKENS} are allowed")
+
+
 def plain_request(
     request_id: str, arrival_s: float, num_prompt: int, num_output: int, number: int, tenant: str = ""
 ) -> TracedRequest:
-    """One that has no prefix in common with any other; `number` is its own in the trace."""
+    """One that has no prefix in common with any other; `number` is its own in the trace.
+
+    Raises ValueError for fewer than no tokens.
+    """
+    if num_prompt < 0 or num_output < 0:
+        raise ValueError(f"{request_id} has {num_prompt} tokens in and {num_output} out: neither may be below 0")
     own = own_token(number)
     prompt, output = Run(own, max(1, num_prompt)), Run(own, max(1, num_output))
     return TracedRequest(request_id, arrival_s, (prompt,), (output,), tenant)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,31 @@ def test_a_build_of_other_sources_is_not_found(root, name):
     changed = root / name
     changed.write_text(changed.read_text() + "\n")
     assert preferred() == ["python"] and compiled.build_folder() != build
+
+
+def test_builds_that_nobody_uses_go_and_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = tmp_path / ".cache/baton"
+    days = {"decisions-new": 0, "decisions-used": 29, "decisions-old": 31, "stream_copy-old": 99}
+    for name in days:
+        (cache / name / compiled.LIBRARY).mkdir(parents=True)
+    build = compiled.build_folder()
+    build.mkdir()
+
+    def let_pass(**days: float) -> None:
+        for name, age in days.items():
+            os.utime(cache / name, (time.time() - 86400 * age,) * 2)
+
+    let_pass(**days, **{build.name: 99})
+    compiled.found_build.cache_clear()
+    assert compiled.found_build() == build, "a process begins to use it"
+    assert build not in compiled.unused_builds(time.time())
+
+    let_pass(**{build.name: 99})
+    assert compile_decisions() == build
+    kept = {"decisions-new", "decisions-used", "stream_copy-old", build.name}
+    assert {path.name for path in cache.iterdir()} == kept
+    compiled.found_build.cache_clear()
 
 
 def test_sources_that_cannot_be_compiled_say_why(root):

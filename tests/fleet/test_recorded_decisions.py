@@ -23,4 +23,4 @@ async def test_a_running_scheduler_writes_what_the_command_replays(tiny_llama, t
     assert outcome.exit_code == 0, outcome.output
     assert "4 decisions" in outcome.output and "TTFT foreseen" in outcome.output
     events = list(read_events(path))
-    assert len(replay(events, read_config(path), DecisionMaker(read_config(path)))) == 4
+    assert len(replay(events, read_config(path), DecisionMaker(read_config(path))).decisions) == 4

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cluster.why import fetch_why, print_why
-from core.errors import RequestNotFound, Unauthorized
+from core.errors import InvalidParameter, RequestNotFound, Unauthorized
 from core.messages.to_scheduler import Explained, ExplainedCandidate
 from tests.ingress.scripted import Server, tokens_script
 
@@ -50,6 +50,11 @@ def test_what_is_not_known_yet_is_not_made_up(server: Server):
 def test_a_request_that_nobody_remembers_is_not_found(server: Server):
     with pytest.raises(RequestNotFound, match="'gone'"):
         fetch_why(server.url, "gone")
+
+
+def test_an_empty_id_is_no_request(server: Server):
+    with pytest.raises(InvalidParameter, match="id of a request is asked"):
+        fetch_why(server.url, "")
 
 
 def test_a_tenant_sees_its_own_requests_alone(make_server):

@@ -85,7 +85,10 @@ def test_more_of_the_same_load(files):
     [
         (("--policy", "best"), "policy 'best' is none of baton"),
         (("--kind", "azure"), "is not of kind 'azure'"),
-        (("--rate-scale", "0"), "cannot be scaled"),
+        (("--rate-scale", "0"), "--rate-scale 0: 40 requests cannot be scaled"),
+        (("--rate-scale", "nan"), "--rate-scale nan: 40 requests cannot be scaled"),
+        (("--report-interval", "0"), "--report-interval: interval_s: Input should be greater than or equal to 0.001"),
+        (("--report-interval", "nan"), "--report-interval: interval_s: Input should be a finite number"),
     ],
 )
 def test_what_is_wrong_is_said(files, options, complaint):
@@ -98,6 +101,28 @@ def test_a_fleet_file_is_guarded(tmp_path):
     path.write_text("decode: {replicas: 1, num_blocks: 10, speed: 3}\nlink: {kind: tcp, bytes_per_s: 5}\nmodle: x")
     with pytest.raises(ConfigurationError, match=r"decode.speed.*link.*say either kind or bytes_per_s.*modle"):
         load_fleet(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("decode: {replicas: 100001}", "decode.replicas: .* less than or equal to 100000"),
+        ("decode: {}\nreport: {interval_s: 0.0001}", "report.interval_s: .* greater than or equal to 0.001"),
+        ("decode: {}\nsample_s: 1.0e-9", "sample_s: .* greater than or equal to 0.1"),
+        ("decode: {}\nscheduler: {tenant_weights: {a: .inf}}", "scheduler.tenant_weights.a: .* finite"),
+        ("decode: {}\nlink: {bytes_per_s: .inf}", "link.bytes_per_s: .* finite"),
+        ("decode: {speeds: {0: 0}}", r"decode.speeds.0: .* greater than 0"),
+        ("decode: {", "no YAML: while parsing a flow node"),
+        ("decode: 2023-99-99", "no YAML: month must be"),
+        ("[" * 10_000, "no YAML"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_named_with_its_limit(tmp_path, text, problem):
+    path = tmp_path / "fleet.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=f"fleet.yaml: {problem}") as raised:
+        load_fleet(path)
+    assert "\n" not in raised.value.message
 
 
 def record(number: int, ttft_s: float, tpot_s: float, outcome: str = "length") -> Record:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.errors import ConfigurationError
 from simulator.traces.readers import read_trace
 from simulator.traces.scaling import halves, scale
-from simulator.traces.trace import Run, TracedRequest, blocks, expand, runs_of_blocks, split_at
+from simulator.traces.trace import Run, TracedRequest, blocks, expand, plain_request, runs_of_blocks, split_at
 
 
 def write(path, text):
@@ -147,3 +147,76 @@ def test_what_is_no_trace_is_refused_by_name(tmp_path, text, problem):
         read_trace(path)
     with pytest.raises(ConfigurationError, match="cannot read"):
         read_trace(tmp_path / "missing")
+
+
+def block_line(**changes) -> str:
+    row = {"timestamp": 0, "input_length": 40, "output_length": 5, "hash_ids": [0, 1, 2, 3]}
+    return json.dumps(row | changes) + "\n"
+
+
+AZURE, SERVEGEN = "TIMESTAMP,ContextTokens,GeneratedTokens\n", "t_s,client,input_tokens,output_tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (block_line(input_length=0), "line 2: input_length: .* greater than or equal to 1"),
+        (block_line(output_length=-3), "line 2: output_length: .* greater than or equal to 1"),
+        (block_line(input_length=40.5), "line 2: input_length: .* valid integer"),
+        (block_line(output_length=10**8), "line 2: output_length: .* less than or equal to 10000000"),
+        (block_line(hash_ids=[0, -1]), r"line 2: hash_ids\.1: .* greater than or equal to 0"),
+        (block_line(hash_ids=[2**31]), r"line 2: hash_ids\.0: .* less than 536870912"),
+        (block_line(hash_ids=[-1] * 99), ".*; 91 more"),
+        (block_line(timestamp=-1), "line 2: timestamp: .* greater than or equal to 0"),
+        (block_line(timestamp=float("nan")), "line 2: timestamp: .* finite number"),
+        (block_line(timestamp=1e15), r"blocks-1 arrives at 1e\+12 s, not between 0 and 2.6784e\+06 s"),
+        ("[" * 100_000 + "\n", "line 2: line: Invalid JSON: recursion limit exceeded"),
+    ],
+)
+def test_a_line_of_blocks_that_cannot_be_is_named_with_its_limit(tmp_path, text, problem):
+    path = tmp_path / "bad"
+    path.write_text(block_line() + text)
+    with pytest.raises(ConfigurationError, match=f"bad is not of kind 'blocks': ValueError {problem}") as raised:
+        read_trace(path)
+    assert "\n" not in raised.value.message and "http" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (block_line(hash_ids=[0]), "no line has the more than 3 hash_ids"),
+        (AZURE + "2023-11-16 18:17:03,5,-1\n", "azure-0 has 5 tokens in and -1 out"),
+        (AZURE + "2023-11-16 18:17:03,5.5,1\n", "'5.5'"),
+        (AZURE + "2023-11-16 18:17:03,99999999,1\n", "a prompt of 99999999 tokens; at most 10000000"),
+        (AZURE + "2023-11-16 18:17:03,1,1\n2023-11-16 18:17:01,1,1\n", "azure-1 arrives at -2 s"),
+        (AZURE + f"{'x' * 200_000},1,1\n", "field larger than field limit"),
+        (SERVEGEN + "nan,a,1,1\n", "servegen-0 arrives at nan s"),
+        (SERVEGEN + "inf,a,1,1\n", "servegen-0 arrives at inf s"),
+        (json.dumps(session("s", block_size=0)), "ZeroDivisionError"),
+        (json.dumps(session("s")).replace('"in": 300', '"in": 300.5'), "s-main-0 has a prompt whose tokens"),
+        ('{"hash_id_scope": ' + "[" * 100_000, "recursion"),
+    ],
+)  # fmt: skip
+def test_loads_of_every_kind_that_cannot_be_are_refused(tmp_path, text, problem):
+    path = tmp_path / "bad"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=f"bad is not of kind .*{problem}"):
+        read_trace(path)
+
+
+def test_a_torn_or_broken_archive_is_named(tmp_path):
+    path = write(tmp_path / "trace.jsonl.gz", "".join(block_line(timestamp=i) for i in range(5000)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigurationError, match=r"cannot read trace .*trace.jsonl.gz: .*end-of-stream"):
+        read_trace(path)
+    path.write_bytes(whole[:600] + b"\xff" * 600 + whole[1200:])
+    with pytest.raises(ConfigurationError, match=r"cannot read trace .*trace.jsonl.gz: Error -3"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1e-9, 1e9, float("inf"), float("nan")])
+def test_scaling_leaves_some_requests_and_makes_not_too_many(factor):
+    trace = [plain_request(f"r{number}", number, 10, 10, number) for number in range(20)]
+    with pytest.raises(ValueError, match="20 requests cannot be scaled to less than one, or more than 10000000"):
+        scale(trace, factor, seed=1)
