@@ -12,7 +12,7 @@ from core.messages.to_scheduler import TransferSample
 LEAST_SAMPLES = 3  # between two zones, before their fit is believed
 LEAST_BYTES_PER_S = 1e3
 LEAST_FACTOR = 1 / 16  # of a guess by ports or within hosts: whatever a fit or a report says, no link is faster
-HOPE = 0.8  # of what comparable links cost, for one that was never tried
+HOPE = 0.9  # of what comparable links cost, for one that was never tried
 
 Way = tuple[str, str, bool]  # from one zone to another, and whether within a host
 
@@ -65,9 +65,9 @@ class LinkBook:
         least_byte_s = LEAST_FACTOR * guess.byte_s
         if destination.status.links and (bytes_per_s := destination.bytes_per_s_from(start.replica_id)) > 0:
             return LinkCost(LINK_LATENCY_S, max(1 / max(bytes_per_s, LEAST_BYTES_PER_S), least_byte_s))
-        if not self._usual or (usual := self._usual_of(start, end, guess)) is None:
-            hoped = guess
-        else:
+        usual = self._usual_of(start, end, guess) if self._usual else None
+        hoped = guess
+        if usual is not None:
             hoped = LinkCost(HOPE * usual.latency_s, max(HOPE * usual.byte_s, least_byte_s))
         # what every other way out of this replica has cost: its port may be what is slow
         least = self._known.least_from(start.replica_id)
