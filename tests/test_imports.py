@@ -85,6 +85,7 @@ PURE = [
     "cluster.scheduler.index",
     "cluster.scheduler.key_log",
     "cluster.scheduler.learned",
+    "cluster.scheduler.known_links",
     "cluster.scheduler.link_book",
     "cluster.scheduler.link_end",
     "cluster.scheduler.local_prefill",

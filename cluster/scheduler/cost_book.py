@@ -5,6 +5,7 @@ decode; a factor per replica says how much slower it is. Who reports no steps is
 """
 
 from collections.abc import Sequence
+from math import inf
 
 from cluster.scheduler.accuracy import Accuracy
 from cluster.scheduler.class_fit import ClassFit
@@ -40,11 +41,11 @@ class CostBook:
         return costs if costs is not None else self._refresh(replica)
 
     def heard(self, replica: ReplicaView, steps: Sequence[StepSample]) -> None:
-        """Takes the steps of a report in."""
+        """Takes the steps of a report in; a time that none can take says nothing."""
         replica_id, alike = replica.info.replica_id, self._class_of(replica.info)
         num_alike = max(len(alike.chunks), len(alike.decodes), 1)
         for num_tokens, num_pairs, num_decoding, num_kv_tokens, seconds in steps[-max(1, CLASS_SAMPLES // num_alike) :]:
-            if seconds <= 0:
+            if not 0 < seconds < inf:
                 continue
             if num_tokens:
                 features = (1, num_tokens + num_decoding, num_pairs, num_kv_tokens)

@@ -134,8 +134,8 @@ class DecisionMaker:
             depth = decision.num_cached_tokens // layout.block_size
             hashes = reservation.request.block_hashes
             self._coming.begin(reservation.request_id, taker.info.replica_id, hashes, depth)
-        if len(taker.prefill_tokens) == 1:
-            self._sites.of(taker).begun_at = now
+        if len(taker.prefill_tokens) == 1 and (site := self._sites.known(taker)) is not None:
+            site.begun_at = now
         self._replicas_changed(reservation, now)
 
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:
@@ -144,10 +144,12 @@ class DecisionMaker:
         self._coming.computed(reservation.request_id)
         decision = reservation.decision
         view = decision.prefill or decision.decode
-        site = self._sites.of(view)
-        site.begun_at = now
-        if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:  # others decode there
-            site.stalls.add(decision.terms.prefill_s, site.num_steps(decision.num_uncached_tokens), now)
+        site = self._sites.known(view)
+        if site is not None:
+            site.begun_at = now
+            if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:
+                # others decode there
+                site.stalls.add(decision.terms.prefill_s, site.num_steps(decision.num_uncached_tokens), now)
         self._replicas_changed(reservation, now)
 
     def finished(self, reservation: Reservation, now: float) -> None:
@@ -264,12 +266,10 @@ class DecisionMaker:
             is_only = not choices.prefills
             short = self._shortlist(pool[0]).of(pool, request.num_tokens, choices.cached, may, is_only=is_only)
             if coming and len(short) < len(pool):
-                role, generation, found = (
-                    pool[0].info.role,
-                    pool[0].info.generation,
-                    {site.replica_id for site in short},
-                )
-                for site in map(self._sites.find, coming.keys() - found):
+                role, generation = pool[0].info.role, pool[0].info.generation
+                found = {site.replica_id for site in short}
+                for replica_id in coming:
+                    site = self._sites.find(replica_id) if replica_id not in found else None
                     if site and (site.info.role, site.info.generation) == (role, generation) and may(site):
                         short.append(site)
             return short
@@ -305,10 +305,9 @@ class DecisionMaker:
             self._care.held(request.block_hashes[:depth], holders, others, now)
 
     def _replicas_changed(self, reservation: Reservation, now: float) -> None:
-        decision = reservation.decision
-        self._changed(decision.decode, now)
-        if decision.prefill is not None:
-            self._changed(decision.prefill, now)
+        for view in (reservation.decision.decode, reservation.decision.prefill):
+            if view is not None and self._sites.known(view) is not None:
+                self._changed(view, now)
 
     def _changed(self, view: ReplicaView, now: float) -> None:
         site = self._sites.refresh(view)
@@ -342,6 +341,7 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
         first.crosses_zones,
         sink.num_bytes if is_pair else 0,
         request.num_tokens - source.num_uncached,
+        source.num_indexed,
         terms.ttft_s + source.site.full_step_s / 2,
         Explained(ranked),
     )

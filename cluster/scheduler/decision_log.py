@@ -11,7 +11,7 @@ _ANSWER_PREFIXES = ("chatcmpl-", "cmpl-")  # of the ids that answers carry
 
 
 class DecisionLog:
-    """A ring: the oldest are forgotten."""
+    """A ring: the oldest are forgotten. Prompts' hashes, by far the largest part, are gone once a request is over."""
 
     def __init__(self, capacity: int) -> None:
         self._kept: deque[tuple[Reservation, float]] = deque(maxlen=capacity)

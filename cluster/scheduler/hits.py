@@ -16,8 +16,11 @@ class HitCheck:
         self.num_tokens_missed = 0
 
     def found(self, reservation: Reservation, num_cached_tokens: int) -> None:
-        """What prefill found of a request's prompt. More than was planned is no miss: others computed it meanwhile."""
-        planned = reservation.decision.num_cached_tokens
+        """What prefill found of a request's prompt, where some of it was cached when it was planned.
+
+        More is no miss: others computed it meanwhile. Nor is it one of the cache when these came to nothing.
+        """
+        planned = reservation.decision.num_indexed_tokens
         if not planned:
             return
         self.num_checked += 1

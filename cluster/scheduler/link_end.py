@@ -33,10 +33,8 @@ class LinkEnd:
         port = info.port_bytes_per_s
         self.through_port = LinkCost(LINK_LATENCY_S, 1 / (PORT_SHARE * port)) if port else GUESSED
 
-    def guess(self, source: "LinkEnd | None") -> LinkCost:
-        """Of what comes here from there, or from nobody knows where: by the slower of two ports."""
-        if source is None:
-            return self.through_port
+    def guess(self, source: "LinkEnd") -> LinkCost:
+        """Of what comes here from there: by the slower of two ports."""
         if source.host == self.host:
             return WITHIN_HOST
         return max(self.through_port, source.through_port)

@@ -1,7 +1,7 @@
 """Dispatched requests, and what each of them holds of its replicas until it finishes or nobody renews it. Pure."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from cluster.scheduler.candidate import Decision
@@ -94,6 +94,9 @@ class Reservations:
             for replica in self._replicas_of(reservation):
                 replica.free_prefill(request_id)
                 replica.free_decode(request_id)
+            reservation.request = replace(
+                reservation.request, block_hashes=()
+            )  # the log of decisions may keep the rest
         return reservation
 
     def renew(self, request_ids: Iterable[str], now: float) -> None:

@@ -178,6 +178,11 @@ class Sites:
         site.refresh(self._costs.of(view), self._max_kv_usage)
         return site
 
+    def known(self, view: ReplicaView) -> Site | None:
+        """As of the last `refresh`; None of one that was lost, or that came again as another."""
+        site = self._sites.get(view.info.replica_id)
+        return site if site is not None and site.view is view else None
+
     def find(self, replica_id: str) -> Site | None:
         """As of the last `refresh`, if there was one."""
         return self._sites.get(replica_id)

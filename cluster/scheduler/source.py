@@ -18,6 +18,7 @@ class Source:
         "first_token_s",
         "last_bytes",
         "lender",
+        "num_indexed",
         "num_steps",
         "num_uncached",
         "prefill_s",
@@ -33,6 +34,7 @@ class Source:
         site: Site,
         lender: Site | None,
         num_uncached: int,
+        num_indexed: int,
         queue_s: float,
         pull_s: float,
         restore_s: float,
@@ -46,6 +48,7 @@ class Source:
         self.work_s = WORK_COUNTS * prefill_s
         self.lender = lender  # whom a prefix is pulled from
         self.num_uncached = num_uncached
+        self.num_indexed = num_indexed  # tokens that are cached by now, here or at the lender, as far as they are used
         self.queue_s = queue_s
         self.pull_s = pull_s
         self.restore_s = restore_s
@@ -84,6 +87,7 @@ class Sources:
         num_tokens, block_size, matches = self._num_tokens, site.block_size, self._matches
         depth = matches.depth(site.replica_id)
         restore_s = site.restore_s(matches, depth) if depth and matches.has_below else 0.0
+        num_indexed = min(depth * block_size, num_tokens - 1)
         depth = max(depth, self._coming.get(site.replica_id, 0))  # what is computed there stands in its queue
         num_uncached = max(1, num_tokens - depth * block_size)
         prefill_s = site.prefill_s(num_uncached, num_tokens, beside_s)
@@ -102,5 +106,6 @@ class Sources:
             other_prefill_s = site.prefill_s(num_left, num_tokens, beside_s)
             if other_pull_s + other_prefill_s < pull_s + prefill_s:
                 pull_s, prefill_s, num_uncached, best_lender = other_pull_s, other_prefill_s, num_left, lender
+                num_indexed = num_tokens - num_left
         queue_s = site.queue_left_s(self.now)
-        return Source(site, best_lender, num_uncached, queue_s, pull_s, restore_s, prefill_s)
+        return Source(site, best_lender, num_uncached, num_indexed, queue_s, pull_s, restore_s, prefill_s)

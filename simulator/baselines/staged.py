@@ -101,6 +101,7 @@ def make_decision(
     held = cached.get(decode.info.replica_id, 0)
     layout = decode.info.layout
     num_blocks = layout.num_blocks_missing(held, request.num_tokens)
+    num_cached = depth * taker.info.layout.block_size
     return Decision(
         prefill,
         decode,
@@ -111,7 +112,8 @@ def make_decision(
         float(request.max_new_tokens),
         lender,
         num_transfer_bytes=num_blocks * layout.block_bytes if prefill else 0,
-        num_cached_tokens=depth * taker.info.layout.block_size,
+        num_cached_tokens=num_cached,
+        num_indexed_tokens=num_cached,
     )
 
 

@@ -4,8 +4,9 @@ import random
 
 from cluster.scheduler.coming_prefixes import ComingPrefixes
 from core.config import SchedulerConfig
-from core.messages.to_scheduler import Progress
-from tests.cluster.scheduler_world import BLOCK, World, blocks_of
+from core.messages.fleet import Role
+from core.messages.to_scheduler import Progress, Report
+from tests.cluster.scheduler_world import BLOCK, World, blocks_of, info, status
 
 DOCUMENT = range(20_000)
 
@@ -78,3 +79,21 @@ def test_a_report_of_an_earlier_attempts_replica_ends_no_later_attempt():
     coming.computed("r")
     coming.reported("p1")
     assert not len(coming)
+
+
+def test_of_replicas_that_compute_the_same_who_began_first_is_taken():
+    """Five documents, each computed by ten replicas alike: no set's order decides."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9))
+    everyone = [f"d{number}" for number in range(60)]
+    for name in everyone:
+        measured = status(prefill_tokens_per_s=20_000.0, decode_step_s=0.01)
+        world.admission.report(Report(info(name, Role.DECODE), 0, True, measured, (), ()), 0.0)
+    for number in range(5):
+        document = range(10**7 * (number + 1), 10**7 * (number + 1) + 20_000)
+        names = [f"d{10 * number + i}" for i in range(10)]
+        for name in names:
+            avoid = tuple(other for other in everyone if other != name)
+            plan = world.plan(world.request(20_000, tokens=document, placement="local", avoid=avoid))
+            assert plan.decode.replica_id == name
+        follower = world.request(20_500, tokens=(*document, *range(500)))
+        assert world.decide(follower).decode.info.replica_id == names[0]

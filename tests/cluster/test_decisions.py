@@ -438,6 +438,20 @@ def test_a_decision_keeps_its_candidates_with_terms_that_add_up():
     assert all(other.terms.ttft_s >= terms.ttft_s - 1e-4 for other in others)
 
 
+def test_a_decision_that_is_over_is_explained_without_its_prompts_hashes():
+    """2000 of them at 32k tokens, in each of thousands of decisions."""
+    world = World()
+    world.fleet(1, 1)
+    plan = world.plan(world.request(32_000))
+    assert len(world.admission.reservations.find(plan.request_id).request.block_hashes) == 2000
+    world.admission.progress(Progress(plan.request_id, 0), 1.0)
+    world.admission.finish(plan.request_id, 0, 2.0, 11)
+    ((kept, _),) = world.admission.decisions._kept
+    assert kept.request.block_hashes == ()
+    (explained,) = world.admission.decisions.find(plan.request_id)
+    assert (explained.num_tokens, explained.actual_itl_s, explained.is_over) == (32_000, 0.1, True)
+
+
 # ---- predictions against what came ------------------------------------------------------------------------------
 
 
@@ -456,4 +470,19 @@ def test_errors_of_ttft_and_missed_hits_are_told():
     foresight = world.admission.policy.foresight()
     ttft = next(error for error in foresight.errors if error.quantity == "ttft")
     assert ttft.num_samples == 3 and ttft.p95 >= ttft.median > 0.5
-    assert (foresight.num_hits_checked, foresight.num_hits_missed, foresight.num_tokens_missed) == (2, 1, 992 - 320)
+    assert (foresight.num_hits_checked, foresight.num_hits_missed, foresight.num_tokens_missed) == (2, 1, 960 - 320)
+
+
+def test_what_others_were_still_to_compute_is_no_missed_hit():
+    """A third of the prompt is cached, and another request computes the second third first."""
+    world = World(PAIRS_ONLY)
+    world.fleet(1, 1)
+    tokens = range(3000)
+    world.report("p0", stored=blocks_of(tokens, 960))
+    plans = [world.plan(world.request(num_tokens, tokens=tokens[:num_tokens])) for num_tokens in (2000, 3000)]
+    decided = [world.admission.reservations.find(plan.request_id).decision for plan in plans]
+    assert [(one.num_cached_tokens, one.num_indexed_tokens) for one in decided] == [(960, 960), (2000, 960)]
+    for plan in plans:
+        world.admission.progress(Progress(plan.request_id, 960), 1.0)
+    foresight = world.admission.policy.foresight()
+    assert (foresight.num_hits_checked, foresight.num_hits_missed, foresight.num_tokens_missed) == (2, 0, 0)

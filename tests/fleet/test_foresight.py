@@ -39,7 +39,7 @@ async def test_predictions_hits_and_lengths_are_learned_from_what_ran(tiny_llama
         assert learned.costs._class_of(prefill.info).chunks.fit.num_samples >= 6
         assert learned.costs._class_of(decode.info).decodes.fit.num_samples > 8
         assert 0 < learned.links.cost(prefill, decode).byte_s < 1e-3
-        assert ("p0", "d0") in learned.links._known
+        assert learned.links._known.cost("p0", "d0") is not None
         metrics = fleet_exposition(await fleet.scheduler.fleet(Empty())).decode()
     assert 'baton_predictions{quantity="ttft"} 6.0' in metrics
     assert 'baton_prediction_relative_error{quantile="0.95",quantity="itl"}' in metrics
