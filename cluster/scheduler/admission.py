@@ -163,7 +163,7 @@ class Admission:
                 if not waiting.request.avoid:
                     overtaking.found_no_room(generation, waiting, self._kept_id(waiting, pool, now))
                 continue
-            if waiting.misses(decision.busy_ttft_s, now):
+            if waiting.misses(decision.predicted_ttft_s, now):
                 late += self._line.put_off([waiting])
                 continue
             self._line.remove(waiting.request.request_id)

@@ -61,7 +61,6 @@ class Decision(NamedTuple):
     num_transfer_bytes: int = 0  # from prefill to decode
     num_cached_tokens: int = 0  # of the prompt, that whoever prefills will find cached or pulled
     num_indexed_tokens: int = 0  # of these, that were cached by then: the rest is still to be computed by others
-    busy_ttft_s: float = 0.0  # where steps are full: it has its token when one ends, half a step later on average
     candidates: Sequence[Candidate] = ()  # the best of them, this one first
 
     @property

@@ -342,6 +342,5 @@ def _best(request: Reserve, weighed: Sequence[Weighed], num_new: float) -> Decis
         sink.num_bytes if is_pair else 0,
         request.num_tokens - source.num_uncached,
         source.num_indexed,
-        terms.ttft_s + source.site.full_step_s / 2,
         Explained(ranked),
     )

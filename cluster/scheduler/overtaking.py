@@ -1,19 +1,16 @@
 """Who may have a plan before a request that finds no room now, in one round of plans. Pure.
 
-Whatever it lacks, a shorter request of the same kind may lack it not; one as long does, too. The first that waits for
-memory beyond the time when its token is due has one replica kept for it, which others leave alone: else they would take
-whatever becomes free there, and it would wait for good.
+Whatever it lacks, a shorter request of the same placement may lack it not; one as long does, too. Batch work, which
+comes last, overtakes nobody. The first that waits for memory beyond the time when its token is due has one replica
+kept for it, which others leave alone: else they would take whatever becomes free there, and it would wait for good.
 """
 
 from collections.abc import Collection, Mapping
-from math import inf
 
 from cluster.scheduler.waiting_line import Waiting
 
 MOST_TRIED = 8  # requests of a generation that find no room
 MOST_PASSED = 128  # that are as long, and left out
-
-_Kind = tuple[str, bool]  # placement, and whether it is batch work
 
 
 class _Jam:
@@ -24,7 +21,7 @@ class _Jam:
     def __init__(self, first: Waiting, kept_id: str) -> None:
         self.first = first
         self.kept_id = kept_id
-        self.least: dict[_Kind, int] = {}  # tokens of the shortest one that found no room
+        self.least: dict[str, int] = {}  # by placement, tokens of the shortest one that found no room
         self.num_passed = self.num_tried = 0
 
     @property
@@ -43,9 +40,12 @@ class Overtaking:
         jam = self._jams.get(generation)
         if jam is None:
             return True
+        if waiting.is_batch:
+            jam.num_tried = MOST_TRIED
         if jam.is_over:
             return False
-        if waiting.request.num_tokens < jam.least.get(_kind(waiting), inf):
+        least = jam.least.get(waiting.request.placement)
+        if least is None or waiting.request.num_tokens < least:
             return True
         jam.num_passed += 1
         return False
@@ -54,7 +54,7 @@ class Overtaking:
         """Its policy has it wait. `kept_id`: of the decode replica that is kept for it, if it is the first; or none."""
         jam = self._jams.setdefault(generation, _Jam(waiting, kept_id))
         jam.num_tried += 1
-        jam.least[_kind(waiting)] = waiting.request.num_tokens
+        jam.least[waiting.request.placement] = waiting.request.num_tokens
 
     def kept_id(self, generation: str) -> str:
         """The decode replica that others leave alone; empty: none."""
@@ -68,7 +68,3 @@ class Overtaking:
     def is_over(self, generations: Collection[str]) -> bool:
         """Nobody more of these is tried."""
         return len(self._jams) == len(generations) and all(jam.is_over for jam in self._jams.values())
-
-
-def _kind(waiting: Waiting) -> _Kind:
-    return waiting.request.placement, waiting.is_batch

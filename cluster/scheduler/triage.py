@@ -86,7 +86,7 @@ def _job(waiting: Waiting, work: _Work, pace: Pace, weight: float, level: WaterL
     for what it asks. Nor does one that cannot be put off and is late whoever goes before it.
     """
     first_token_s = pace.first_token_s(work.all_s)
-    begins_within_s = waiting.due_at - pace.queue_s - first_token_s - now
+    begins_within_s = waiting.due_at - pace.begins_s - first_token_s - now
     in_vain = waiting.since + first_token_s > waiting.due_at or (begins_within_s < 0 and not waiting.may_be_put_off)
     due_s = inf if in_vain else weight * level.after(max(0.0, begins_within_s)) + min(0.0, begins_within_s) + work.all_s
     return Job(due_s, work.own_s, waiting.request.priority, waiting.may_be_put_off, work.all_s - work.own_s)

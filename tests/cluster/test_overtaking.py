@@ -97,6 +97,14 @@ def test_a_round_asks_for_few_of_those_who_find_no_room(num_waiting):
     assert asked == 8
 
 
+def test_batch_work_overtakes_nobody():
+    world = crowded()
+    world.admission.reserve(world.request(LONG), 0.0)
+    for num_tokens in (300, 200):
+        world.admission.reserve(world.request(num_tokens, slo_class="batch"), 0.0)
+    assert planned(world, 0.1) == []
+
+
 def test_batch_work_makes_room_for_a_long_prompt_though_short_ones_would_find_some():
     world = World(SchedulerConfig(replica_timeout_s=1e9))
     world.add("d0", Role.DECODE)
