@@ -59,13 +59,13 @@ LOADS = {
         "servegen_deepseek-r1_sampled_peak1h.csv.gz",
         {"llama-3.1-8b": Slo(0.5, 0.03, MLPERF), "llama-3.1-70b": Slo(0.45, 0.04, MLPERF)},
         15.0,
-        {"llama-3.1-8b": 16.0, "llama-3.1-70b": 1.5},
+        {"llama-3.1-8b": 16.0, "llama-3.1-70b": 2.4},
     ),
     "agentic": Load(
         "agentic_claude_code_sessions_A.jsonl.gz",
         {"llama-3.1-8b": Slo(15.0, 0.15, SUMMARIES), "llama-3.1-70b": Slo(15.0, 0.15, SUMMARIES)},
         240.0,
-        {"llama-3.1-8b": 0.2, "llama-3.1-70b": 0.06},
+        {"llama-3.1-8b": 0.2, "llama-3.1-70b": 0.045},
         starts_until_s=9000.0,
     ),
 }
