@@ -7,7 +7,7 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 
@@ -17,7 +17,7 @@ from cluster.scheduler.candidate import Decision
 from cluster.scheduler.decision import DecisionMaker
 from cluster.scheduler.decision_log import DecisionLog
 from cluster.scheduler.fair_share import FairShare
-from cluster.scheduler.fleet_view import FleetView
+from cluster.scheduler.fleet_view import FleetView, Pool
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
 from cluster.scheduler.overtaking import Overtaking
@@ -68,6 +68,7 @@ class Admission:
         self._yields = BatchYields()
         self._tombstones = Tombstones()
         self._first_heard_at: float | None = None
+        self._kept_for: dict[str, str] = {}  # by generation, the request that a decode replica is kept for
 
     @property
     def num_waiting(self) -> int:
@@ -149,7 +150,7 @@ class Admission:
         if self._triage.is_due(len(self.fleet.by_id), now):
             self._put_off(generations, now)
         decodes = generations.decodes
-        overtaking = Overtaking()
+        overtaking = Overtaking(self._keeping(decodes, now))
         late: list[Waiting] = []
         for waiting in chain(self._line.in_order(), late):
             if overtaking.is_over(decodes):
@@ -158,10 +159,13 @@ class Admission:
             if generation not in decodes or not overtaking.may_try(generation, waiting):
                 continue
             pool = decodes[generation].replicas
-            decision = self._decide(waiting.request, pool, now, overtaking.kept_id(generation))
+            decision = self._decide(waiting.request, pool, now, overtaking.kept_id(generation, waiting))
             if decision is None:
-                if not waiting.request.avoid:
-                    overtaking.found_no_room(generation, waiting, self._kept_id(waiting, pool, now))
+                if waiting.request.avoid:
+                    continue
+                is_first = overtaking.found_no_room(generation, waiting)
+                if is_first and generation not in self._kept_for and self._kept_id(waiting, pool, now):
+                    self._kept_for[generation] = waiting.request.request_id
                 continue
             if waiting.misses(decision.predicted_ttft_s, now):
                 late += self._line.put_off([waiting])
@@ -286,6 +290,20 @@ class Admission:
             num = f"{len(self.fleet.by_id)} of {request.num_known_replicas} replicas"
             raise PeerLost(f"the global scheduler has just started: it has heard of {num}")
 
+    def _keeping(self, decodes: Mapping[str, Pool], now: float) -> dict[str, tuple[str, str]]:
+        """By generation: for whom a replica is kept, and which."""
+        found = {}
+        for generation, request_id in list(self._kept_for.items()):
+            waiting = self._line.find(request_id)
+            kept_id = ""
+            if waiting is not None and generation in decodes:
+                kept_id = self._kept_id(waiting, decodes[generation].replicas, now)
+            if kept_id:
+                found[generation] = request_id, kept_id
+            else:
+                del self._kept_for[generation]
+        return found
+
     def _kept_id(self, waiting: Waiting, decodes: Sequence[ReplicaView], now: float) -> str:
         """The decode replica that nobody overtakes it to, once its token is due and as long as memory is what it lacks;
         that which had most room when this began.
@@ -293,8 +311,8 @@ class Admission:
         if waiting.is_batch or now < waiting.due_at:
             return ""
         num_tokens = waiting.request.num_tokens + waiting.request.max_new_tokens
-        kept = next((one for one in decodes if one.info.replica_id == waiting.kept_id), None)
-        if kept is None and not any(self._has_room(num_tokens, one) for one in decodes):
+        kept = self.fleet.get(waiting.kept_id)
+        if (kept is None or not kept.usable) and not any(self._has_room(num_tokens, one) for one in decodes):
             holding = [one for one in decodes if num_tokens <= one.info.max_model_len]
             kept = max(holding, key=lambda one: (one.num_free_blocks, one.info.replica_id), default=None)
             waiting.kept_id = kept.info.replica_id if kept is not None else ""

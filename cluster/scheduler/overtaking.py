@@ -16,11 +16,10 @@ MOST_PASSED = 128  # that are as long, and left out
 class _Jam:
     """Of one generation."""
 
-    __slots__ = ("first", "kept_id", "least", "num_passed", "num_tried")
+    __slots__ = ("first", "least", "num_passed", "num_tried")
 
-    def __init__(self, first: Waiting, kept_id: str) -> None:
+    def __init__(self, first: Waiting) -> None:
         self.first = first
-        self.kept_id = kept_id
         self.least: dict[str, int] = {}  # by placement, tokens of the shortest one that found no room
         self.num_passed = self.num_tried = 0
 
@@ -32,7 +31,9 @@ class _Jam:
 class Overtaking:
     """Of one round."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Mapping[str, tuple[str, str]]) -> None:
+        """`kept`: by generation, the request that a decode replica is kept for, and the replica."""
+        self._kept = kept
         self._jams: dict[str, _Jam] = {}
 
     def may_try(self, generation: str, waiting: Waiting) -> bool:
@@ -50,16 +51,17 @@ class Overtaking:
         jam.num_passed += 1
         return False
 
-    def found_no_room(self, generation: str, waiting: Waiting, kept_id: str) -> None:
-        """Its policy has it wait. `kept_id`: of the decode replica that is kept for it, if it is the first; or none."""
-        jam = self._jams.setdefault(generation, _Jam(waiting, kept_id))
+    def found_no_room(self, generation: str, waiting: Waiting) -> bool:
+        """Its policy has it wait. Whether it is the first of its generation."""
+        jam = self._jams.setdefault(generation, _Jam(waiting))
         jam.num_tried += 1
         jam.least[waiting.request.placement] = waiting.request.num_tokens
+        return jam.first is waiting
 
-    def kept_id(self, generation: str) -> str:
-        """The decode replica that others leave alone; empty: none."""
-        jam = self._jams.get(generation)
-        return jam.kept_id if jam is not None else ""
+    def kept_id(self, generation: str, waiting: Waiting) -> str:
+        """The decode replica that this one leaves alone; empty: none."""
+        request_id, replica_id = self._kept.get(generation, ("", ""))
+        return "" if request_id == waiting.request.request_id else replica_id
 
     def firsts(self) -> Mapping[str, Waiting]:
         """By generation, the first that found no room."""
