@@ -83,7 +83,8 @@ class Shadow:
         """What the production policy makes of these replicas; None when it would not take them."""
         placement = "local" if prefill is None else "pair"
         only = replace(choices, prefills=[prefill] if prefill is not None else [], decodes=[decode])
-        decision = self._judge.decide(replace(request, placement=placement, avoid=()), only)
+        asked = replace(request, placement=placement, avoid=(), attempt=1)  # full batches take it, too
+        decision = self._judge.decide(asked, only)
         return decision if decision is not None and (decision.prefill is None) == (prefill is None) else None
 
     # ---- both learn ---------------------------------------------------------------------------------------------
@@ -122,6 +123,10 @@ class Shadow:
 
     def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> None:
         """History has its order."""
+
+    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:  # noqa: ARG002
+        """History had who yields."""
+        return False
 
     def take_held_until(self) -> float:
         """History tells when somebody looked."""

@@ -67,13 +67,17 @@ class SloPolicy:
         return PoolDemand(num, f"KV use {pool.kv_usage:.0%}")
 
     def _itl(self, signals: FleetSignals) -> PoolDemand:
-        """Replicas so that the batch of each keeps a step within the target; from experience, else in proportion."""
+        """Replicas so that the batch of each keeps a step within the target; from experience, else in proportion.
+
+        Who waits will be in a batch, too: while the scheduler lets nobody into a full one, its steps say nothing.
+        """
         pool, target_s = signals.decode, self._config.itl_target_s
         if not pool.num_ready or not pool.num_running or not pool.itl_s:
             return PoolDemand(0.0, "nothing decodes")
         self._itl_model.add(pool.num_running / pool.num_ready, pool.itl_s)
         batch = self._itl_model.batch_within(target_s)
-        num = pool.num_running / batch if batch else pool.num_ready * pool.itl_s / target_s
+        growth = max(1.0, self._num_decoding(signals) / pool.num_running)
+        num = growth * (pool.num_running / batch if batch else pool.num_ready * pool.itl_s / target_s)
         return PoolDemand(
             min(num, self._most(signals)), f"ITL {pool.itl_s * 1e3:.0f} ms, target {target_s * 1e3:.0f} ms"
         )

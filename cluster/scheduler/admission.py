@@ -320,7 +320,8 @@ class Admission:
 
     def _make_room(self, waiting: Waiting, generation: str, decodes: Sequence[ReplicaView], now: float) -> None:
         """Where decode is what is full, batch work is in the way."""
-        if not any(self._has_room(waiting.request.num_tokens + 1, decode) for decode in decodes):
+        has_room = any(self._has_room(waiting.request.num_tokens + 1, decode) for decode in decodes)
+        if not has_room or self.policy.batches_are_full(decodes, now):
             self._yields.choose((one for one in self.reservations if one.generation == generation), now)
 
     def _has_room(self, num_tokens: int, decode: ReplicaView) -> bool:

@@ -9,9 +9,10 @@ cost       = TTFT + evict (what others will compute again, whose cached blocks i
                   + work (a part of prefill: others wait for it)
                   + strain (what the ITL of D's batch with the request in it counts for, near its SLO and beyond)
 
-subject to the room that D has through the request's expected length. Where nobody else prefills, a prompt waits for a
-plan while every D has a full step's worth to compute: what is given out early goes by forecasts, and keeps its place
-whatever becomes more urgent.
+subject to the room that D has through the request's expected length, and to the ITL of D's batch with the request in
+it: beyond the SLO all in it would be late, in the line only those who wait. Who is in the middle of an answer joins
+all the same. Where nobody else prefills, a prompt waits for a plan while every D has a full step's worth to compute:
+what is given out early goes by forecasts, and keeps its place whatever becomes more urgent.
 A prompt that is under way somewhere counts as cached behind its queue there.
 Pull: whoever prefills takes over what a third replica has cached, if that is faster than computing it.
 Reasons: pair; of local prefill
@@ -40,7 +41,7 @@ from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, usable_h
 from cluster.scheduler.shortlist import May, Shortlist
 from cluster.scheduler.site import Site, Sites
 from cluster.scheduler.source import Source, Sources
-from cluster.scheduler.strain import Strain
+from cluster.scheduler.strain import MOST, Strain
 from cluster.scheduler.weighed import Explained, Sink, Weighed, rank_of
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
@@ -63,6 +64,7 @@ class DecisionMaker:
         self._headroom = Headroom()
         self._standard_ttft_s = config.slo.standard.ttft_s
         self._itl_slo_s = config.itl_slo_s
+        self._most_itl_s = MOST * config.itl_slo_s
         self._slo_itl_s = {name: config.slo.target(name).itl_s for name in SloConfig.model_fields}
         self._usual_strain = Strain(self._standard_ttft_s, min(config.itl_slo_s, config.slo.standard.itl_s))
         self._batch_itl_s = min(config.itl_slo_s, config.slo.interactive.itl_s)  # batch work slows nobody beyond this
@@ -167,6 +169,10 @@ class DecisionMaker:
         """See Policy."""
         return Pace.of([self._sites.of(view) for view in prefills or decodes], now, are_decodes=not prefills)
 
+    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:
+        """See Policy."""
+        return not any(self._sites.of(view).keeps_itl(self._most_itl_s, 0, now) for view in decodes)
+
     def take_held_until(self) -> float:
         """See Policy."""
         taken, self._held_until = self._held_until, inf
@@ -191,16 +197,18 @@ class DecisionMaker:
     ) -> list[Sink]:
         num_tokens, matches = request.num_tokens, choices.cached
         fits, now, kept_id = self._headroom_for(request).fits, choices.now, choices.kept_id
+        most_itl_s = inf if request.attempt else self._most_itl_s
+        num_held = num_tokens + num_new / 2  # on average
 
         def has_room(site: Site) -> bool:
             may = site.has_slot and site.view.usable and site.replica_id != kept_id
-            return may and fits(site, num_tokens, num_new, 1, now)
+            return may and fits(site, num_tokens, num_new, 1, now) and site.keeps_itl(most_itl_s, num_held, now)
 
         sinks = []
         for site in self._short(choices.decodes, request, choices, coming, has_room):
             depth = max(matches.depth(site.replica_id), coming.get(site.replica_id, 0))
             num_blocks = site.num_missing(depth, num_tokens)
-            step_s = site.step_s + site.costs.context_s * (num_tokens + num_new / 2)
+            step_s = site.step_s + site.costs.context_s * num_held
             itl_s = site.itl_s(step_s, now)
             if request.is_batch and site.busy and itl_s > self._batch_itl_s:
                 continue

@@ -14,13 +14,15 @@ from core.messages.fleet import Role
 
 
 def fleet_signals(admission: Admission, generation: str, asked: Asked, now: float, wall: datetime) -> FleetSignals:
-    """Signals of one generation at `now`. Those who wait count at the pool without room, at both when neither has any.
+    """Signals of one generation at `now`. Those who wait count at the pool without room, at both when neither has any;
+    where nobody prefills, at decode.
 
     Counting them at both always would have a full decode pool grow the idle prefill pool too.
     """
     prefills, decodes = (admission.fleet.in_generation(role, generation, now) for role in (Role.PREFILL, Role.DECODE))
     prefill_is_full = not any(takes_more(prefill) for prefill in prefills)
-    decode_is_full = not any(has_free_slot(decode, admission.max_decode_kv_usage) for decode in decodes)
+    has_slot = any(has_free_slot(decode, admission.max_decode_kv_usage) for decode in decodes)
+    decode_is_full = not prefills or not has_slot or admission.policy.batches_are_full(decodes, now)
     waiting, workload = admission.waiting_for(generation, now), admission.workload(generation)
     queue = _Queue(len(waiting), round(sum(request.num_tokens for request in waiting) * workload.uncached_share))
     nobody = _Queue(0, 0)

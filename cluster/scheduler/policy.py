@@ -65,6 +65,10 @@ class Policy(Protocol):
         """How fast prompts are computed there, if it can say; where nobody prefills, by decode replicas."""
         ...
 
+    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:
+        """Whether nobody may join any batch for the time that its steps take, whatever memory is left."""
+        ...
+
     def take_held_until(self) -> float:
         """When someone who had to wait since the last call may find room though nobody reports anything; or inf."""
         ...
@@ -99,6 +103,10 @@ class Memoryless:
     def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> Pace | None:  # noqa: ARG002
         """Nothing is learned that would tell."""
         return None
+
+    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:  # noqa: ARG002
+        """Memory alone counts."""
+        return False
 
     def take_held_until(self) -> float:
         """Room comes with reports alone."""

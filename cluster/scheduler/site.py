@@ -115,6 +115,18 @@ class Site:
             return step_s
         return self.stalls.itl_s(step_s, now, self.queue_s + more_s, self.num_steps(self.num_queued) + num_more)
 
+    def keeps_itl(self, most_itl_s: float, num_tokens: float, now: float) -> bool:
+        """Whether its batch, if it has one, stays within an ITL with a sequence of so many tokens more.
+
+        Where not even that sequence alone would, leaving it out helps nobody.
+        """
+        if not self.busy:
+            return True
+        costs = self.costs
+        if self.itl_s(self.step_s + costs.context_s * num_tokens, now) <= most_itl_s:
+            return True
+        return costs.decode_step_s(1, num_tokens) > most_itl_s
+
     def num_steps(self, num_tokens: int) -> int:
         """That compute so many tokens of prompts."""
         return -(-num_tokens // self.max_at_once)

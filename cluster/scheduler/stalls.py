@@ -25,6 +25,9 @@ class Stalls:
         self._seconds = self._seconds * fading + seconds
         self._num_steps = self._num_steps * fading + num_steps
         self._at = now
+        if self._seconds > WINDOW_S:  # what came before the window is not made up for by its end
+            self._num_steps *= WINDOW_S / self._seconds
+            self._seconds = WINDOW_S
 
     def itl_s(self, step_s: float, now: float, more_s: float = 0.0, num_more: int = 0) -> float:
         """Of a batch whose steps take `step_s` without prompts, with others of `more_s` in `num_more` steps."""

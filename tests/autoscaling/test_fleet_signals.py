@@ -81,6 +81,27 @@ def test_who_waits_counts_where_there_is_no_room(admission):
     assert signals_of(admission).decode.num_waiting == 0
 
 
+def test_who_waits_as_steps_of_batches_are_too_long_counts_at_decode(admission):
+    prompts = {"num_running": 1, "num_waiting": 1, "num_waiting_tokens": 9000}
+    for name in ("d0", "d1"):
+        admission.report(report(replica(name, Role.DECODE), **prompts), 0.0)
+    fill(admission, Role.PREFILL)
+    admission.reserve(reserve("r"), 0.0)
+    assert admission.dispatch(0.0) == []
+    signals = signals_of(admission)
+    assert (signals.prefill.num_waiting, signals.decode.num_waiting) == (1, 1)
+
+
+def test_where_nobody_prefills_who_waits_counts_at_decode(admission):
+    for name in ("p0", "p1"):
+        admission.replica_lost(name)
+    for name in ("d0", "d1"):
+        admission.report(report(replica(name, Role.DECODE), num_waiting=1, num_waiting_tokens=9000), 0.0)
+    admission.reserve(reserve("r"), 0.0)
+    assert admission.dispatch(0.0) == []
+    assert signals_of(admission).decode.num_waiting == 1
+
+
 def test_queued_tokens_are_counted_as_far_as_they_are_computed(admission):
     tokens = tuple(range(320))
     for name in ("p0", "p1"):

@@ -86,6 +86,7 @@ def test_batch_cache_and_step_time_each_ask_for_decode():
     assert numbers(demand_of(decode={"num_running": 20}))[1] == 2.5
     assert numbers(demand_of(decode={"num_running": 8, "kv_usage": 0.9}))[1] == 2.4
     assert numbers(demand_of(decode={"num_running": 8, "itl_s": 0.1}))[1] == 4.0
+    assert numbers(demand_of(decode={"num_running": 8, "num_waiting": 8, "itl_s": 0.05}))[1] == 4.0
 
 
 def test_more_replicas_than_requests_are_never_asked_for():

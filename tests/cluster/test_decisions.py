@@ -262,7 +262,7 @@ def test_of_two_holders_the_one_with_the_prefix_on_its_device_wins():
 
 
 def test_the_itl_after_joining_is_predicted_and_bounds_the_batch():
-    """100 sequences of 1,000 tokens: 8 + 5.05 + 2.04 ms. Beyond the SLO only when nobody keeps it."""
+    """100 sequences of 1,000 tokens: 8 + 5.05 + 2.04 ms."""
     config = SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0, itl_slo_s=0.02)
     world = World(config)
     world.fleet(1, 2)
@@ -275,8 +275,7 @@ def test_the_itl_after_joining_is_predicted_and_bounds_the_batch():
     expected = STEP_S + 101 * SEQUENCE_S + CONTEXT_S * (100_000 + 2000 + 32)
     assert decision.terms.itl_s == pytest.approx(expected, rel=0.03)
     world.report("d0", draining=True)
-    last = world.decide(world.request(2000, tokens=tokens))
-    assert last.decode.info.replica_id == "d1" and last.terms.itl_s > 0.02
+    assert world.decide(world.request(2000, tokens=tokens)) is None
 
 
 @pytest.mark.parametrize(("port_bytes_per_s", "lender"), [(50e9, "p0"), (0.0, None)])
