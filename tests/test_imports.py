@@ -84,6 +84,7 @@ PURE = [
     "cluster.scheduler.holders",
     "cluster.scheduler.index",
     "cluster.scheduler.key_log",
+    "cluster.scheduler.keeping",
     "cluster.scheduler.learned",
     "cluster.scheduler.known_links",
     "cluster.scheduler.link_book",

@@ -7,7 +7,7 @@ reserve --> waiting --dispatch--> reserved --progress--> decoding --finish--> go
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
@@ -17,16 +17,17 @@ from cluster.scheduler.candidate import Decision
 from cluster.scheduler.decision import DecisionMaker
 from cluster.scheduler.decision_log import DecisionLog
 from cluster.scheduler.fair_share import FairShare
-from cluster.scheduler.fleet_view import FleetView, Pool
+from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.generations import Generations
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.keeping import Keeping
 from cluster.scheduler.overtaking import Overtaking
 from cluster.scheduler.policy import Choices, Policy
 from cluster.scheduler.prefix_care import Copy
 from cluster.scheduler.refusals import Refusals
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.reservations import Reservations
-from cluster.scheduler.rules import has_room, usable_hashes
+from cluster.scheduler.rules import usable_hashes
 from cluster.scheduler.traffic import TrafficSplit
 from cluster.scheduler.triage import Triage
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
@@ -64,11 +65,11 @@ class Admission:
         self._line = WaitingLine(self._share)
         self._refusals = Refusals(self._line, self.reservations, config.queue_limit)
         self._triage = Triage(self._line, self.index)
+        self._keeping = Keeping(self._line, self.fleet, config.max_decode_kv_usage)
         self.decisions = DecisionLog(config.decisions_kept)
         self._yields = BatchYields()
         self._tombstones = Tombstones()
         self._first_heard_at: float | None = None
-        self._kept_for: dict[str, str] = {}  # by generation, the request that a decode replica is kept for
 
     @property
     def num_waiting(self) -> int:
@@ -150,7 +151,7 @@ class Admission:
         if self._triage.is_due(len(self.fleet.by_id), now):
             self._put_off(generations, now)
         decodes = generations.decodes
-        overtaking = Overtaking(self._keeping(decodes, now))
+        overtaking = Overtaking(self._keeping.at(decodes, now))
         late: list[Waiting] = []
         for waiting in chain(self._line.in_order(), late):
             if overtaking.is_over(decodes):
@@ -163,9 +164,8 @@ class Admission:
             if decision is None:
                 if waiting.request.avoid:
                     continue
-                is_first = overtaking.found_no_room(generation, waiting)
-                if is_first and generation not in self._kept_for and self._kept_id(waiting, pool, now):
-                    self._kept_for[generation] = waiting.request.request_id
+                if overtaking.found_no_room(generation, waiting):
+                    self._keeping.begin(generation, waiting, pool, now)
                 continue
             if waiting.misses(decision.predicted_ttft_s, now):
                 late += self._line.put_off([waiting])
@@ -290,42 +290,12 @@ class Admission:
             num = f"{len(self.fleet.by_id)} of {request.num_known_replicas} replicas"
             raise PeerLost(f"the global scheduler has just started: it has heard of {num}")
 
-    def _keeping(self, decodes: Mapping[str, Pool], now: float) -> dict[str, tuple[str, str]]:
-        """By generation: for whom a replica is kept, and which."""
-        found = {}
-        for generation, request_id in list(self._kept_for.items()):
-            waiting = self._line.find(request_id)
-            kept_id = ""
-            if waiting is not None and generation in decodes:
-                kept_id = self._kept_id(waiting, decodes[generation].replicas, now)
-            if kept_id:
-                found[generation] = request_id, kept_id
-            else:
-                del self._kept_for[generation]
-        return found
-
-    def _kept_id(self, waiting: Waiting, decodes: Sequence[ReplicaView], now: float) -> str:
-        """The decode replica that nobody overtakes it to, once its token is due and as long as memory is what it lacks;
-        that which had most room when this began.
-        """
-        if waiting.is_batch or now < waiting.due_at:
-            return ""
-        num_tokens = waiting.request.num_tokens + waiting.request.max_new_tokens
-        kept = self.fleet.get(waiting.kept_id)
-        if (kept is None or not kept.usable) and not any(self._has_room(num_tokens, one) for one in decodes):
-            holding = [one for one in decodes if num_tokens <= one.info.max_model_len]
-            kept = max(holding, key=lambda one: (one.num_free_blocks, one.info.replica_id), default=None)
-            waiting.kept_id = kept.info.replica_id if kept is not None else ""
-        return waiting.kept_id if kept is not None and not self._has_room(num_tokens, kept) else ""
-
     def _make_room(self, waiting: Waiting, generation: str, decodes: Sequence[ReplicaView], now: float) -> None:
         """Where decode is what is full, batch work is in the way."""
-        has_room = any(self._has_room(waiting.request.num_tokens + 1, decode) for decode in decodes)
-        if not has_room or self.policy.batches_are_full(decodes, now):
+        if not self._keeping.any_has_room(waiting.request.num_tokens + 1, decodes) or self.policy.batches_are_full(
+            decodes, now
+        ):
             self._yields.choose((one for one in self.reservations if one.generation == generation), now)
-
-    def _has_room(self, num_tokens: int, decode: ReplicaView) -> bool:
-        return has_room(num_tokens, decode, 1, self._config.max_decode_kv_usage)
 
     def _book(self, waiting: Waiting, decision: Decision, now: float) -> Plan:
         request = waiting.request

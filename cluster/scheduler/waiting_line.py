@@ -1,8 +1,9 @@
 """Requests without a plan, in the order in which they shall get one. Pure.
 
 1. batch after everything else
-2. the tenant that has been served least goes next
-3. of one tenant: higher priority, then those that were not put off, then the first token that is due first, then the
+2. who was planned before, and may be in the middle of an answer, before those who are new
+3. the tenant that has been served least goes next
+4. of one tenant: higher priority, then those that were not put off, then the first token that is due first, then the
    first to come
 """
 
@@ -15,7 +16,7 @@ from math import inf
 from cluster.scheduler.fair_share import FairShare
 from core.messages.to_scheduler import Reserve
 
-Place = tuple[bool, int, bool, float, int]  # within a tenant's requests
+Place = tuple[bool, bool, int, bool, float, int]  # within a tenant's requests
 
 
 @dataclass(eq=False)
@@ -47,16 +48,26 @@ class Waiting:
     @property
     def may_be_put_off(self) -> bool:
         """It was not yet, and nobody waits in the middle of its answer."""
-        return self.request.attempt == 0 and not self.is_put_off
+        return self.is_new and not self.is_put_off
+
+    @property
+    def is_new(self) -> bool:
+        """It had no plan yet."""
+        return self.request.attempt == 0
 
     def as_put_off(self) -> "Waiting":
         """For good: who got its turn back when nobody else waits would be in the way of those who come next."""
         return replace(self, is_put_off=True)
 
     @property
+    def rank(self) -> tuple[bool, bool]:
+        """Of all tenants lower ones first."""
+        return self.is_batch, self.is_new
+
+    @property
     def place(self) -> Place:
         """Lower ones first."""
-        return self.is_batch, -self.request.priority, self.is_put_off, self.due_at, self.number
+        return *self.rank, -self.request.priority, self.is_put_off, self.due_at, self.number
 
 
 class WaitingLine:
@@ -116,7 +127,7 @@ class WaitingLine:
         lines = {tenant: iter(tuple(line)) for tenant, line in self._by_tenant.items()}
         heads = {tenant: next(line) for tenant, line in lines.items()}
         while heads:
-            tenant = min(heads, key=lambda name: (heads[name].is_batch, self._share.turn(name), heads[name].place))
+            tenant = min(heads, key=lambda name: (heads[name].rank, self._share.turn(name), heads[name].place))
             yield heads[tenant]
             following = next(lines[tenant], None)
             if following is None:

@@ -90,3 +90,15 @@ def test_one_long_prompt_does_not_close_a_batch_for_long():
     site.stalls.add(10.0, 20, 10.0)
     assert not site.keeps_itl(0.1, 100, 10.0)
     assert site.keeps_itl(0.1, 100, 11.5)
+
+
+def test_who_is_in_the_middle_of_an_answer_goes_before_all_that_wait_for_a_smaller_batch():
+    """Of whichever tenant, however long, and though more wait than are looked at in a round."""
+    world = full_world()
+    for number in range(20):
+        world.admission.reserve(world.request(100 + number, tenant="many", priority=1), 0.0)
+    assert world.admission.dispatch(0.1) == []
+    resumed = replace(world.request(4000, tenant="other"), attempt=1)
+    world.admission.reserve(resumed, 0.2)
+    (plan,) = world.admission.dispatch(0.2)
+    assert plan.request_id == resumed.request_id
