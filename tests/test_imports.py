@@ -144,6 +144,7 @@ PURE = [
     "kv_transfer.tombstones",
     "prefill_worker.deliveries",
     "prefill_worker.scheduler",
+    "cluster.ingress.pacer",
     "cluster.ingress.plan_alone",
     "simulator.cost.cost_model",
     "simulator.borrowing",
