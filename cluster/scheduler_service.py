@@ -242,7 +242,8 @@ class SchedulerService:
 
     def _finish(self, message: Finish) -> None:
         self._note(message)
-        self._admission.finish(message.request_id, message.attempt, self._now(), message.num_output_tokens)
+        request_id, attempt, num_output_tokens = message.request_id, message.attempt, message.num_output_tokens
+        self._admission.finish(request_id, attempt, self._now(), num_output_tokens, message.pace)
 
     def _note(self, event: Event) -> None:
         if self._recorder is not None:

@@ -38,9 +38,14 @@ def _print_decision(decision: dict[str, Any], console: Console) -> None:
         console.print(f"  {'[bold]taken[/bold]' if number == 0 else 'or   '}  {_way(candidate)}", soft_wrap=True)
     chosen = decision["candidates"][0]
     foreseen_s = sum(chosen[term] for term in _UNTIL_FIRST_TOKEN)
+    handoff_s = (
+        chosen["transfer_s"] + chosen["wait_s"] + chosen["itl_s"]
+    )  # and the step that makes decode's first token
+    handoff = f"{_ms(handoff_s)} ms foreseen, {_ms(decision['actual_handoff_s'])} came"
     console.print(
         f"first token: {_ms(foreseen_s)} ms foreseen, {_ms(decision['actual_first_token_s'])} came; "
-        f"ITL: {_ms(chosen['itl_s'])} ms foreseen, {_ms(decision['actual_itl_s'])} came; "
+        + (f"handoff and decode's first token: {handoff}; " if chosen["prefill_id"] else "")
+        + f"ITL after that: {_ms(chosen['itl_s'])} ms foreseen, {_ms(decision['actual_itl_s'])} came; "
         f"cached tokens found: {_known(decision['actual_cached_tokens'])}; "
         f"output tokens: {_known(decision['actual_output_tokens'])}"
         + ("" if decision["is_over"] else "; still under way")

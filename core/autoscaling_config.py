@@ -87,7 +87,7 @@ class AutoscalingConfig(Section):
 
     policy: str = "fixed"  # "fixed" stays at min_replicas, "slo" follows load, "module:Class" is your own
     policy_options: dict[str, Any] = Field(default_factory=dict)  # for a policy of your own
-    interval_s: float = Field(default=5.0, gt=0)  # between two decisions
+    interval_s: float = Field(default=5.0, ge=0.1)  # between two decisions; a changed replica reports every 0.05 s
     max_gpus: float = Field(default=0.0, ge=0)  # of both pools together; 0 is no limit; without GPUs each rank is one
 
     ttft_target_s: float = Field(default=2.0, gt=0)  # prefill grows when the predicted TTFT stays above

@@ -138,7 +138,7 @@ class TransferConfig(Section):
     connect_timeout_s: float = Field(default=10.0, gt=0)
     data_timeout_s: float = Field(default=10.0, gt=0)
     control_timeout_s: float = Field(default=2.0, gt=0)
-    lease_ttl_s: float = Field(default=15.0, gt=0)  # unrenewed leases end after this time
+    lease_ttl_s: float = Field(default=15.0, ge=0.1)  # unrenewed leases end after this time
     reattach_grace_s: float = Field(default=2.0, ge=0)  # a lost token stream may come back within this time
 
     @property

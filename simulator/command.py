@@ -19,7 +19,8 @@ from simulator.fleet_spec import FleetSpec, load_fleet, with_report_interval
 from simulator.page import write_outputs
 from simulator.summary import summarize
 from simulator.tables import pool_table, summary_table
-from simulator.traces.readers import KINDS, read_trace
+from simulator.traces.kinds import KINDS
+from simulator.traces.readers import read_trace
 from simulator.traces.scaling import scale
 from simulator.traces.trace import TracedRequest
 from simulator.twin import Result, Twin

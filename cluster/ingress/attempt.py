@@ -6,12 +6,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from cluster.ingress.generation import Generation, GenerationEvent, GenerationReport
+from cluster.ingress.pacer import Pacer
 from cluster.ingress.token_streams import Subscription
 from core.config import TransferConfig
 from core.errors import NoReplica, Overloaded, PeerError, PeerLost, RequestTimeout
 from core.messages.to_decode import Phases, TokenEvent
 from core.messages.to_prefill import FirstToken, Prefill
-from core.messages.to_scheduler import Plan
+from core.messages.to_scheduler import Finish, Plan
 from rpc.client import RpcClient
 from rpc.methods import PREFILL
 
@@ -32,15 +33,17 @@ class Progress:
     phases: Phases | None = None  # of the first attempt that decoded
     finished: bool = False
     fleet_generation: str = ""  # whose weights made the shown tokens
+    pacer: Pacer = field(default_factory=Pacer)  # of the attempt under way
 
     def due_s(self, slo_s: float) -> float:
         """Until the client, who came `slo_s` before that, should have its first tokens; 0 when that has passed."""
         arrived_at = self.deadline - self.generation.timeout_s
         return max(0.0, arrived_at + slo_s - asyncio.get_running_loop().time())
 
-    def num_output_tokens(self) -> int | None:
-        """All of them, once the request has come to its end."""
-        return len(self.shown) if self.finished else None
+    def finish(self, attempt: int) -> Finish:
+        """For the scheduler, of the attempt under way: all tokens, if the request has come to its end."""
+        num_output_tokens = len(self.shown) if self.finished else None
+        return Finish(self.generation.request_id, attempt, num_output_tokens, self.pacer.pace())
 
     @property
     def remaining_s(self) -> float:
@@ -79,6 +82,7 @@ class Attempt:
         """
         if prompt is not None:
             self._first = await self._first_token(prompt)
+            self._subscription.prefilled()
             self._on_first_token(self._first.num_cached_tokens)
             self._progress.finished = self._first.finish_reason is not None
             yield self._first_event(self._first)

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.ingress.attempt import Attempt, NoRoom, Progress
 from cluster.ingress.generation import FleetHealth, Generation, GenerationEvent
+from cluster.ingress.pacer import Pacer
 from cluster.ingress.scheduler_client import SchedulerClient
 from cluster.ingress.token_streams import Subscription, TokenStreams
 from core.block_hash import chain_seed, hash_blocks, salt_of
@@ -118,13 +119,14 @@ class Orchestrator:
     async def _attempt(self, progress: Progress, attempt: int) -> AsyncGenerator[GenerationEvent, None]:
         """One plan from start to end. Raises PeerError when it must be planned anew."""
         sequence = self._sequence(progress)
-        request_id = progress.generation.request_id
+        request_id, progress.pacer = progress.generation.request_id, Pacer()
+        reserve, finish = self._reserve(progress, sequence, attempt), partial(progress.finish, attempt)
         async with (
-            self._scheduler.reservation(self._reserve(progress, sequence, attempt), progress.num_output_tokens) as plan,
+            self._scheduler.reservation(reserve, finish) as plan,
             self._streams.subscribe(plan.decode, request_id, attempt) as subscription,
             self._lease(progress, plan, sequence, attempt, subscription) as ticket,
         ):
-            progress.fleet_generation = plan.decode.generation
+            progress.fleet_generation, progress.pacer = plan.decode.generation, subscription.pacer
             prompt = None
             if plan.prefill is not None:
                 pull = plan.pull_from, plan.pull_patience_s

@@ -100,10 +100,10 @@ class SchedulerClient:
         return await self._client.call(address, SET_TRAFFIC, SetTraffic(weights), CALL_TIMEOUT_S)
 
     @asynccontextmanager
-    async def reservation(self, request: Reserve, num_output_tokens: Callable[[], int | None]) -> AsyncIterator[Plan]:
+    async def reservation(self, request: Reserve, finish: Callable[[], Finish]) -> AsyncIterator[Plan]:
         """A plan, held until the block ends. Waits in the scheduler's queue. Raises Overloaded, NoReplica.
 
-        `num_output_tokens` says in the end how many there are, None if the request did not come to its end.
+        `finish` says in the end what came of it.
         """
         plan: Plan | None = None
         try:
@@ -117,7 +117,7 @@ class SchedulerClient:
                 if not self._in_use[plan.decode.replica_id]:
                     del self._in_use[plan.decode.replica_id]
             self._reserved.discard(request.request_id)
-            self._spawn(self._tell(FINISH, Finish(request.request_id, request.attempt, num_output_tokens())))
+            self._spawn(self._tell(FINISH, finish()))
 
     def progress(self, request_id: str, num_cached_tokens: int | None) -> None:
         """The request's first token is out; prefill found so many tokens of the prompt cached."""

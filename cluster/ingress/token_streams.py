@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
+from cluster.ingress.pacer import Pacer
 from core.config import TransferConfig
 from core.errors import BatonError, Overloaded, PeerLost
 from core.messages.fleet import ReplicaInfo
@@ -19,25 +20,35 @@ logger = logging.getLogger(__name__)
 class Subscription:
     """The events of one attempt. Bounded: a client that does not read makes its own request fail, nobody else's."""
 
-    def __init__(self, request_id: str, attempt: int, max_events: int) -> None:
+    def __init__(
+        self, request_id: str, attempt: int, max_events: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.request_id = request_id
         self.attempt = attempt
         self.opened = False  # decode knows the request; from then on it must not forget it
         self.was_unknown = False  # to decode at the last heartbeat: if it ended, its last event may still be on its way
         self.broken = asyncio.Event()  # decode gave the attempt up, or is lost: `next` will say so
+        self.pacer = Pacer()  # hears of tokens as they come, however late the client reads them
         self._max_events = max_events
+        self._clock = clock
         self._events: asyncio.Queue[TokenEvent | BatonError] = asyncio.Queue()
 
     def deliver(self, item: TokenEvent | BatonError) -> None:
         """An event of this attempt, or what ended it."""
         if isinstance(item, TokenEvent) and item.attempt != self.attempt:
             return
+        if isinstance(item, TokenEvent) and item.token_ids:
+            self.pacer.decoded(item.first_index + len(item.token_ids), self._clock())
         if self._events.qsize() == self._max_events:
             item = Overloaded(f"the client left {self._max_events} tokens unread")
         if isinstance(item, BatonError) or item.finish_reason == "resume":
             self.broken.set()
         if self._events.qsize() <= self._max_events:
             self._events.put_nowait(item)
+
+    def prefilled(self) -> None:
+        """Prefill's token has come."""
+        self.pacer.prefilled(self._clock())
 
     async def next(self) -> TokenEvent:
         """The next event. Raises what ended the subscription."""

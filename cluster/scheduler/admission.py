@@ -35,7 +35,7 @@ from cluster.scheduler.workload_meter import WorkloadMeter
 from core.config import SchedulerConfig
 from core.errors import BatonError, NoReplica, Overloaded, PeerLost
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_scheduler import Plan, Progress, ReplicaState, Report, Reserve
+from core.messages.to_scheduler import NO_PACE, Plan, Progress, ReplicaState, Report, Reserve, TokenPace
 from kv_transfer.tombstones import Tombstones
 
 PULL_PATIENCE = 3.0  # times the predicted time that a pulled prefix is waited for; then it is computed
@@ -206,10 +206,17 @@ class Admission:
             reservation.num_found_tokens = message.num_cached_tokens
             self.policy.first_token(reservation, message.num_cached_tokens, now)
 
-    def finish(self, request_id: str, attempt: int, now: float, num_output_tokens: int | None = None) -> None:
+    def finish(
+        self,
+        request_id: str,
+        attempt: int,
+        now: float,
+        num_output_tokens: int | None = None,
+        pace: TokenPace = NO_PACE,
+    ) -> None:
         """Ends an attempt in any state, also before its Reserve came; idempotent.
 
-        `num_output_tokens` of one that came to its end, over all its attempts.
+        `num_output_tokens` of one that came to its end, over all its attempts; `pace` of this attempt.
         """
         self._tombstones.bury(request_id, attempt, now)
         waiting, reservation = self._line.find(request_id), self.reservations.find(request_id)
@@ -218,6 +225,8 @@ class Admission:
         if (waiting and waiting.request.attempt <= attempt) or (reservation and reservation.attempt <= attempt):
             if reservation is not None:
                 reservation.num_output_tokens = num_output_tokens
+                if reservation.attempt == attempt:
+                    reservation.pace = pace
             self._drop(request_id, now)
 
     def expire(self, now: float) -> dict[str, BatonError]:

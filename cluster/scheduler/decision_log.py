@@ -36,9 +36,7 @@ class DecisionLog:
 
 def _explained(reservation: Reservation, queue_s: float) -> Explained:
     request, decision = reservation.request, reservation.decision
-    since, until = reservation.decoding_since, reservation.finished_at
-    num_more = (reservation.num_output_tokens or 0) - 1
-    is_decoded = since is not None and until is not None and num_more > 0
+    since, pace = reservation.decoding_since, reservation.pace
     return Explained(
         request_id=reservation.request_id,
         attempt=reservation.attempt,
@@ -51,10 +49,11 @@ def _explained(reservation: Reservation, queue_s: float) -> Explained:
         queue_s=queue_s,
         candidates=tuple(_candidates(reservation)),
         actual_first_token_s=None if since is None else since - reservation.booked_at,
-        actual_itl_s=(until - since) / num_more if is_decoded and since is not None and until is not None else None,
+        actual_itl_s=pace.itl_s,
         actual_cached_tokens=reservation.num_found_tokens,
         actual_output_tokens=reservation.num_output_tokens,
-        is_over=until is not None,
+        is_over=reservation.finished_at is not None,
+        actual_handoff_s=pace.handoff_s,
     )
 
 

@@ -7,7 +7,7 @@ from math import inf
 from cluster.scheduler.candidate import Decision
 from cluster.scheduler.fleet_view import FleetView
 from cluster.scheduler.replica_view import Growth, ReplicaView
-from core.messages.to_scheduler import Reserve
+from core.messages.to_scheduler import NO_PACE, Reserve, TokenPace
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Reservation:
     num_output_tokens: int | None = None  # over all attempts, once the request has come to its end
     num_found_tokens: int | None = None  # of the prompt, that prefill found cached
     finished_at: float | None = None
+    pace: TokenPace = NO_PACE  # of its tokens, once it has ended
     asked_to_yield_at: float = -inf  # for the last time
 
 

@@ -59,12 +59,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class TokenPace:
+    """How an attempt's tokens came to its ingress. None: too few came to tell."""
+
+    handoff_s: float | None = None  # from prefill's token to decode's first, where they are two replicas
+    itl_s: float | None = None  # mean time of decode's tokens after its first
+
+
+NO_PACE = TokenPace()
+
+
+@dataclass(frozen=True)
 class Finish:
     """The reservation of a request ends, for this attempt and lower ones. May overtake its Reserve."""
 
     request_id: str
     attempt: int
     num_output_tokens: int | None = None  # over all attempts, of a request that came to its end; None: it did not
+    pace: TokenPace = NO_PACE  # of this attempt, however it ended
 
 
 @dataclass(frozen=True)
@@ -289,10 +301,11 @@ class Explained:
     queue_s: float
     candidates: tuple[ExplainedCandidate, ...]
     actual_first_token_s: float | None  # from dispatch, as queue, pull, restore and prefill of a candidate
-    actual_itl_s: float | None
+    actual_itl_s: float | None  # see TokenPace, as the next one
     actual_cached_tokens: int | None
     actual_output_tokens: int | None
     is_over: bool
+    actual_handoff_s: float | None = None  # as transfer, wait and one step of a candidate
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Traces of agents: each session's prompts grow by what the model said and what its tools answered. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from random import Random
 from typing import Any
 
 from simulator.traces.trace import OWN_TOKENS, Run, TracedRequest, own_token, runs_of_blocks, split_at
+from simulator.traces.turns import Turn, with_outputs
 
 SESSIONS_RATE = 0.05  # session starts per second, Poisson; `scale` changes it
 LONGEST_PAUSE_S = 600.0  # of a person away from an agent: longer ones are cut to this
@@ -15,10 +15,14 @@ LONGEST_PAUSE_S = 600.0  # of a person away from an agent: longer ones are cut t
 def read_sessions(sessions: Iterable[Mapping[str, Any]], random: Random) -> Iterator[TracedRequest]:
     """Session starts are drawn. Tools and system prompt of equal lengths are taken to be equal, as those of a product.
 
-    Where a prompt begins with all blocks of the one before, that one's output is what follows there.
+    Where a prompt begins with all blocks of the one before, that one's output is what follows there. Raises ValueError
+    for an id that two sessions have, or two agents of one.
     """
-    start_s, tokens = 0.0, _Tokens()
+    start_s, tokens, names = 0.0, _Tokens(), set[str]()
     for session in sessions:
+        if (name := str(session["id"])) in names:
+            raise ValueError(f"session id {name!r} is used twice")
+        names.add(name)
         yield from _read_session(session, start_s, tokens)
         start_s += random.expovariate(SESSIONS_RATE)
 
@@ -58,19 +62,22 @@ def _read_session(session: Mapping[str, Any], start_s: float, tokens: _Tokens) -
     prefixes = {"main": session}
     for entry in session["requests"]:
         if "requests" in entry:
+            if entry["agent_id"] in agents:
+                raise ValueError(f"session {name!r} has two agents of the id {entry['agent_id']!r}")
             agents[entry["agent_id"]], begun[entry["agent_id"]] = entry["requests"], entry["t"]
             prefixes[entry["agent_id"]] = entry
     cut = _Pauses([r["t"] for r in session["requests"]])
     for agent, requests in agents.items():
-        made: list[tuple[tuple[Run, ...], TracedRequest]] = []
-        for request in requests:
-            ids = _blocks(request, base, prefixes[agent], block_size, tokens)
-            prompt = runs_of_blocks(ids, max(1, request["in"]), own := tokens.own())
-            arrival_s = start_s + cut.at(begun[agent] + request["t"] if agent != "main" else request["t"])
-            output = (Run(own, max(1, request["out"])),)
-            request_id = f"{name}-{agent}-{len(made)}"
-            made.append((ids, TracedRequest(request_id, arrival_s, prompt, output, session=f"{name}-{agent}")))
-        yield from _with_outputs(made)
+        turns: list[Turn] = []
+        for asked in requests:
+            ids = _blocks(asked, base, prefixes[agent], block_size, tokens)
+            prompt = runs_of_blocks(ids, max(1, asked["in"]), own := tokens.own())
+            arrival_s = start_s + cut.at(begun[agent] + asked["t"])
+            output = (Run(own, max(1, asked["out"])),)
+            request_id = f"{name}-{agent}-{len(turns)}"
+            request = TracedRequest(request_id, arrival_s, prompt, output, session=f"{name}-{agent}")
+            turns.append(Turn(request, ids))
+        yield from with_outputs(turns)
 
 
 def _highest_block(session: Mapping[str, Any]) -> int:
@@ -89,32 +96,6 @@ def _blocks(
     _, rest = split_at(own, num_shared * block_size)
     shared = (Run(tokens.shared(lengths, num_shared), block_size, num_shared),) if num_shared else ()
     return (*shared, *rest)
-
-
-def _with_outputs(made: Sequence[tuple[tuple[Run, ...], TracedRequest]]) -> Iterator[TracedRequest]:
-    """The tail of a prompt and its output are known from the next prompt, if that goes on from it."""
-    for (ids, request), (next_ids, following) in pairwise(made):
-        num_prompt, num_output = request.num_prompt_tokens, request.num_output_tokens
-        begins_alike = _joined(split_at(next_ids, sum(run.num_tokens for run in ids))[0]) == _joined(ids)
-        if begins_alike and following.num_prompt_tokens >= num_prompt + num_output:
-            prompt, rest = split_at(following.prompt, num_prompt)
-            output, _ = split_at(rest, num_output)
-            yield replace(request, prompt=prompt, output=output)
-        else:
-            yield request
-    if made:
-        yield made[-1][1]
-
-
-def _joined(runs: Sequence[Run]) -> list[Run]:
-    """Runs that go on from one another as one."""
-    found: list[Run] = []
-    for run in runs:
-        if found and found[-1].length == run.length and found[-1].first + found[-1].number == run.first:
-            found[-1] = found[-1]._replace(number=found[-1].number + run.number)
-        else:
-            found.append(run)
-    return found
 
 
 class _Pauses:

@@ -3,7 +3,9 @@
     blocks      JSON lines with `timestamp` (ms), `input_length`, `output_length`, `hash_ids`: Mooncake's, ShareGPT's
     azure       CSV with TIMESTAMP, ContextTokens, GeneratedTokens
     servegen    CSV with t_s, client, input_tokens, output_tokens
+    clients     CSV with t_s, client, rate_rps, pattern, shape, and beside it the clients' lengths: arrivals are drawn
     sessions    JSON lines of agent sessions with runs of block ids
+    dynamo      JSON lines of Dynamo's request trace
     lengths     CSV with num_prefill_tokens, num_decode_tokens and no times: arrivals are drawn
     decisions   what a global scheduler of ours wrote into its `scheduler.record_dir`
 
@@ -14,11 +16,13 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,11 +31,16 @@ from core.errors import ConfigurationError
 from core.section import problems_in
 from simulator.traces.agent_sessions import read_sessions
 from simulator.traces.block_ids import Row, read_block_ids
+from simulator.traces.client_mixes import Histograms, Rate, draw_clients
 from simulator.traces.decisions import read_decisions
+from simulator.traces.dynamo import Line, read_dynamo
+from simulator.traces.kinds import KINDS, LENGTHS, RATES, kind_of, why_no_trace
 from simulator.traces.trace import TracedRequest, plain_request, require_playable
 
-KINDS = ("auto", "blocks", "azure", "servegen", "sessions", "lengths", "decisions")
-_ROW = TypeAdapter(Row)
+_ROW, _LINE = TypeAdapter(Row), TypeAdapter(Line)
+_RATE, _HISTOGRAMS = TypeAdapter(Rate), TypeAdapter(Histograms)
+MOST_HEAD_BYTES = 1 << 20  # of the first line, where it has no end
+Guarded = TypeVar("Guarded")
 LENGTHS_RATE = 1.0  # requests per second of a trace without times; `scale` changes it
 
 
@@ -41,10 +50,11 @@ def read_trace(path: Path, kind: str = "auto", seed: int = 0) -> list[TracedRequ
         raise ConfigurationError(f"trace kind {kind!r} is not known; known are {', '.join(KINDS)}", field="kind")
     chosen = kind
     try:
-        if kind == "auto":
-            chosen = "decisions" if is_record(path) else _kind_of(path)
+        chosen = _kind_of(path, kind)
         if chosen == "decisions":
             requests = read_decisions(read_events(path))
+        elif chosen == "clients":
+            requests = _clients(path, Random(seed))
         else:
             with _open(path) as file:
                 requests = list(_READERS[chosen](file, Random(seed)))
@@ -56,6 +66,9 @@ def read_trace(path: Path, kind: str = "auto", seed: int = 0) -> list[TracedRequ
         raise ConfigurationError(f"trace {path} is not of kind {chosen!r}: {type(error).__name__} {error}") from error
     if not requests:
         raise ConfigurationError(f"trace {path} holds no request")
+    twice = [name for name, number in Counter(request.request_id for request in requests).items() if number > 1]
+    if twice:
+        raise ConfigurationError(f"trace {path} has request id {twice[0]!r} twice")
     return sorted(requests, key=lambda request: (request.arrival_s, request.request_id))
 
 
@@ -63,20 +76,16 @@ def _open(path: Path) -> TextIOWrapper:
     return TextIOWrapper(gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
-def _kind_of(path: Path) -> str:
-    with _open(path) as file:
-        head = file.readline()
-    if head.startswith("TIMESTAMP,ContextTokens"):
-        return "azure"
-    if head.startswith("t_s,client,input_tokens"):
-        return "servegen"
-    if head.startswith("num_prefill_tokens"):
-        return "lengths"
-    if head.startswith("{") and '"hash_ids"' in head:
-        return "blocks"
-    if head.startswith("{") and '"hash_id_scope"' in head:
-        return "sessions"
-    raise ConfigurationError(f"trace {path} begins like none of {', '.join(KINDS[1:])}")
+def _kind_of(path: Path, kind: str) -> str:
+    """The kind that was named, else that of the file. Raises ConfigurationError for what is no trace."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        head = file.readline(MOST_HEAD_BYTES).decode(errors="replace")
+    if (told := why_no_trace(head)) is not None:
+        raise ConfigurationError(f"{path} is no trace by itself: it tells {told}")
+    found = kind if kind != "auto" else "decisions" if is_record(path) else kind_of(head)
+    if found is None:
+        raise ConfigurationError(f"trace {path} begins like none of {', '.join(KINDS[1:])}")
+    return found
 
 
 def _azure(file: TextIOWrapper, _: Random) -> Iterator[TracedRequest]:
@@ -105,20 +114,51 @@ def _lengths(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
         arrival_s += random.expovariate(LENGTHS_RATE)
 
 
+def _clients(path: Path, random: Random) -> list[TracedRequest]:
+    before, found, after = path.name.rpartition(RATES)
+    beside = [path.with_name(before + LENGTHS + end) for end in dict.fromkeys((after, "", ".gz"))] if found else []
+    lengths = next((one for one in beside if one.exists()), None)
+    if lengths is None:
+        wanted = beside[0] if beside else f"no {RATES} in its name, where {LENGTHS} would stand in theirs"
+        raise ConfigurationError(f"trace {path} lacks the file of its clients' lengths: {wanted}")
+    with _open(path) as file:
+        rates = [_guarded(_RATE, f"line {number}", row) for number, row in enumerate(csv.DictReader(file), 2)]
+    with _open(lengths) as file:
+        histograms = list(_json_lines(_HISTOGRAMS, file, f"{lengths.name} "))
+    return draw_clients(rates, histograms, random)
+
+
 def _blocks(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
-    lines = enumerate(file, 1)
-    return read_block_ids([_row(number, line) for number, line in lines if line.strip()], random)
+    return read_block_ids(list(_json_lines(_ROW, file)), random)
 
 
-def _row(number: int, line: str) -> Row:
+def _dynamo(file: TextIOWrapper, _: Random) -> Iterator[TracedRequest]:
+    return iter(read_dynamo(_json_lines(_LINE, file)))
+
+
+def _json_lines(adapter: TypeAdapter[Guarded], file: TextIOWrapper, where: str = "") -> Iterator[Guarded]:
+    """Raises ValueError naming the line and its wrong fields."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield _guarded(adapter, f"{where}line {number}", line)
+
+
+def _guarded(adapter: TypeAdapter[Guarded], where: str, row: str | dict[str, str]) -> Guarded:
     try:
-        return _ROW.validate_json(line)
+        return adapter.validate_json(row) if isinstance(row, str) else adapter.validate_python(row)
     except ValidationError as error:
-        raise ValueError(f"line {number}: {problems_in(error, 'line')}") from error
+        raise ValueError(f"{where}: {problems_in(error, 'line')}") from error
 
 
 def _sessions(file: TextIOWrapper, random: Random) -> Iterator[TracedRequest]:
     return read_sessions((json.loads(line) for line in file if line.strip()), random)
 
 
-_READERS = {"azure": _azure, "servegen": _servegen, "lengths": _lengths, "blocks": _blocks, "sessions": _sessions}
+_READERS = {
+    "azure": _azure,
+    "servegen": _servegen,
+    "lengths": _lengths,
+    "blocks": _blocks,
+    "sessions": _sessions,
+    "dynamo": _dynamo,
+}

@@ -121,7 +121,7 @@ async def test_a_new_scheduler_goes_on_from_what_serve_follows():
 async def test_the_loop_outlives_a_policy_that_raises_and_ends_when_closed(caplog):
     serve, policy = FakeServe(), Wishes(2, 1)
     policy.num_failures = 2
-    autoscaler = make(policy, serve, interval_s=0.001)
+    autoscaler = make(policy, serve, interval_s=0.1)
     autoscaler.start()
     async with asyncio.timeout(10):
         await serve.resized.wait()

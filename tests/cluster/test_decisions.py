@@ -9,7 +9,7 @@ from cluster.scheduler.handoff_time import left_s
 from cluster.scheduler.strain import Strain
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
-from core.messages.to_scheduler import Progress, TierStatus
+from core.messages.to_scheduler import Progress, TierStatus, TokenPace
 from tests.cluster.scheduler_world import (
     BLOCK,
     CHUNK_S,
@@ -444,7 +444,7 @@ def test_a_decision_that_is_over_is_explained_without_its_prompts_hashes():
     plan = world.plan(world.request(32_000))
     assert len(world.admission.reservations.find(plan.request_id).request.block_hashes) == 2000
     world.admission.progress(Progress(plan.request_id, 0), 1.0)
-    world.admission.finish(plan.request_id, 0, 2.0, 11)
+    world.admission.finish(plan.request_id, 0, 2.0, 11, TokenPace(None, 0.1))
     ((kept, _),) = world.admission.decisions._kept
     assert kept.request.block_hashes == ()
     (explained,) = world.admission.decisions.find(plan.request_id)

@@ -20,7 +20,7 @@ from core.config import SchedulerConfig
 from core.errors import Overloaded
 from core.kv_layout import Compatibility, KVLayout
 from core.messages.fleet import ReplicaInfo, Role
-from core.messages.to_scheduler import Progress, ReplicaStatus, Report, Reserve
+from core.messages.to_scheduler import Progress, ReplicaStatus, Report, Reserve, TokenPace
 
 BLOCK = 16
 SLOTS = 4
@@ -435,9 +435,9 @@ def test_a_decision_is_remembered_with_what_it_weighed_and_what_came():
     assert (decision.queue_s, decision.is_over, decision.actual_first_token_s) == (2.0, False, None)
     assert (decision.candidates[0].decode_id, decision.candidates[0].reason) == ("d0", "local_no_prefill")
     fleet.admission.progress(Progress("call-0", 32), 3.5)
-    fleet.admission.finish("call-0", 0, 5.5, 11)
+    fleet.admission.finish("call-0", 0, 5.5, 11, TokenPace(0.7, 0.13))
     (decision,) = fleet.admission.decisions.find("call-0")
-    assert (decision.actual_first_token_s, decision.actual_itl_s) == (0.5, 0.2)
+    assert (decision.actual_first_token_s, decision.actual_handoff_s, decision.actual_itl_s) == (0.5, 0.7, 0.13)
     assert (decision.actual_cached_tokens, decision.actual_output_tokens, decision.is_over) == (32, 11, True)
     fleet.admission.report(report(fleet.info), 6.0)
     fleet.ask(request("next"), now=6.0)

@@ -41,6 +41,9 @@ async def test_batch_work_yields_at_once_and_goes_on_where_it_was(tiny_llama):
         assert sum(resumes for _, resumes in answers) >= 1
         (person_why,) = (await fleet.orchestrator.why("person")).decisions
         assert person_why.actual_output_tokens == 8 and person_why.actual_itl_s is not None
-        attempts = [one.attempt for i in range(2) for one in (await fleet.orchestrator.why(f"b{i}")).decisions]
-        assert len(attempts) == 2 + sum(resumes for _, resumes in answers)
+        assert (person_why.actual_handoff_s is not None) == bool(person_why.candidates[0].prefill_id)
+        of_batch = [one for i in range(2) for one in (await fleet.orchestrator.why(f"b{i}")).decisions]
+        assert len(of_batch) == 2 + sum(resumes for _, resumes in answers)
+        whole = [one for one in of_batch if one.actual_output_tokens is not None]
+        assert len(whole) == 2 and all(one.actual_itl_s is not None for one in whole)
         await fleet.until_quiet()

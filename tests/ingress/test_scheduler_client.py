@@ -57,7 +57,7 @@ async def left_alone_with(
 
 async def plan_alone(client: SchedulerClient, **changes: object) -> Plan:
     request = replace(Reserve("r", 0, "i", 100, 16, (), 60.0), **changes)
-    async with client.reservation(request, lambda: 7) as plan:
+    async with client.reservation(request, lambda: Finish("r", 0, 7)) as plan:
         return plan
 
 

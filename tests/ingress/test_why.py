@@ -1,5 +1,6 @@
 """Why a request ran where it did: over HTTP, and as `baton why` prints it."""
 
+from dataclasses import replace
 from io import StringIO
 
 import httpx
@@ -18,7 +19,7 @@ OTHER = ExplainedCandidate("", "d0", "", "local_faster", 0.0, 0.0, 0.03, 0.2, 0.
 def explained(name: str, tenant: str = "", **changes) -> Explained:
     fields = {
         "actual_first_token_s": 0.125, "actual_itl_s": 0.021, "actual_cached_tokens": 512, "actual_output_tokens": 9,
-        "is_over": True,
+        "is_over": True, "actual_handoff_s": 0.033,
     } | changes  # fmt: skip
     return Explained(name, 0, tenant, "interactive", 700, 64, 20.0, 512, 0.25, (TAKEN, OTHER), **fields)
 
@@ -35,7 +36,17 @@ def test_what_was_weighed_foreseen_and_came(server: Server):
     terms = "queue 10.0 + pull 20.0 + prefill 100.0 + transfer 4.0 + wait 5.0"
     assert taken == f"taken  pair, p1 -> d0, prefix from d1: TTFT 139.0 = {terms}; ITL 20.0"
     assert other == "or     local_faster, d0: TTFT 230.0 = restore 30.0 + prefill 200.0; ITL 50.0"
-    assert "first token: 130.0 ms foreseen, 125.0 came; ITL: 20.0 ms foreseen, 21.0 came" in told
+    first, handoff = "first token: 130.0 ms foreseen, 125.0 came", "29.0 ms foreseen, 33.0 came"  # 4 + 5 + a step of 20
+    itl = "ITL after that: 20.0 ms foreseen, 21.0 came"
+    assert f"{first}; handoff and decode's first token: {handoff}; {itl}; cached tokens found: 512" in told
+
+
+def test_who_is_prefilled_where_it_decodes_has_no_handoff(server: Server):
+    server.backend.decisions = (replace(explained("r", actual_handoff_s=None), candidates=(OTHER,)),)
+    console = Console(width=200, record=True, file=StringIO())
+    print_why(fetch_why(server.url, "r"), console)
+    told = " ".join(console.export_text().split())
+    assert "125.0 came; ITL after that: 50.0 ms foreseen, 21.0 came" in told and "handoff" not in told
 
 
 def test_what_is_not_known_yet_is_not_made_up(server: Server):

@@ -96,6 +96,14 @@ def test_what_is_wrong_is_said(files, options, complaint):
     assert done.exit_code == 1 and complaint in " ".join(done.output.split())
 
 
+def test_sessions_of_one_id_are_refused_before_anything_runs(files):
+    requests = [{"t": 0.0, "in": 300, "out": 4, "hash_runs": [[1, 4]]}]
+    one = {"id": "a", "block_size": 64, "hash_id_scope": "local", "tool_tokens": 0, "system_tokens": 0}
+    (files / "trace.jsonl").write_text(f"{json.dumps(one | {'requests': requests})}\n" * 2)
+    done = simulate(files)
+    assert done.exit_code == 1 and "session id 'a' is used twice" in " ".join(done.output.split())
+
+
 def test_a_fleet_file_is_guarded(tmp_path):
     path = tmp_path / "fleet.yaml"
     path.write_text("decode: {replicas: 1, num_blocks: 10, speed: 3}\nlink: {kind: tcp, bytes_per_s: 5}\nmodle: x")
@@ -109,6 +117,8 @@ def test_a_fleet_file_is_guarded(tmp_path):
         ("decode: {replicas: 100001}", "decode.replicas: .* less than or equal to 100000"),
         ("decode: {}\nreport: {interval_s: 0.0001}", "report.interval_s: .* greater than or equal to 0.001"),
         ("decode: {}\nsample_s: 1.0e-9", "sample_s: .* greater than or equal to 0.1"),
+        ("decode: {}\nautoscaling: {interval_s: 1.0e-9}", "autoscaling.interval_s: .* greater than or equal to 0.1"),
+        ("decode: {}\ntransfer: {lease_ttl_s: 1.0e-9}", "transfer.lease_ttl_s: .* greater than or equal to 0.1"),
         ("decode: {}\nscheduler: {tenant_weights: {a: .inf}}", "scheduler.tenant_weights.a: .* finite"),
         ("decode: {}\nlink: {bytes_per_s: .inf}", "link.bytes_per_s: .* finite"),
         ("decode: {speeds: {0: 0}}", r"decode.speeds.0: .* greater than 0"),

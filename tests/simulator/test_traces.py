@@ -107,6 +107,24 @@ def test_an_agents_next_prompt_begins_with_what_the_model_said(tmp_path):
     assert shared[128] != expand(first.prompt)[128]
 
 
+def test_ids_that_are_used_twice_are_refused_by_name(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(json.dumps(session(name)) for name in ("a", "b", "a")))
+    with pytest.raises(
+        ConfigurationError, match=r"s\.jsonl is not of kind 'sessions': .* session id 'a' is used twice"
+    ):
+        read_trace(path)
+    main, _, sub = session("a")["requests"]
+    path.write_text(json.dumps(session("a", requests=[main, sub, sub])))
+    with pytest.raises(ConfigurationError, match="session 'a' has two agents of the id 'sub'"):
+        read_trace(path)
+    agent_of_a, agent_of_b = sub | {"agent_id": "b-c"}, sub | {"agent_id": "c"}
+    sessions = session("a", requests=[main, agent_of_a]), session("a-b", requests=[main, agent_of_b])
+    path.write_text("\n".join(map(json.dumps, sessions)))
+    with pytest.raises(ConfigurationError, match=r"trace .*s\.jsonl has request id 'a-b-c-0' twice$"):
+        read_trace(path)
+
+
 def test_scaling_draws_independent_sessions(tmp_path):
     path = write(tmp_path / "s.jsonl.gz", "\n".join(json.dumps(session(f"{i}")) for i in range(40)))
     trace = read_trace(path)
