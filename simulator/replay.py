@@ -124,9 +124,9 @@ class Shadow:
     def pace(self, prefills: Sequence[ReplicaView], decodes: Sequence[ReplicaView], now: float) -> None:
         """History has its order."""
 
-    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:  # noqa: ARG002
+    def keeps_itl(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:  # noqa: ARG002
         """History had who yields."""
-        return False
+        return True
 
     def take_held_until(self) -> float:
         """History tells when somebody looked."""

@@ -76,7 +76,7 @@ class SloPolicy:
             return PoolDemand(0.0, "nothing decodes")
         self._itl_model.add(pool.num_running / pool.num_ready, pool.itl_s)
         batch = self._itl_model.batch_within(target_s)
-        growth = max(1.0, self._num_decoding(signals) / pool.num_running)
+        growth = 1 + pool.num_waiting / pool.num_running
         num = growth * (pool.num_running / batch if batch else pool.num_ready * pool.itl_s / target_s)
         return PoolDemand(
             min(num, self._most(signals)), f"ITL {pool.itl_s * 1e3:.0f} ms, target {target_s * 1e3:.0f} ms"

@@ -65,7 +65,7 @@ class Admission:
         self._line = WaitingLine(self._share)
         self._refusals = Refusals(self._line, self.reservations, config.queue_limit)
         self._triage = Triage(self._line, self.index)
-        self._keeping = Keeping(self._line, self.fleet, config.max_decode_kv_usage)
+        self._keeping = Keeping(self._line, self.fleet, self.policy, config.max_decode_kv_usage)
         self.decisions = DecisionLog(config.decisions_kept)
         self._yields = BatchYields()
         self._tombstones = Tombstones()
@@ -151,9 +151,10 @@ class Admission:
         if self._triage.is_due(len(self.fleet.by_id), now):
             self._put_off(generations, now)
         decodes = generations.decodes
-        overtaking = Overtaking(self._keeping.at(decodes, now))
+        kept, ready = self._keeping.at(decodes, now)
+        overtaking = Overtaking(kept)
         late: list[Waiting] = []
-        for waiting in chain(self._line.in_order(), late):
+        for waiting in chain(ready, self._line.in_order(), late):
             if overtaking.is_over(decodes):
                 break
             generation = generations.answering(waiting.request)
@@ -301,9 +302,7 @@ class Admission:
 
     def _make_room(self, waiting: Waiting, generation: str, decodes: Sequence[ReplicaView], now: float) -> None:
         """Where decode is what is full, batch work is in the way."""
-        if not self._keeping.any_has_room(waiting.request.num_tokens + 1, decodes) or self.policy.batches_are_full(
-            decodes, now
-        ):
+        if not self._keeping.any_has_room(waiting.request.num_tokens + 1, decodes, now):
             self._yields.choose((one for one in self.reservations if one.generation == generation), now)
 
     def _book(self, waiting: Waiting, decision: Decision, now: float) -> Plan:

@@ -169,9 +169,9 @@ class DecisionMaker:
         """See Policy."""
         return Pace.of([self._sites.of(view) for view in prefills or decodes], now, are_decodes=not prefills)
 
-    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:
+    def keeps_itl(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
         """See Policy."""
-        return not any(self._sites.of(view).keeps_itl(self._most_itl_s, 0, now) for view in decodes)
+        return self._sites.of(decode).keeps_itl(self._most_itl_s, num_tokens, now)
 
     def take_held_until(self) -> float:
         """See Policy."""

@@ -21,8 +21,10 @@ def fleet_signals(admission: Admission, generation: str, asked: Asked, now: floa
     """
     prefills, decodes = (admission.fleet.in_generation(role, generation, now) for role in (Role.PREFILL, Role.DECODE))
     prefill_is_full = not any(takes_more(prefill) for prefill in prefills)
-    has_slot = any(has_free_slot(decode, admission.max_decode_kv_usage) for decode in decodes)
-    decode_is_full = not prefills or not has_slot or admission.policy.batches_are_full(decodes, now)
+    decode_is_full = not prefills or not any(
+        has_free_slot(decode, admission.max_decode_kv_usage) and admission.policy.keeps_itl(0, decode, now)
+        for decode in decodes
+    )
     waiting, workload = admission.waiting_for(generation, now), admission.workload(generation)
     queue = _Queue(len(waiting), round(sum(request.num_tokens for request in waiting) * workload.uncached_share))
     nobody = _Queue(0, 0)

@@ -1,20 +1,22 @@
-"""Keeps a decode replica of a generation for the first that lacks memory beyond its due time, so that nobody overtakes
-it to that one. Pure.
+"""Keeps a decode replica of a generation for the first that waits beyond its due time for memory or a smaller batch, so
+that nobody overtakes it to that one: else shorter ones would take whatever becomes free there, for good. Pure.
 """
 
 from collections.abc import Mapping, Sequence
 
 from cluster.scheduler.fleet_view import FleetView, Pool
+from cluster.scheduler.policy import Policy
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import has_room
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 
 
 class Keeping:
-    """Of one line. Who waits for a full batch, or for prefill, lacks no memory."""
+    """Of one line. Who waits for prefill finds room at decode."""
 
-    def __init__(self, line: WaitingLine, fleet: FleetView, max_decode_kv_usage: float) -> None:
+    def __init__(self, line: WaitingLine, fleet: FleetView, policy: Policy, max_decode_kv_usage: float) -> None:
         self._line = line
+        self._policy = policy
         self._fleet = fleet
         self._max_decode_kv_usage = max_decode_kv_usage
         self._kept_for: dict[str, str] = {}  # by generation, the request
@@ -24,35 +26,41 @@ class Keeping:
         if generation not in self._kept_for and self._kept_id(first, decodes, now):
             self._kept_for[generation] = first.request.request_id
 
-    def at(self, pools: Mapping[str, Pool], now: float) -> dict[str, tuple[str, str]]:
-        """By generation: for whom a replica is kept, and which."""
-        found = {}
+    def at(self, pools: Mapping[str, Pool], now: float) -> tuple[dict[str, tuple[str, str]], list[Waiting]]:
+        """By generation, for whom a replica is kept and which; and who has its room now, to be planned before others.
+
+        The latter may have been put off, and those that go before it would take its room.
+        """
+        found, ready = {}, []
         for generation, request_id in list(self._kept_for.items()):
             waiting = self._line.find(request_id)
             kept_id = ""
             if waiting is not None and generation in pools:
                 kept_id = self._kept_id(waiting, pools[generation].replicas, now)
+                if not kept_id:
+                    ready.append(waiting)
             if kept_id:
                 found[generation] = request_id, kept_id
             else:
                 del self._kept_for[generation]
-        return found
+        return found, ready
 
-    def any_has_room(self, num_tokens: int, decodes: Sequence[ReplicaView]) -> bool:
+    def any_has_room(self, num_tokens: int, decodes: Sequence[ReplicaView], now: float) -> bool:
         """Whether some replica has the memory, and a place in its batch, for a sequence of so many tokens."""
-        return any(self._has_room(num_tokens, decode) for decode in decodes)
+        return any(self._has_room(num_tokens, decode, now) for decode in decodes)
 
     def _kept_id(self, waiting: Waiting, decodes: Sequence[ReplicaView], now: float) -> str:
-        """That which had most room when this began; empty when its token is not due, or memory is not what it lacks."""
+        """That which had most room when this began; empty when its token is not due, or room is not what it lacks."""
         if waiting.is_batch or now < waiting.due_at:
             return ""
         num_tokens = waiting.request.num_tokens + waiting.request.max_new_tokens
         kept = self._fleet.get(waiting.kept_id)
-        if (kept is None or not kept.usable) and not self.any_has_room(num_tokens, decodes):
+        if (kept is None or not kept.usable) and not self.any_has_room(num_tokens, decodes, now):
             holding = [one for one in decodes if num_tokens <= one.info.max_model_len]
             kept = max(holding, key=lambda one: (one.num_free_blocks, one.info.replica_id), default=None)
             waiting.kept_id = kept.info.replica_id if kept is not None else ""
-        return waiting.kept_id if kept is not None and not self._has_room(num_tokens, kept) else ""
+        return waiting.kept_id if kept is not None and not self._has_room(num_tokens, kept, now) else ""
 
-    def _has_room(self, num_tokens: int, decode: ReplicaView) -> bool:
-        return has_room(num_tokens, decode, 1, self._max_decode_kv_usage)
+    def _has_room(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
+        in_memory = has_room(num_tokens, decode, 1, self._max_decode_kv_usage)
+        return in_memory and self._policy.keeps_itl(num_tokens, decode, now)

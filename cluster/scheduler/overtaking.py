@@ -1,8 +1,8 @@
 """Who may have a plan before a request that finds no room now, in one round of plans. Pure.
 
 Whatever it lacks, a shorter request of the same placement may lack it not; one as long does, too. Batch work, which
-comes last, overtakes nobody. The first that waits for memory beyond the time when its token is due has one replica
-kept for it, which others leave alone: else they would take whatever becomes free there, and it would wait for good.
+comes last, overtakes nobody. The first that waits beyond the time when its token is due has one replica kept for it
+(Keeping), which others leave alone.
 """
 
 from collections.abc import Collection, Mapping

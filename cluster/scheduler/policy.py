@@ -65,8 +65,8 @@ class Policy(Protocol):
         """How fast prompts are computed there, if it can say; where nobody prefills, by decode replicas."""
         ...
 
-    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:
-        """Whether nobody may join any batch for the time that its steps take, whatever memory is left."""
+    def keeps_itl(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
+        """Whether a sequence of so many tokens may join a batch for the time that its steps take then."""
         ...
 
     def take_held_until(self) -> float:
@@ -104,9 +104,9 @@ class Memoryless:
         """Nothing is learned that would tell."""
         return None
 
-    def batches_are_full(self, decodes: Sequence[ReplicaView], now: float) -> bool:  # noqa: ARG002
+    def keeps_itl(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:  # noqa: ARG002
         """Memory alone counts."""
-        return False
+        return True
 
     def take_held_until(self) -> float:
         """Room comes with reports alone."""

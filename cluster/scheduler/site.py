@@ -8,6 +8,7 @@ from cluster.scheduler.stalls import Stalls
 from cluster.scheduler.step_costs import StepCosts, kv_bytes_per_token
 from core.messages.fleet import ReplicaInfo, Role
 
+OF_ALONE, OF_ALONE_POWER = 0.8, 8  # of an ITL; where a sequence alone takes all of it the limit is six times that
 REUSE_OF_OLDEST = 0.05  # a guess: of the blocks that are evicted next, those that would have been found again
 # Of blocks that come from below the device, until a replica has measured its tiers: PCIe copies, an NVMe disk.
 GUESSED_RESTORE_BYTES_PER_S = {"host": 5e9, "disk": 1e9}
@@ -118,14 +119,15 @@ class Site:
     def keeps_itl(self, most_itl_s: float, num_tokens: float, now: float) -> bool:
         """Whether its batch, if it has one, stays within an ITL with a sequence of so many tokens more.
 
-        Where not even that sequence alone would, leaving it out helps nobody.
+        Where a sequence alone takes nearly as long, waiting helps nobody: the limit rises steeply from OF_ALONE on.
         """
         if not self.busy:
             return True
-        costs = self.costs
-        if self.itl_s(self.step_s + costs.context_s * num_tokens, now) <= most_itl_s:
+        itl_s = self.itl_s(self.step_s + self.costs.context_s * num_tokens, now)
+        if itl_s <= most_itl_s:
             return True
-        return costs.decode_step_s(1, num_tokens) > most_itl_s
+        alone = self.costs.decode_step_s(1, 0) / most_itl_s
+        return itl_s <= most_itl_s * (alone / OF_ALONE) ** OF_ALONE_POWER
 
     def num_steps(self, num_tokens: int) -> int:
         """That compute so many tokens of prompts."""

@@ -19,7 +19,7 @@ from cluster.scheduler.shared_work import Left, Prompt, left_by_line
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.water_level import WaterLevel
 
-OWN_COUNTS = 0.5  # of the time that a prompt takes: 1 is least slack first, 0 due first
+OWN_COUNTS = 0.5  # of a prompt's time beyond one step: 1 is least slack first, 0 due first
 PAUSE_EACH_S = 5e-5  # for each request and replica that is looked at: several times what that takes
 LOOK_UP_EACH_S = 2.0  # what is cached of a prompt changes while it waits
 MOST_LOOK_UPS = 32  # at a time, of those that were looked up before
@@ -90,10 +90,13 @@ class _Work(NamedTuple):
 
 
 def _urgent_at(waiting: Waiting, work: _Work, pace: Pace) -> float:
-    """Whom no plan could have served in time goes by when it is due, and so in nobody's way more than others."""
+    """One that fits into a step ends with it, whoever else is in it.
+
+    Whom no plan could have served in time goes by when it is due, and so in nobody's way more than others.
+    """
     first_token_s = pace.first_token_s(work.all_s)
     is_in_vain = waiting.since + first_token_s > waiting.due_at
-    return waiting.due_at - (0.0 if is_in_vain else OWN_COUNTS * first_token_s)
+    return waiting.due_at - (0.0 if is_in_vain else OWN_COUNTS * max(0.0, first_token_s - pace.step_s))
 
 
 def _job(waiting: Waiting, work: _Work, pace: Pace, weight: float, level: WaterLevel, now: float) -> Job:
