@@ -151,10 +151,9 @@ class Admission:
         if self._triage.is_due(len(self.fleet.by_id), now):
             self._put_off(generations, now)
         decodes = generations.decodes
-        kept, ready = self._keeping.at(decodes, now)
-        overtaking = Overtaking(kept)
+        overtaking = Overtaking(self._keeping.at(decodes, now))
         late: list[Waiting] = []
-        for waiting in chain(ready, self._line.in_order(), late):
+        for waiting in chain(self._line.in_order(), late):
             if overtaking.is_over(decodes):
                 break
             generation = generations.answering(waiting.request)

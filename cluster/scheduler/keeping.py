@@ -22,28 +22,31 @@ class Keeping:
         self._kept_for: dict[str, str] = {}  # by generation, the request
 
     def begin(self, generation: str, first: Waiting, decodes: Sequence[ReplicaView], now: float) -> None:
-        """The first that waits found no room."""
-        if generation not in self._kept_for and self._kept_id(first, decodes, now):
+        """The first that waits found no room. Where batches are too full for anybody, nobody overtakes it."""
+        if generation in self._kept_for or not self._kept_id(first, decodes, now):
+            return
+        lacks_memory = not any(self._has_memory(_num_tokens(first), decode) for decode in decodes)
+        if lacks_memory or any(self._policy.keeps_itl(0, decode, now) for decode in decodes):
             self._kept_for[generation] = first.request.request_id
 
-    def at(self, pools: Mapping[str, Pool], now: float) -> tuple[dict[str, tuple[str, str]], list[Waiting]]:
-        """By generation, for whom a replica is kept and which; and who has its room now, to be planned before others.
+    def at(self, pools: Mapping[str, Pool], now: float) -> dict[str, tuple[str, str]]:
+        """By generation, for whom a replica is kept, and which.
 
-        The latter may have been put off, and those that go before it would take its room.
+        Whose room is there has its turn back, if it was put off: others of its tenant would take that.
         """
-        found, ready = {}, []
+        found = {}
         for generation, request_id in list(self._kept_for.items()):
             waiting = self._line.find(request_id)
             kept_id = ""
             if waiting is not None and generation in pools:
                 kept_id = self._kept_id(waiting, pools[generation].replicas, now)
                 if not kept_id:
-                    ready.append(waiting)
+                    self._line.put_back(waiting)
             if kept_id:
                 found[generation] = request_id, kept_id
             else:
                 del self._kept_for[generation]
-        return found, ready
+        return found
 
     def any_has_room(self, num_tokens: int, decodes: Sequence[ReplicaView], now: float) -> bool:
         """Whether some replica has the memory, and a place in its batch, for a sequence of so many tokens."""
@@ -53,7 +56,7 @@ class Keeping:
         """That which had most room when this began; empty when its token is not due, or room is not what it lacks."""
         if waiting.is_batch or now < waiting.due_at:
             return ""
-        num_tokens = waiting.request.num_tokens + waiting.request.max_new_tokens
+        num_tokens = _num_tokens(waiting)
         kept = self._fleet.get(waiting.kept_id)
         if (kept is None or not kept.usable) and not self.any_has_room(num_tokens, decodes, now):
             holding = [one for one in decodes if num_tokens <= one.info.max_model_len]
@@ -62,5 +65,12 @@ class Keeping:
         return waiting.kept_id if kept is not None and not self._has_room(num_tokens, kept, now) else ""
 
     def _has_room(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
-        in_memory = has_room(num_tokens, decode, 1, self._max_decode_kv_usage)
-        return in_memory and self._policy.keeps_itl(num_tokens, decode, now)
+        return self._has_memory(num_tokens, decode) and self._policy.keeps_itl(num_tokens, decode, now)
+
+    def _has_memory(self, num_tokens: int, decode: ReplicaView) -> bool:
+        return has_room(num_tokens, decode, 1, self._max_decode_kv_usage)
+
+
+def _num_tokens(waiting: Waiting) -> int:
+    """At its end."""
+    return waiting.request.num_tokens + waiting.request.max_new_tokens

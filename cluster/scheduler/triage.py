@@ -1,8 +1,4 @@
-"""Puts a line in order so that few are late, and those behind who would make others late, by how fast a fleet is. Pure.
-
-A prompt is computed by one replica, however many there are: a long one must begin while a short one that came with it
-may still wait. That is least slack first (Dertouzos and Mok, 1989, for several processors); where more come than can be
-in time it has everybody wait until nearly late, and due first is better. The order is halfway between these two.
+"""Puts off those of a line who would make others late, so that few are, by how fast the fleet is. Pure.
 
 What several that wait have in common and nobody has cached counts for the first of them alone.
 """
@@ -19,7 +15,6 @@ from cluster.scheduler.shared_work import Left, Prompt, left_by_line
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
 from cluster.scheduler.water_level import WaterLevel
 
-OWN_COUNTS = 0.5  # of a prompt's time beyond one step: 1 is least slack first, 0 due first
 PAUSE_EACH_S = 5e-5  # for each request and replica that is looked at: several times what that takes
 LOOK_UP_EACH_S = 2.0  # what is cached of a prompt changes while it waits
 MOST_LOOK_UPS = 32  # at a time, of those that were looked up before
@@ -49,11 +44,6 @@ class Triage:
         prompts = [self._prompt(one, block_size, now) for _, line in by_weight for one in line]
         works = map(partial(_Work.of, pace), prompts, left_by_line(prompts, block_size))
         lines = [(weight, [(one, next(works)) for one in line]) for weight, line in by_weight]
-        for _, line in lines:
-            for waiting, work in line:
-                waiting.urgent_at = _urgent_at(waiting, work, pace)
-            line.sort(key=lambda one: one[0].place)
-        self._line.reorder()
         level = WaterLevel((sum(work.all_s for _, work in line), weight) for weight, line in lines)
         for weight, line in lines:
             judged, jobs = [], []
@@ -87,16 +77,6 @@ class _Work(NamedTuple):
         if not left.num_for_others:
             return cls(own_s, own_s)
         return cls(own_s, pace.work_s(left.num_own + left.num_for_others, prompt.num_tokens))
-
-
-def _urgent_at(waiting: Waiting, work: _Work, pace: Pace) -> float:
-    """One that fits into a step ends with it, whoever else is in it.
-
-    Whom no plan could have served in time goes by when it is due, and so in nobody's way more than others.
-    """
-    first_token_s = pace.first_token_s(work.all_s)
-    is_in_vain = waiting.since + first_token_s > waiting.due_at
-    return waiting.due_at - (0.0 if is_in_vain else OWN_COUNTS * max(0.0, first_token_s - pace.step_s))
 
 
 def _job(waiting: Waiting, work: _Work, pace: Pace, weight: float, level: WaterLevel, now: float) -> Job:

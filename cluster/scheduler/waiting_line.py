@@ -3,7 +3,8 @@
 1. batch after everything else
 2. who was planned before, and may be in the middle of an answer, before those who are new
 3. the tenant that has been served least goes next
-4. of one tenant: higher priority, then those that were not put off, then the most urgent, then the first to come
+4. of one tenant: higher priority, then those that were not put off, then the first token that is due first, then the
+   first to come
 """
 
 from bisect import bisect_left, insort
@@ -29,7 +30,6 @@ class Waiting:
     is_put_off: bool = False  # its first token cannot be out when it is due, or others' could not
     num_cached_blocks: int = 0  # leading ones that somebody had
     looked_up_at: float = -inf  # when that was
-    urgent_at: float = inf  # by this they go, as soon as somebody said so; by `due_at` until then
     kept_id: str = ""  # the decode replica that is kept for it
     number: int = field(default_factory=count().__next__)
 
@@ -67,8 +67,7 @@ class Waiting:
     @property
     def place(self) -> Place:
         """Lower ones first."""
-        urgent_at = min(self.urgent_at, self.due_at)
-        return *self.rank, -self.request.priority, self.is_put_off, urgent_at, self.number
+        return *self.rank, -self.request.priority, self.is_put_off, self.due_at, self.number
 
 
 class WaitingLine:
@@ -111,11 +110,6 @@ class WaitingLine:
                 del self._by_tenant[tenant], self._num_tokens[tenant]
         return waiting
 
-    def reorder(self) -> None:
-        """Somebody changed who is urgent."""
-        for line in self._by_tenant.values():
-            line.sort(key=_place)
-
     def put_off(self, some: Sequence[Waiting]) -> list[Waiting]:
         """Requests of one tenant go behind its others of their priority. Returns them as they wait from now on."""
         put_off = [one.as_put_off() for one in some]
@@ -127,6 +121,15 @@ class WaitingLine:
                 insort(line, one, key=_place)
                 self._by_id[one.request.request_id] = one
         return put_off
+
+    def put_back(self, waiting: Waiting) -> None:
+        """It goes where it was before it was put off."""
+        if waiting.is_put_off:
+            line = self._by_tenant[waiting.request.tenant]
+            line.remove(waiting)
+            back = replace(waiting, is_put_off=False)
+            insort(line, back, key=_place)
+            self._by_id[waiting.request.request_id] = back
 
     def in_order(self) -> Iterator[Waiting]:
         """Each request once; whoever takes one away and charges its tenant for it changes who comes next."""

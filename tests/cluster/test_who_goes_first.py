@@ -443,18 +443,3 @@ def test_a_decision_is_remembered_with_what_it_weighed_and_what_came():
     fleet.ask(request("next"), now=6.0)
     assert fleet.plans(6.0) == ["next"]
     assert fleet.admission.decisions.find("call-0") == ()
-
-
-def test_a_long_prompt_that_must_begin_goes_before_a_short_one_that_came_a_little_earlier():
-    """1,000 tokens/s: the long one takes 1 of its 2 s, steps of 0.5, the other one 0.1."""
-    fleet = Fleet(slo={"standard": {"ttft_s": 2.0, "itl_s": 0.1}}, local_prefill_max_tokens=None)
-    fleet.ask(*(request(f"running{number}") for number in range(SLOTS)))
-    assert len(fleet.plans()) == SLOTS
-    fleet.ask(request("early"), now=0.1)
-    fleet.ask(request("short"), now=0.5)
-    fleet.ask(request("long", num_tokens=1000), now=0.7)
-    assert fleet.plans(0.8) == []
-    order = []
-    for number in range(3):
-        order += fleet.end(f"running{number}", now=0.8)
-    assert order == ["early", "long", "short"]

@@ -124,7 +124,8 @@ def test_more_long_prompts_than_a_fleet_can_do_make_few_short_ones_late(monkeypa
     put_off_only = play(h100_fleet(2, 2), everybody)
     monkeypatch.setattr(Admission, "_put_off", lambda *_: None)
     neither = play(h100_fleet(2, 2), everybody)
-    assert goodput(neither) < 0.4 < goodput(put_off_only) < 0.7
+    assert goodput(neither) < 0.4
+    assert goodput(put_off_only) > 0.7
     assert goodput(records) > 0.85
     assert goodput(of("long", records)) >= goodput(of("long", neither))  # no more of them wait in vain
     assert all(record.is_completed for record in records)
