@@ -38,9 +38,7 @@ def _print_decision(decision: dict[str, Any], console: Console) -> None:
         console.print(f"  {'[bold]taken[/bold]' if number == 0 else 'or   '}  {_way(candidate)}", soft_wrap=True)
     chosen = decision["candidates"][0]
     foreseen_s = sum(chosen[term] for term in _UNTIL_FIRST_TOKEN)
-    handoff_s = (
-        chosen["transfer_s"] + chosen["wait_s"] + chosen["itl_s"]
-    )  # and the step that makes decode's first token
+    handoff_s = chosen["transfer_s"] + chosen["wait_s"] + chosen["itl_s"]  # the last: decode's first step
     handoff = f"{_ms(handoff_s)} ms foreseen, {_ms(decision['actual_handoff_s'])} came"
     console.print(
         f"first token: {_ms(foreseen_s)} ms foreseen, {_ms(decision['actual_first_token_s'])} came; "

@@ -166,6 +166,8 @@ class Admission:
                     continue
                 if overtaking.found_no_room(generation, waiting):
                     self._keeping.begin(generation, waiting, pool, now)
+                    if waiting.is_new and not self._keeping.some_batch_is_open(pool, now):
+                        overtaking.end(generation)
                 continue
             if waiting.misses(decision.predicted_ttft_s, now):
                 late += self._line.put_off([waiting])

@@ -41,7 +41,7 @@ from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, usable_h
 from cluster.scheduler.shortlist import May, Shortlist
 from cluster.scheduler.site import Site, Sites
 from cluster.scheduler.source import Source, Sources
-from cluster.scheduler.strain import MOST, Strain
+from cluster.scheduler.strain import MOST_OF_SLO, Strain
 from cluster.scheduler.weighed import Explained, Sink, Weighed, rank_of
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
@@ -64,7 +64,7 @@ class DecisionMaker:
         self._headroom = Headroom()
         self._standard_ttft_s = config.slo.standard.ttft_s
         self._itl_slo_s = config.itl_slo_s
-        self._most_itl_s = MOST * config.itl_slo_s
+        self._most_itl_s = MOST_OF_SLO * config.itl_slo_s
         self._slo_itl_s = {name: config.slo.target(name).itl_s for name in SloConfig.model_fields}
         self._usual_strain = Strain(self._standard_ttft_s, min(config.itl_slo_s, config.slo.standard.itl_s))
         self._batch_itl_s = min(config.itl_slo_s, config.slo.interactive.itl_s)  # batch work slows nobody beyond this

@@ -26,7 +26,7 @@ class Keeping:
         if generation in self._kept_for or not self._kept_id(first, decodes, now):
             return
         lacks_memory = not any(self._has_memory(_num_tokens(first), decode) for decode in decodes)
-        if lacks_memory or any(self._policy.keeps_itl(0, decode, now) for decode in decodes):
+        if lacks_memory or self.some_batch_is_open(decodes, now):
             self._kept_for[generation] = first.request.request_id
 
     def at(self, pools: Mapping[str, Pool], now: float) -> dict[str, tuple[str, str]]:
@@ -35,22 +35,24 @@ class Keeping:
         Whose room is there has its turn back, if it was put off: others of its tenant would take that.
         """
         found = {}
-        for generation, request_id in list(self._kept_for.items()):
+        for generation, request_id in self._kept_for.items():
             waiting = self._line.find(request_id)
-            kept_id = ""
-            if waiting is not None and generation in pools:
-                kept_id = self._kept_id(waiting, pools[generation].replicas, now)
-                if not kept_id:
-                    self._line.put_back(waiting)
-            if kept_id:
+            if waiting is None or generation not in pools:
+                continue
+            if kept_id := self._kept_id(waiting, pools[generation].replicas, now):
                 found[generation] = request_id, kept_id
             else:
-                del self._kept_for[generation]
+                self._line.put_back(waiting)
+        self._kept_for = {generation: request_id for generation, (request_id, _) in found.items()}
         return found
 
     def any_has_room(self, num_tokens: int, decodes: Sequence[ReplicaView], now: float) -> bool:
         """Whether some replica has the memory, and a place in its batch, for a sequence of so many tokens."""
         return any(self._has_room(num_tokens, decode, now) for decode in decodes)
+
+    def some_batch_is_open(self, decodes: Sequence[ReplicaView], now: float) -> bool:
+        """Whether steps would not be too long with a request more, of however few tokens. If not, nobody new joins."""
+        return any(self._policy.keeps_itl(0, decode, now) for decode in decodes)
 
     def _kept_id(self, waiting: Waiting, decodes: Sequence[ReplicaView], now: float) -> str:
         """That which had most room when this began; empty when its token is not due, or room is not what it lacks."""

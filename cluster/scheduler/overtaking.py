@@ -58,6 +58,10 @@ class Overtaking:
         jam.least[waiting.request.placement] = waiting.request.num_tokens
         return jam.first is waiting
 
+    def end(self, generation: str) -> None:
+        """Nobody behind the first finds room either."""
+        self._jams[generation].num_tried = MOST_TRIED
+
     def kept_id(self, generation: str, waiting: Waiting) -> str:
         """The decode replica that this one leaves alone; empty: none."""
         request_id, replica_id = self._kept.get(generation, ("", ""))

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 NEAR = 0.8  # of the SLO: requests that come later, and answers that are longer than expected, need the rest
-MOST = 0.97  # of the SLO: nobody joins a batch beyond it; what is foreseen is a few percent off
+MOST_OF_SLO = 0.97  # of the SLO: nobody joins a batch beyond it; what is foreseen is a few percent off
 WEIGHT = 3.0  # an ITL of twice its SLO is as bad as a TTFT that is later by so many times its own
 
 

@@ -52,11 +52,11 @@ class Waiting:
 
     @property
     def is_new(self) -> bool:
-        """It had no plan yet."""
+        """This is its first attempt."""
         return self.request.attempt == 0
 
     def as_put_off(self) -> "Waiting":
-        """For good: who got its turn back when nobody else waits would be in the way of those who come next."""
+        """Until it is put back: who got its turn when nobody else waits would be in the way of those who come next."""
         return replace(self, is_put_off=True)
 
     @property
@@ -95,8 +95,7 @@ class WaitingLine:
         if tenant not in self._by_tenant:
             self._share.arrived(tenant, self._by_tenant.keys())
             self._by_tenant[tenant] = []
-        insort(self._by_tenant[tenant], waiting, key=_place)
-        self._by_id[waiting.request.request_id] = waiting
+        self._insert(self._by_tenant[tenant], waiting)
         self._count(waiting, 1)
 
     def remove(self, request_id: str) -> Waiting | None:
@@ -118,18 +117,14 @@ class WaitingLine:
             gone = {one.number for one in some}
             line[:] = [one for one in line if one.number not in gone]
             for one in put_off:
-                insort(line, one, key=_place)
-                self._by_id[one.request.request_id] = one
+                self._insert(line, one)
         return put_off
 
     def put_back(self, waiting: Waiting) -> None:
-        """It goes where it was before it was put off."""
-        if waiting.is_put_off:
-            line = self._by_tenant[waiting.request.tenant]
-            line.remove(waiting)
-            back = replace(waiting, is_put_off=False)
-            insort(line, back, key=_place)
-            self._by_id[waiting.request.request_id] = back
+        """It goes where it was before it was put off. Idempotent."""
+        line = self._by_tenant[waiting.request.tenant]
+        line.remove(waiting)
+        self._insert(line, replace(waiting, is_put_off=False))
 
     def in_order(self) -> Iterator[Waiting]:
         """Each request once; whoever takes one away and charges its tenant for it changes who comes next."""
@@ -171,6 +166,10 @@ class WaitingLine:
                 num_before = num_tokens if waiting.is_batch else num_tokens - num_of_batch
                 others += min(num_before, own * self._share.weight(other) / weight)
         return own + others
+
+    def _insert(self, line: list[Waiting], waiting: Waiting) -> None:
+        insort(line, waiting, key=_place)
+        self._by_id[waiting.request.request_id] = waiting
 
     def _count(self, waiting: Waiting, sign: int) -> None:
         num_all, num_of_batch = self._num_tokens.get(waiting.request.tenant, (0, 0))
