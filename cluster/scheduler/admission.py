@@ -166,8 +166,8 @@ class Admission:
                     continue
                 if overtaking.found_no_room(generation, waiting):
                     self._keeping.begin(generation, waiting, pool, now)
-                    if waiting.is_new and not self._keeping.some_batch_is_open(pool, now):
-                        overtaking.end(generation)
+                    if waiting.is_new and not any(self.policy.keeps_itl(0, decode, now) for decode in pool):
+                        overtaking.end(generation)  # of however few tokens, nobody new joins
                 continue
             if waiting.misses(decision.predicted_ttft_s, now):
                 late += self._line.put_off([waiting])

@@ -22,11 +22,8 @@ class Keeping:
         self._kept_for: dict[str, str] = {}  # by generation, the request
 
     def begin(self, generation: str, first: Waiting, decodes: Sequence[ReplicaView], now: float) -> None:
-        """The first that waits found no room. Where batches are too full for anybody, nobody overtakes it."""
-        if generation in self._kept_for or not self._kept_id(first, decodes, now):
-            return
-        lacks_memory = not any(self._has_memory(_num_tokens(first), decode) for decode in decodes)
-        if lacks_memory or self.some_batch_is_open(decodes, now):
+        """The first that waits found no room."""
+        if generation not in self._kept_for and self._kept_id(first, decodes, now):
             self._kept_for[generation] = first.request.request_id
 
     def at(self, pools: Mapping[str, Pool], now: float) -> dict[str, tuple[str, str]]:
@@ -50,15 +47,11 @@ class Keeping:
         """Whether some replica has the memory, and a place in its batch, for a sequence of so many tokens."""
         return any(self._has_room(num_tokens, decode, now) for decode in decodes)
 
-    def some_batch_is_open(self, decodes: Sequence[ReplicaView], now: float) -> bool:
-        """Whether steps would not be too long with a request more, of however few tokens. If not, nobody new joins."""
-        return any(self._policy.keeps_itl(0, decode, now) for decode in decodes)
-
     def _kept_id(self, waiting: Waiting, decodes: Sequence[ReplicaView], now: float) -> str:
         """That which had most room when this began; empty when its token is not due, or room is not what it lacks."""
         if waiting.is_batch or now < waiting.due_at:
             return ""
-        num_tokens = _num_tokens(waiting)
+        num_tokens = waiting.request.num_tokens + waiting.request.max_new_tokens
         kept = self._fleet.get(waiting.kept_id)
         if (kept is None or not kept.usable) and not self.any_has_room(num_tokens, decodes, now):
             holding = [one for one in decodes if num_tokens <= one.info.max_model_len]
@@ -67,12 +60,5 @@ class Keeping:
         return waiting.kept_id if kept is not None and not self._has_room(num_tokens, kept, now) else ""
 
     def _has_room(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
-        return self._has_memory(num_tokens, decode) and self._policy.keeps_itl(num_tokens, decode, now)
-
-    def _has_memory(self, num_tokens: int, decode: ReplicaView) -> bool:
-        return has_room(num_tokens, decode, 1, self._max_decode_kv_usage)
-
-
-def _num_tokens(waiting: Waiting) -> int:
-    """At its end."""
-    return waiting.request.num_tokens + waiting.request.max_new_tokens
+        in_memory = has_room(num_tokens, decode, 1, self._max_decode_kv_usage)
+        return in_memory and self._policy.keeps_itl(num_tokens, decode, now)

@@ -96,7 +96,7 @@ def test_where_nobody_prefills_who_waits_counts_at_decode(admission):
     for name in ("p0", "p1"):
         admission.replica_lost(name)
     for name in ("d0", "d1"):
-        admission.report(report(replica(name, Role.DECODE), num_waiting=1, num_waiting_tokens=9000), 0.0)
+        admission.report(report(replica(name, Role.DECODE), num_waiting=1, num_waiting_tokens=1100), 0.0)
     admission.reserve(reserve("r"), 0.0)
     assert admission.dispatch(0.0) == []
     assert signals_of(admission).decode.num_waiting == 1

@@ -51,6 +51,30 @@ def test_placement_makes_no_difference(placement):
     assert world.plan(world.request(100, placement=placement)) is None
 
 
+def test_a_replica_without_a_batch_takes_even_what_keeps_no_slo_there():
+    world = World(SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=0.0106))
+    world.fleet(1, 1)
+    plan = world.plan(world.request(125_000))
+    assert plan is not None and world.admission.reservations.find(plan.request_id).decision.terms.itl_s > 0.0104
+
+
+def test_where_no_batch_takes_anybody_one_is_asked_for(monkeypatch):
+    world = full_world(num_decode=12)
+    for number in range(20):
+        world.admission.reserve(world.request(3000 - number), 0.0)
+    asked = 0
+    decide = world.admission._decide
+
+    def counting(*args):
+        nonlocal asked
+        asked += 1
+        return decide(*args)
+
+    monkeypatch.setattr(world.admission, "_decide", counting)
+    assert world.admission.dispatch(0.1) == []
+    assert asked == 1
+
+
 def test_of_many_replicas_the_one_whose_batch_is_smaller_is_found():
     world = full_world(num_decode=12)
     world.report("d7", **LESS)
