@@ -126,6 +126,7 @@ class Ingress:
             request.generation if request.shown else "",
             request.salt,
             request.slo_class,
+            num_shown=len(request.shown),
         )
         attempt = request.attempt
         self.line.reserve(message, partial(self._planned, request), partial(self._failed, request, attempt))

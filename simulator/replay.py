@@ -83,7 +83,7 @@ class Shadow:
         """What the production policy makes of these replicas; None when it would not take them."""
         placement = "local" if prefill is None else "pair"
         only = replace(choices, prefills=[prefill] if prefill is not None else [], decodes=[decode])
-        asked = replace(request, placement=placement, avoid=(), attempt=1)  # full batches take it, too
+        asked = replace(request, placement=placement, avoid=(), num_shown=1)  # full batches take it, too
         decision = self._judge.decide(asked, only)
         return decision if decision is not None and (decision.prefill is None) == (prefill is None) else None
 

@@ -199,6 +199,7 @@ class Orchestrator:
             standing.ttft_slo_s,
             standing.itl_slo_s,
             standing.priority,
+            num_shown=len(progress.shown),
         )
 
     def _sequence(self, progress: Progress) -> Sequence:

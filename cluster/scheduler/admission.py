@@ -132,7 +132,7 @@ class Admission:
         waiting = self._waiting(request, now)
         self._refusals.passed(now)
         if request.attempt == 0:
-            self._refusals.require_a_hope(waiting)
+            self._refusals.require_a_hope(waiting, partial(self._finds_room, waiting, generations, now))
         self._line.add(waiting)
         self._refusals.require_room(waiting)
         if request.attempt == 0:
@@ -166,7 +166,7 @@ class Admission:
                     continue
                 if overtaking.found_no_room(generation, waiting):
                     self._keeping.begin(generation, waiting, pool, now)
-                    if waiting.is_new and not any(self.policy.keeps_itl(0, decode, now) for decode in pool):
+                    if not waiting.is_resumed and not any(self.policy.keeps_itl(0, decode, now) for decode in pool):
                         overtaking.end(generation)  # of however few tokens, nobody new joins
                 continue
             if waiting.misses(decision.predicted_ttft_s, now):
@@ -279,6 +279,11 @@ class Admission:
         prefills = self.fleet.in_generation(Role.PREFILL, decodes[0].info.generation, now)
         cached = self.index.match(usable_hashes(request, decodes[0].info.compatibility.block_size))
         return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id, kept_id))
+
+    def _finds_room(self, waiting: Waiting, generations: Generations, now: float) -> bool:
+        """Now, before those that wait for more than it needs. Batch work goes after all others."""
+        pool = generations.decodes.get(generations.answering(waiting.request))
+        return bool(pool and not waiting.is_batch and self._decide(waiting.request, pool.replicas, now))
 
     def _put_off(self, generations: Generations, now: float) -> None:
         """Where all traffic goes to one generation: of those that shift it, each has a part of the line."""

@@ -197,7 +197,7 @@ class DecisionMaker:
     ) -> list[Sink]:
         num_tokens, matches = request.num_tokens, choices.cached
         fits, now, kept_id = self._headroom_for(request).fits, choices.now, choices.kept_id
-        most_itl_s = inf if request.attempt else self._most_itl_s
+        most_itl_s = inf if request.num_shown else self._most_itl_s
         num_held = num_tokens + num_new / 2  # on average
 
         def has_room(site: Site) -> bool:

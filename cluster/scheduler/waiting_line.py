@@ -1,10 +1,10 @@
 """Requests without a plan, in the order in which they shall get one. Pure.
 
 1. batch after everything else
-2. who was planned before, and may be in the middle of an answer, before those who are new
+2. who is in the middle of an answer before those of whom nothing is shown
 3. the tenant that has been served least goes next
-4. of one tenant: higher priority, then those that were not put off, then the first token that is due first, then the
-   first to come
+4. of one tenant: who was planned before, then higher priority, then those that were not put off, then the first token
+   that is due first, then the first to come
 """
 
 from bisect import bisect_left, insort
@@ -16,7 +16,7 @@ from math import inf
 from cluster.scheduler.fair_share import FairShare
 from core.messages.to_scheduler import Reserve
 
-Place = tuple[bool, bool, int, bool, float, int]  # within a tenant's requests
+Place = tuple[bool, bool, bool, int, bool, float, int]  # within a tenant's requests
 
 
 @dataclass(eq=False)
@@ -47,13 +47,18 @@ class Waiting:
 
     @property
     def may_be_put_off(self) -> bool:
-        """It was not yet, and nobody waits in the middle of its answer."""
+        """It was not yet, nor planned before: it lost its time to a failure."""
         return self.is_new and not self.is_put_off
 
     @property
     def is_new(self) -> bool:
         """This is its first attempt."""
         return self.request.attempt == 0
+
+    @property
+    def is_resumed(self) -> bool:
+        """Somebody waits in the middle of its answer."""
+        return self.request.num_shown > 0
 
     def as_put_off(self) -> "Waiting":
         """Until it is put back: who got its turn when nobody else waits would be in the way of those who come next."""
@@ -62,12 +67,12 @@ class Waiting:
     @property
     def rank(self) -> tuple[bool, bool]:
         """Of all tenants lower ones first."""
-        return self.is_batch, self.is_new
+        return self.is_batch, not self.is_resumed
 
     @property
     def place(self) -> Place:
         """Lower ones first."""
-        return *self.rank, -self.request.priority, self.is_put_off, self.due_at, self.number
+        return *self.rank, self.is_new, -self.request.priority, self.is_put_off, self.due_at, self.number
 
 
 class WaitingLine:

@@ -28,6 +28,7 @@ class Reserve:
     itl_slo_s: float = 0.0
     priority: int = 0  # among the tenant's own; higher ones first
     num_known_replicas: int = 0  # in the ingress's last view: a scheduler that has just started and knows fewer refuses
+    num_shown: int = 0  # of `num_tokens`: somebody reads the answer, and waits in its middle
 
     @property
     def is_batch(self) -> bool:

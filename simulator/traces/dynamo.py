@@ -59,7 +59,8 @@ class Line:
 
 
 def read_dynamo(lines: Iterable[Line]) -> list[TracedRequest]:
-    """Calls as they were received, the first one at 0 s. Raises ValueError for too many different blocks."""
+    """Calls as they were received, the first one at 0 s. Raises ValueError for too many different blocks, and
+    where hashes and tokens do not agree."""
     ended = [line.event for line in lines if line.event.event_type == ENDED]
     calls = [(event.request, event.agent_context or Agent()) for event in ended if event.request is not None]
     calls.sort(key=lambda found: (found[0].request_received_ms, found[0].request_id))
@@ -82,6 +83,10 @@ def _turn(call: Call, session: str, arrival_s: float, own: int, token_of: dict[i
     if len(token_of) > OWN_TOKENS:
         raise ValueError(f"more than {OWN_TOKENS} different blocks")
     size, num_tokens = replay.trace_block_size, replay.input_length
+    num_whole, num_hashes = num_tokens // size, len(replay.input_sequence_hashes)
+    if not num_whole <= num_hashes <= -(-num_tokens // size):
+        what = f"{num_hashes} input_sequence_hashes for {num_tokens} tokens in blocks of {size}"
+        raise ValueError(f"call {call.request_id}: {what}")
     prompt = runs_of_blocks(blocks(ids, size), num_tokens, own)
     request = TracedRequest(call.request_id, arrival_s, prompt, output, session=session)
-    return Turn(request, blocks(ids[: num_tokens // size], size), call.cached_tokens)
+    return Turn(request, blocks(ids[:num_whole], size), call.cached_tokens)

@@ -122,7 +122,23 @@ def test_a_long_context_gets_its_turn_though_shorter_ones_would_always_fit():
 
 def test_who_is_in_the_middle_of_an_answer_joins_all_the_same():
     world = full_world()
-    assert world.plan(replace(world.request(100), attempt=1)) is not None
+    assert world.plan(replace(world.request(100), attempt=1, num_shown=1)) is not None
+
+
+def test_an_attempt_that_showed_nothing_is_nobody_in_the_middle_of_an_answer():
+    """A request whose replicas fail again and again joins no full batch, and goes by its tenant's share."""
+    world = full_world()
+    assert world.plan(replace(world.request(100), attempt=3)) is None
+    world = full_world()
+    world.admission._share.taken("before", "other", 10**6, 0)
+    again = replace(world.request(100, tenant="other", timeout_s=3600.0), attempt=3)
+    world.admission.reserve(again, 0.0)
+    mine, its_next = world.request(100), world.request(100, tenant="other")
+    world.admission.reserve(mine, 0.1)
+    world.admission.reserve(its_next, 0.0)
+    world.report("d0", **LESS, now=1.0)
+    order = [plan.request_id for plan in world.admission.dispatch(1.0)]
+    assert order == [mine.request_id, again.request_id, its_next.request_id]
 
 
 def test_batch_work_makes_room_where_a_batch_is_full():
@@ -157,7 +173,7 @@ def test_who_is_in_the_middle_of_an_answer_goes_before_all_that_wait_for_a_small
     for number in range(20):
         world.admission.reserve(world.request(100 + number, tenant="many", priority=1), 0.0)
     assert world.admission.dispatch(0.1) == []
-    resumed = replace(world.request(4000, tenant="other"), attempt=1)
+    resumed = replace(world.request(4000, tenant="other"), attempt=1, num_shown=1)
     world.admission.reserve(resumed, 0.2)
     (plan,) = world.admission.dispatch(0.2)
     assert plan.request_id == resumed.request_id

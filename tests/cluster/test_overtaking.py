@@ -3,6 +3,7 @@
 import pytest
 
 from core.config import SchedulerConfig
+from core.errors import Overloaded
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Progress
 from tests.cluster.scheduler_world import World
@@ -49,6 +50,37 @@ def test_one_that_waits_beyond_its_due_time_has_a_replica_kept_for_it():
     world.report("d1", num_free_blocks=40_000, num_running=0, num_kv_tokens=0, now=4.0)
     world.admission.finish("r2", 0, 4.0, 1)
     assert planned(world, 4.0) == [("r1", "d1")]
+
+
+def test_nobody_is_refused_for_one_that_waits_for_more_room_than_the_others_need():
+    """It has waited for a minute; by what was given to those who wait, another one would wait as long."""
+    world = crowded()
+    world.admission.reserve(world.request(LONG, timeout_s=3600.0), 0.0)
+    for tenth in range(600):
+        assert planned(world, tenth / 10) == []
+    assert world.admission.num_waiting == 1
+    for _ in range(4):
+        short = world.request(200, timeout_s=5.0)
+        world.admission.reserve(short, 60.0)
+        assert [name for name, _ in planned(world, 60.0)] == [short.request_id]
+
+
+def test_who_finds_no_room_either_is_still_refused():
+    world = crowded(num_free_blocks=0)
+    world.admission.reserve(world.request(LONG, timeout_s=3600.0), 0.0)
+    for tenth in range(600):
+        assert planned(world, tenth / 10) == []
+    with pytest.raises(Overloaded, match="is foreseen, 5 s are allowed"):
+        world.admission.reserve(world.request(200, timeout_s=5.0), 60.0)
+
+
+def test_batch_work_is_refused_though_there_were_room_as_it_goes_after_who_waits():
+    world = crowded()
+    world.admission.reserve(world.request(LONG, timeout_s=3600.0), 0.0)
+    for tenth in range(600):
+        assert planned(world, tenth / 10) == []
+    with pytest.raises(Overloaded, match="is foreseen, 5 s are allowed"):
+        world.admission.reserve(world.request(200, timeout_s=5.0, slo_class="batch"), 60.0)
 
 
 def test_no_replica_is_kept_for_one_that_waits_for_something_else():

@@ -401,7 +401,7 @@ def test_who_comes_back_in_the_middle_of_its_answer_is_not_put_off():
     fleet = Fleet(slo={"standard": {"ttft_s": 0.9, "itl_s": 0.1}})
     fleet.ask(*(request(f"running{i}") for i in range(SLOTS)))
     fleet.plans()
-    fleet.ask(request("old"), replace(request("resumed"), attempt=1), now=0.0)
+    fleet.ask(request("old"), replace(request("resumed"), attempt=1, num_shown=1), now=0.0)
     fleet.ask(request("new"), now=0.8)
     for name, expected in (("running0", "resumed"), ("running1", "new"), ("running2", "old")):
         assert fleet.end(name, 0.8) == [expected]

@@ -115,3 +115,15 @@ def test_a_line_that_cannot_be_is_named(tmp_path, bad, problem):
 def test_calls_of_one_id_are_refused_by_it(tmp_path):
     with pytest.raises(ConfigurationError, match=r"trace .*trace\.jsonl has request id 'same' twice"):
         read(tmp_path, line("same", 0, [1], 10, 5, 0), line("same", 1, [2], 10, 5, 0))
+
+
+@pytest.mark.parametrize("hashes", [[1], [1, 2, 3, 4]])
+def test_hashes_that_do_not_agree_with_the_length_are_refused_by_name(tmp_path, hashes):
+    with pytest.raises(ConfigurationError, match=f"call odd: {len(hashes)} input_sequence_hashes for 40 tokens"):
+        read(tmp_path, line("odd", 0, hashes, 40, 3, 0))
+
+
+def test_the_partial_block_may_have_a_hash_or_none(tmp_path):
+    found = read(tmp_path, line("with", 0, [1, 2, 3], 40, 3, 0), line("without", 1, [1, 2], 40, 3, 0))
+    with_it, without = (expand(request.prompt) for request in found.values())
+    assert len(with_it) == len(without) == 40 and with_it[:32] == without[:32]
