@@ -111,11 +111,11 @@ class DecisionMaker:
         """Learns from samples; the replica's load has changed."""
         self.learned.reported(replica, report)
         self._coming.reported(replica.info.replica_id)
-        site = self._sites.of(replica)
-        num_before = site.num_queued
-        self._changed(replica, now)
+        num_before = self._sites.of(replica).num_queued
+        site = self._sites.refresh(replica)
         if site.num_queued < num_before:
             site.begun_at = now
+        self._changed(site, now)
 
     def lost(self, replica_id: str) -> None:
         """Forgets the replica."""
@@ -148,7 +148,7 @@ class DecisionMaker:
         view = decision.prefill or decision.decode
         site = self._sites.known(view)
         if site is not None:
-            site.begun_at = now
+            site.computed(decision.terms.prefill_s, now)
             if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:
                 # others decode there
                 site.stalls.add(decision.terms.prefill_s, site.num_steps(decision.num_uncached_tokens), now)
@@ -272,7 +272,8 @@ class DecisionMaker:
     ) -> list[Site]:
         if not request.avoid:
             is_only = not choices.prefills
-            short = self._shortlist(pool[0]).of(pool, request.num_tokens, choices.cached, may, is_only=is_only)
+            shortlist = self._shortlist(pool[0])
+            short = shortlist.of(pool, request.num_tokens, choices.cached, may, choices.now, is_only=is_only)
             if coming and len(short) < len(pool):
                 role, generation = pool[0].info.role, pool[0].info.generation
                 found = {site.replica_id for site in short}
@@ -315,12 +316,11 @@ class DecisionMaker:
     def _replicas_changed(self, reservation: Reservation, now: float) -> None:
         for view in (reservation.decision.decode, reservation.decision.prefill):
             if view is not None and self._sites.known(view) is not None:
-                self._changed(view, now)
+                self._changed(self._sites.refresh(view), now)
 
-    def _changed(self, view: ReplicaView, now: float) -> None:
-        site = self._sites.refresh(view)
+    def _changed(self, site: Site, now: float) -> None:
         site.strain_s = self._usual_strain.seconds(site.itl_s(site.step_s, now))
-        self._shortlist(view).changed(site)
+        self._shortlist(site.view).changed(site)
 
     def _shortlist(self, view: ReplicaView) -> Shortlist:
         key = view.info.role, view.info.generation

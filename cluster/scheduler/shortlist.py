@@ -5,7 +5,7 @@ from itertools import islice
 from math import log
 
 from cluster.scheduler.matches import Matches, Segment
-from cluster.scheduler.ranked import Bucket, Entry, Ranked
+from cluster.scheduler.ranked import Bucket, Entry, Ranked, at
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.site import Site, Sites
 from core.messages.fleet import Role
@@ -15,8 +15,9 @@ May = Callable[[Site], bool]
 SMALL = 6  # replicas of a pool: all are weighed
 NUM_LEAST = 5  # of the least loaded of each zone
 NUM_BY_LOAD = 3  # of these, for their load alone
+NUM_OF_ONLY = 5  # of the only pool: of those with a queue, and as many of those without
 OF_BUCKET = 2  # that are looked at, the least loaded ones; of many buckets, of each the least loaded alone
-FEW_BUCKETS = 4
+FEW_BUCKETS = 8
 NUM_HOLDERS = 3  # of those that match equally deep
 FEW_HOLDERS = 16  # of those that match equally deep: up to so many are looked at all
 NUM_DEPTHS = 2  # deepest matches
@@ -37,17 +38,24 @@ class Shortlist:
         is_prefill = site.info.role is Role.PREFILL
         paces_s = (site.costs.token_s,) if is_prefill else (site.costs.token_s, site.costs.step_s)
         paces = (round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
-        bucket: Bucket = (site.zone, site.kind, *paces)
+        bucket: Bucket = (site.zone, site.kind, site.queue_s > 0, *paces)
         # a decode replica that prefills has its batch wait, and what it shall prefill next
-        load_s = site.queue_s if is_prefill else site.step_s + site.queue_s + site.strain_s
-        self._ranked.place(site, bucket, load_s)
+        load_s = 0.0 if is_prefill else site.step_s + site.strain_s
+        self._ranked.place(site, bucket, load_s + site.begun_at + site.queue_s if site.queue_s > 0 else load_s)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""
         self._ranked.remove(replica_id)
 
     def of(
-        self, pool: Sequence[ReplicaView], num_tokens: int, matches: Matches, may: May, *, is_only: bool = False
+        self,
+        pool: Sequence[ReplicaView],
+        num_tokens: int,
+        matches: Matches,
+        may: May,
+        now: float,
+        *,
+        is_only: bool = False,
     ) -> list[Site]:
         """Those of the pool that may be taken for a prompt of so many tokens; of a large one a few, and more where it
         `is_only` this one: what a prompt is to a batch beside it no load tells.
@@ -58,27 +66,28 @@ class Shortlist:
             self._ranked.clear()
             for view in pool:
                 self.changed(self._sites.of(view))
-        found = {site.replica_id: site for site in self._least(num_tokens, may, NUM_LEAST if is_only else OF_BUCKET)}
+        found = {site.replica_id: site for site in self._least(num_tokens, may, now, is_only=is_only)}
         for segment in matches.segments[:NUM_DEPTHS]:
-            for site in self._holders(matches, segment, may):
+            for site in self._holders(matches, segment, may, now):
                 found[site.replica_id] = site
         return list(found.values())
 
-    def _least(self, num_tokens: int, may: May, num_of_bucket: int) -> list[Site]:
+    def _least(self, num_tokens: int, may: May, now: float, *, is_only: bool) -> list[Site]:
         """Of each zone: by load alone, and by load and what the prompt takes at the replica's pace."""
         zones: dict[str, list[Entry]] = {}
         buckets = self._ranked.buckets
+        num_of_bucket, most = (NUM_OF_ONLY, 2 * NUM_OF_ONLY) if is_only else (OF_BUCKET, NUM_LEAST)
         for bucket, entries in buckets.items():
             num_left = num_of_bucket if len(buckets) <= FEW_BUCKETS else 1
             for entry in entries:
                 if may(entry[3]):
-                    zones.setdefault(bucket[0], []).append(entry)
+                    zones.setdefault(bucket[0], []).append(at(bucket, entry, now))
                     num_left -= 1
                     if not num_left:
                         break
         least: list[Site] = []
         for heads in zones.values():
-            if len(heads) > NUM_LEAST:
+            if len(heads) > most:
                 heads.sort()
                 timed = sorted([(entry[0] + num_tokens * entry[3].costs.token_s, entry) for entry in heads])
                 least += [entry[3] for entry in heads[:NUM_BY_LOAD]]
@@ -87,10 +96,10 @@ class Shortlist:
                 least += [entry[3] for entry in heads]
         return least
 
-    def _holders(self, matches: Matches, segment: Segment, may: May) -> list[Site]:
+    def _holders(self, matches: Matches, segment: Segment, may: May, now: float) -> list[Site]:
         """The least loaded of those that match so deep; where they are many, those found by the way."""
         if segment.numbers.bit_count() <= FEW_HOLDERS:
-            return list(islice(filter(may, self._ranked.among(matches.names(segment))), NUM_HOLDERS))
+            return list(islice(filter(may, self._ranked.among(matches.names(segment), now)), NUM_HOLDERS))
         found: list[Site] = []
         for entries in self._ranked.buckets.values():
             for entry in entries:
