@@ -1,46 +1,90 @@
 """Replicas in the order of their load, so that the least loaded are found without looking at all. Pure.
 
-They stand in buckets of alike ones (zone, what they can pair with, whether prompts wait there, speed): within a bucket
-the load alone decides. A queue gets shorter while nobody tells: where there is one, the load counts from the beginning
-of the clock, so that the order holds while time goes by.
+They stand in buckets of alike ones (zone, what they can pair with, speed): within a bucket the load alone decides. A
+queue gets shorter while nobody tells: loads of those that have one count from the beginning of the clock, so that their
+order holds while time goes by.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from cluster.scheduler.site import Site
 
-Bucket = tuple[str, int, bool, *tuple[int, ...]]  # zone, kind, whether it has a queue, paces
+Kind = tuple[str, int, *tuple[int, ...]]  # zone, kind, paces
 Entry = tuple[float, int, str, Site]  # load in seconds, reservations, id: equal ones fill evenly, and always alike
+
+
+class Bucket:
+    """Alike ones."""
+
+    __slots__ = ("idle", "queued")
+
+    def __init__(self) -> None:
+        self.idle: list[Entry] = []
+        self.queued: list[Entry] = []  # with prompts to compute, at least when they were heard of last
+
+    def least(self, number: int, may: Callable[[Site], bool], now: float) -> list[Entry]:
+        """The least loaded of those that may be taken, up to so many, in no order."""
+        found = []
+        for entry in self.idle:
+            if may(entry[3]):
+                found.append(entry)
+                if len(found) == number:
+                    break
+        if not self.queued:
+            return found
+        num_left = number
+        for entry in self.queued:
+            if may(entry[3]):
+                found.append(_at(entry, now))
+                num_left -= 1
+                if not num_left:
+                    break
+        if len(found) > number:
+            found.sort()
+            del found[number:]
+        return found
+
+    def __iter__(self) -> Iterator[Site]:
+        return (entry[3] for entry in chain(self.idle, self.queued))
 
 
 class Ranked:
     """Of one role and generation."""
 
     def __init__(self) -> None:
-        self.buckets: dict[Bucket, list[Entry]] = {}
-        self._places: dict[str, tuple[Bucket, Entry]] = {}
+        self.buckets: dict[Kind, Bucket] = {}
+        self._places: dict[str, tuple[Kind, bool, Entry]] = {}  # whether it has a queue
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def place(self, site: Site, bucket: Bucket, load_s: float) -> None:
-        """Enters, or moves to where it belongs now; one that takes no work leaves."""
+    def place(self, site: Site, kind: Kind, load_s: float) -> None:
+        """Enters, or moves to where it belongs now; one that takes no work leaves. `load_s`: beside its queue."""
         self.remove(site.replica_id)
         if site.view.usable:
+            bucket = self.buckets.get(kind)
+            if bucket is None:
+                bucket = self.buckets[kind] = Bucket()
+            is_queued = site.queue_s > 0
+            if is_queued:
+                load_s += site.begun_at + site.queue_s
             entry = (round(load_s, 4), site.num_reserved, site.replica_id, site)
-            self._places[site.replica_id] = bucket, entry
-            insort(self.buckets.setdefault(bucket, []), entry)
+            self._places[site.replica_id] = kind, is_queued, entry
+            insort(bucket.queued if is_queued else bucket.idle, entry)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""
         known = self._places.pop(replica_id, None)
-        if known is not None:
-            bucket, entry = known
-            entries = self.buckets[bucket]
-            del entries[bisect_left(entries, entry)]
-            if not entries:
-                del self.buckets[bucket]
+        if known is None:
+            return
+        kind, is_queued, entry = known
+        bucket = self.buckets[kind]
+        entries = bucket.queued if is_queued else bucket.idle
+        del entries[bisect_left(entries, entry)]
+        if not bucket.idle and not bucket.queued:
+            del self.buckets[kind]
 
     def clear(self) -> None:
         """Nobody is here."""
@@ -49,15 +93,15 @@ class Ranked:
 
     def among(self, replica_ids: Iterable[str], now: float) -> list[Site]:
         """Those of the given ones that are here, in the order of their load."""
-        places = self._places
-        found = [at(*known, now) for replica_id in replica_ids if (known := places.get(replica_id)) is not None]
+        found = []
+        for replica_id in replica_ids:
+            if (known := self._places.get(replica_id)) is not None:
+                _, is_queued, entry = known
+                found.append(_at(entry, now) if is_queued else entry)
         return [entry[3] for entry in sorted(found)]
 
 
-def at(bucket: Bucket, entry: Entry, now: float) -> Entry:
+def _at(queued: Entry, now: float) -> Entry:
     """With its load at this moment. A queue that should be over is as good as over."""
-    if not bucket[2]:
-        return entry
-    load_s, num_reserved, replica_id, site = entry
-    ends_at = site.begun_at + site.queue_s
-    return load_s - min(now, ends_at), num_reserved, replica_id, site
+    load_s, num_reserved, replica_id, site = queued
+    return load_s - min(now, site.begun_at + site.queue_s), num_reserved, replica_id, site

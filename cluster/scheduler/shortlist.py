@@ -5,7 +5,7 @@ from itertools import islice
 from math import log
 
 from cluster.scheduler.matches import Matches, Segment
-from cluster.scheduler.ranked import Bucket, Entry, Ranked, at
+from cluster.scheduler.ranked import Entry, Kind, Ranked
 from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.site import Site, Sites
 from core.messages.fleet import Role
@@ -15,9 +15,9 @@ May = Callable[[Site], bool]
 SMALL = 6  # replicas of a pool: all are weighed
 NUM_LEAST = 5  # of the least loaded of each zone
 NUM_BY_LOAD = 3  # of these, for their load alone
-NUM_OF_ONLY = 5  # of the only pool: of those with a queue, and as many of those without
+NUM_OF_ONLY = 8  # the same, of an only pool
 OF_BUCKET = 2  # that are looked at, the least loaded ones; of many buckets, of each the least loaded alone
-FEW_BUCKETS = 8
+FEW_BUCKETS = 4
 NUM_HOLDERS = 3  # of those that match equally deep
 FEW_HOLDERS = 16  # of those that match equally deep: up to so many are looked at all
 NUM_DEPTHS = 2  # deepest matches
@@ -38,10 +38,9 @@ class Shortlist:
         is_prefill = site.info.role is Role.PREFILL
         paces_s = (site.costs.token_s,) if is_prefill else (site.costs.token_s, site.costs.step_s)
         paces = (round(log(max(pace_s, 1e-9)) / SPEED_STEP) for pace_s in paces_s)
-        bucket: Bucket = (site.zone, site.kind, site.queue_s > 0, *paces)
+        kind: Kind = (site.zone, site.kind, *paces)
         # a decode replica that prefills has its batch wait, and what it shall prefill next
-        load_s = 0.0 if is_prefill else site.step_s + site.strain_s
-        self._ranked.place(site, bucket, load_s + site.begun_at + site.queue_s if site.queue_s > 0 else load_s)
+        self._ranked.place(site, kind, 0.0 if is_prefill else site.step_s + site.strain_s)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""
@@ -76,15 +75,11 @@ class Shortlist:
         """Of each zone: by load alone, and by load and what the prompt takes at the replica's pace."""
         zones: dict[str, list[Entry]] = {}
         buckets = self._ranked.buckets
-        num_of_bucket, most = (NUM_OF_ONLY, 2 * NUM_OF_ONLY) if is_only else (OF_BUCKET, NUM_LEAST)
-        for bucket, entries in buckets.items():
-            num_left = num_of_bucket if len(buckets) <= FEW_BUCKETS else 1
-            for entry in entries:
-                if may(entry[3]):
-                    zones.setdefault(bucket[0], []).append(at(bucket, entry, now))
-                    num_left -= 1
-                    if not num_left:
-                        break
+        most = NUM_OF_ONLY if is_only else NUM_LEAST
+        num_of_bucket = (most if is_only else OF_BUCKET) if len(buckets) <= FEW_BUCKETS else 1
+        for kind, bucket in buckets.items():
+            if found := bucket.least(num_of_bucket, may, now):
+                zones.setdefault(kind[0], []).extend(found)
         least: list[Site] = []
         for heads in zones.values():
             if len(heads) > most:
@@ -101,10 +96,10 @@ class Shortlist:
         if segment.numbers.bit_count() <= FEW_HOLDERS:
             return list(islice(filter(may, self._ranked.among(matches.names(segment), now)), NUM_HOLDERS))
         found: list[Site] = []
-        for entries in self._ranked.buckets.values():
-            for entry in entries:
-                if matches.is_of(entry[2], segment.numbers) and may(entry[3]):
-                    found.append(entry[3])
+        for bucket in self._ranked.buckets.values():
+            for site in bucket:
+                if matches.is_of(site.replica_id, segment.numbers) and may(site):
+                    found.append(site)
                     if len(found) == NUM_HOLDERS:
                         return found
         return found
