@@ -6,8 +6,7 @@ order holds while time goes by.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable
 
 from cluster.scheduler.site import Site
 
@@ -24,30 +23,22 @@ class Bucket:
         self.idle: list[Entry] = []
         self.queued: list[Entry] = []  # with prompts to compute, at least when they were heard of last
 
-    def least(self, number: int, may: Callable[[Site], bool], now: float) -> list[Entry]:
-        """The least loaded of those that may be taken, up to so many, in no order."""
-        found = []
-        for entry in self.idle:
+    def least(self, number: int, may: Callable[[Site], bool], now: float, found: list[Entry]) -> None:
+        """Adds the least loaded of those that may be taken, up to so many, the least loaded first."""
+        idle, queued = self.idle, self.queued
+        num_idle, num_queued, place, place_queued = len(idle), len(queued), 0, 0
+        waiting = _at(queued[0], now) if num_queued else None
+        while number and (place < num_idle or waiting is not None):
+            if waiting is not None and (place == num_idle or waiting[0] < idle[place][0]):
+                entry = waiting
+                place_queued += 1
+                waiting = _at(queued[place_queued], now) if place_queued < num_queued else None
+            else:
+                entry = idle[place]
+                place += 1
             if may(entry[3]):
                 found.append(entry)
-                if len(found) == number:
-                    break
-        if not self.queued:
-            return found
-        num_left = number
-        for entry in self.queued:
-            if may(entry[3]):
-                found.append(_at(entry, now))
-                num_left -= 1
-                if not num_left:
-                    break
-        if len(found) > number:
-            found.sort()
-            del found[number:]
-        return found
-
-    def __iter__(self) -> Iterator[Site]:
-        return (entry[3] for entry in chain(self.idle, self.queued))
+                number -= 1
 
 
 class Ranked:
@@ -104,4 +95,5 @@ class Ranked:
 def _at(queued: Entry, now: float) -> Entry:
     """With its load at this moment. A queue that should be over is as good as over."""
     load_s, num_reserved, replica_id, site = queued
-    return load_s - min(now, site.begun_at + site.queue_s), num_reserved, replica_id, site
+    ends_at = site.begun_at + site.queue_s
+    return load_s - (now if now < ends_at else ends_at), num_reserved, replica_id, site

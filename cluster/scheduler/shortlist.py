@@ -78,8 +78,7 @@ class Shortlist:
         most = NUM_OF_ONLY if is_only else NUM_LEAST
         num_of_bucket = (most if is_only else OF_BUCKET) if len(buckets) <= FEW_BUCKETS else 1
         for kind, bucket in buckets.items():
-            if found := bucket.least(num_of_bucket, may, now):
-                zones.setdefault(kind[0], []).extend(found)
+            bucket.least(num_of_bucket, may, now, zones.setdefault(kind[0], []))
         least: list[Site] = []
         for heads in zones.values():
             if len(heads) > most:
@@ -97,9 +96,10 @@ class Shortlist:
             return list(islice(filter(may, self._ranked.among(matches.names(segment), now)), NUM_HOLDERS))
         found: list[Site] = []
         for bucket in self._ranked.buckets.values():
-            for site in bucket:
-                if matches.is_of(site.replica_id, segment.numbers) and may(site):
-                    found.append(site)
-                    if len(found) == NUM_HOLDERS:
-                        return found
+            for entries in (bucket.idle, bucket.queued):
+                for entry in entries:
+                    if matches.is_of(entry[2], segment.numbers) and may(entry[3]):
+                        found.append(entry[3])
+                        if len(found) == NUM_HOLDERS:
+                            return found
         return found
