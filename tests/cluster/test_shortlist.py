@@ -135,7 +135,7 @@ def cost_s(seed: int, itl_slo_s: float) -> tuple[float, float]:
     return few_s, all_s
 
 
-@pytest.mark.parametrize(("itl_slo_s", "most"), [(0.03, 1.002), (0.02, 1.015)])
+@pytest.mark.parametrize(("itl_slo_s", "most"), [(0.03, 1.005), (0.02, 1.015)])
 def test_short_lists_lose_little_of_the_cost_where_decode_prefills(itl_slo_s, most):
     """A load whose prompts take most of the time: near the SLO, and beyond it whatever is chosen."""
     sums = [cost_s(seed, itl_slo_s) for seed in range(4)]
