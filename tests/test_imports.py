@@ -113,6 +113,7 @@ PURE = [
     "cluster.scheduler.waiting_line",
     "cluster.scheduler.water_level",
     "cluster.scheduler.weighed",
+    "cluster.scheduler.weighing",
     "cluster.scheduler.workload_meter",
     "decode_worker.links",
     "cluster.weight_lenders",

@@ -1,14 +1,17 @@
 """The few replicas that a request is weighed between: the least loaded, and those that hold most of it. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from math import log
 
 from cluster.scheduler.matches import Matches, Segment
+from cluster.scheduler.policy import Choices
 from cluster.scheduler.ranked import Entry, Kind, Ranked
 from cluster.scheduler.replica_view import ReplicaView
+from cluster.scheduler.rules import without
 from cluster.scheduler.site import Site, Sites
 from core.messages.fleet import Role
+from core.messages.to_scheduler import Reserve
 
 May = Callable[[Site], bool]
 
@@ -103,3 +106,47 @@ class Shortlist:
                         if len(found) == NUM_HOLDERS:
                             return found
         return found
+
+
+class Shortlists:
+    """Of all pools."""
+
+    def __init__(self, sites: Sites, *, exhaustive: bool) -> None:
+        """`exhaustive`: see Shortlist."""
+        self._sites = sites
+        self._exhaustive = exhaustive
+        self._of_pools: dict[tuple[Role, str], Shortlist] = {}
+
+    def of(
+        self, pool: Sequence[ReplicaView], request: Reserve, choices: Choices, coming: Mapping[str, int], may: May
+    ) -> list[Site]:
+        """Of one pool, for a request; `coming`: by replica, how much of the prompt is being computed there."""
+        if request.avoid:  # rare: a short list knows of nobody's failures
+            return [site for site in map(self._sites.of, without(pool, request.avoid)) if may(site)]
+        is_only = not choices.prefills
+        shortlist = self._of_pool(pool[0])
+        short = shortlist.of(pool, request.num_tokens, choices.cached, may, choices.now, is_only=is_only)
+        if coming and len(short) < len(pool):
+            role, generation = pool[0].info.role, pool[0].info.generation
+            found = {site.replica_id for site in short}
+            for replica_id in coming:
+                site = self._sites.find(replica_id) if replica_id not in found else None
+                if site and (site.info.role, site.info.generation) == (role, generation) and may(site):
+                    short.append(site)
+        return short
+
+    def changed(self, site: Site) -> None:
+        """Its load has."""
+        self._of_pool(site.view).changed(site)
+
+    def remove(self, replica_id: str) -> None:
+        """It is gone; idempotent."""
+        for shortlist in self._of_pools.values():
+            shortlist.remove(replica_id)
+
+    def _of_pool(self, view: ReplicaView) -> Shortlist:
+        key = view.info.role, view.info.generation
+        shortlist = self._of_pools.get(key)
+        if shortlist is None:
+            shortlist = self._of_pools[key] = Shortlist(self._sites, exhaustive=self._exhaustive)
+        return shortlist
