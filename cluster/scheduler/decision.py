@@ -109,7 +109,7 @@ class DecisionMaker:
         view = decision.prefill or decision.decode
         site = self._sites.known(view)
         if site is not None:
-            site.computed(decision.terms.prefill_s, now)
+            site.begun_at = now
             if decision.prefill is None and view.num_decode_requests > len(view.prefill_tokens) + 1:
                 # others decode there
                 site.stalls.add(decision.terms.prefill_s, site.num_steps(decision.num_uncached_tokens), now)

@@ -98,11 +98,6 @@ class Site:
         prompts_s = costs.token_s * min(self.num_queued, self.max_at_once) if view.prefill_tokens else 0.0
         self.left_of_step_s = (self.step_s + prompts_s) / 2 if self.busy else 0.0  # under way, on average
 
-    def computed(self, own_s: float, now: float) -> None:
-        """A prompt that takes so long by itself; what its steps had room for beside it is of the next ones."""
-        over_s = max(0.0, now - self.begun_at - own_s)
-        self.begun_at = now - min(over_s, self.full_step_s)
-
     @property
     def full_step_s(self) -> float:
         """Of as many prompt tokens as a step takes, beside the batch."""

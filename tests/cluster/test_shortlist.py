@@ -180,22 +180,6 @@ def test_who_is_nearly_done_with_a_long_prompt_is_among_the_few(prefills):
     assert long in {one.prefill_id or one.decode_id for one in weighed}
 
 
-def test_what_a_step_had_room_for_beside_a_prompt_s_end_is_of_the_next_one():
-    """Steps of 2048 tokens: 0.2 s after the beginning two of them are over, one of 1000 tokens and 3096 of the next."""
-    world = World()
-    world.add("d0", Role.DECODE)
-    first, second = world.request(1000), world.request(9000)
-    for request in (first, second):
-        world.admission.reserve(request, 0.0)
-        assert world.admission.dispatch(0.0)
-    site = world.admission.policy._sites.find("d0")
-    world.admission.progress(Progress(first.request_id), 0.1)
-    alone_s = world.admission.reservations.find(second.request_id).decision.terms.prefill_s
-    assert site.queue_left_s(0.1) == pytest.approx(alone_s - (0.1 - 0.0545), abs=0.002)
-    world.admission.progress(Progress(second.request_id), 0.5)
-    assert site.queue_left_s(0.5) == 0.0
-
-
 def test_all_that_avoid_is_obeyed_in_a_large_pool():
     world = World(SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0))
     world.fleet(20, 20)
