@@ -66,6 +66,7 @@ class Admission:
         self._refusals = Refusals(self._line, self.reservations, config.queue_limit)
         self._triage = Triage(self._line, self.index)
         self._keeping = Keeping(self._line, self.fleet, self.policy, config.max_decode_kv_usage)
+        self._overtaking = Overtaking({})  # of the last round
         self.decisions = DecisionLog(config.decisions_kept)
         self._yields = BatchYields()
         self._tombstones = Tombstones()
@@ -131,8 +132,8 @@ class Admission:
             raise too_long
         waiting = self._waiting(request, now)
         self._refusals.passed(now)
-        if request.attempt == 0:
-            self._refusals.require_a_hope(waiting, partial(self._finds_room, waiting, generations, now))
+        if request.attempt == 0 and not self._overtaking.has_hope(generations.answering(request), waiting):
+            self._refusals.require_a_hope(waiting)
         self._line.add(waiting)
         self._refusals.require_room(waiting)
         if request.attempt == 0:
@@ -151,7 +152,7 @@ class Admission:
         if self._triage.is_due(len(self.fleet.by_id), now):
             self._put_off(generations, now)
         decodes = generations.decodes
-        overtaking = Overtaking(self._keeping.at(decodes, now))
+        overtaking = self._overtaking = Overtaking(self._keeping.at(decodes, now))
         late: list[Waiting] = []
         for waiting in chain(self._line.in_order(), late):
             if overtaking.is_over(decodes):
@@ -279,11 +280,6 @@ class Admission:
         prefills = self.fleet.in_generation(Role.PREFILL, decodes[0].info.generation, now)
         cached = self.index.match(usable_hashes(request, decodes[0].info.compatibility.block_size))
         return self.policy.decide(request, Choices(prefills, decodes, cached, now, self.fleet.by_id, kept_id))
-
-    def _finds_room(self, waiting: Waiting, generations: Generations, now: float) -> bool:
-        """Now, before those that wait for more than it needs. Batch work goes after all others."""
-        pool = generations.decodes.get(generations.answering(waiting.request))
-        return bool(pool and not waiting.is_batch and self._decide(waiting.request, pool.replicas, now))
 
     def _put_off(self, generations: Generations, now: float) -> None:
         """Where all traffic goes to one generation: of those that shift it, each has a part of the line."""

@@ -74,9 +74,10 @@ class DecisionMaker:
         """Learns from samples; the replica's load has changed."""
         self.learned.reported(replica, report)
         self._coming.reported(replica.info.replica_id)
-        num_before = self._sites.of(replica).num_queued
+        known = self._sites.known(replica)
+        num_before = known.num_queued if known is not None else 0
         site = self._sites.refresh(replica)
-        if site.num_queued < num_before:
+        if not num_before or site.num_queued < num_before:
             site.begun_at = now
         self._weighing.changed(site, now)
 
@@ -97,8 +98,8 @@ class DecisionMaker:
             depth = decision.num_cached_tokens // layout.block_size
             hashes = reservation.request.block_hashes
             self._coming.begin(reservation.request_id, taker.info.replica_id, hashes, depth)
-        if len(taker.prefill_tokens) == 1 and (site := self._sites.known(taker)) is not None:
-            site.begun_at = now
+        if (site := self._sites.known(taker)) is not None:
+            site.begun_at = max(site.begun_at, now - site.queue_s)  # of what was before it at most that is over
         self._replicas_changed(reservation, now)
 
     def first_token(self, reservation: Reservation, num_cached_tokens: int | None, now: float) -> None:

@@ -43,13 +43,18 @@ class Overtaking:
             return True
         if waiting.is_batch:
             jam.num_tried = MOST_TRIED
-        if jam.is_over:
-            return False
-        least = jam.least.get(waiting.request.placement)
-        if least is None or waiting.request.num_tokens < least:
+        if self.has_hope(generation, waiting):
             return True
         jam.num_passed += 1
         return False
+
+    def has_hope(self, generation: str, waiting: Waiting) -> bool:
+        """Whether it would be tried, and nobody as short of its placement found no room."""
+        jam = self._jams.get(generation)
+        if jam is None:
+            return True
+        least = jam.least.get(waiting.request.placement)
+        return not (waiting.is_batch or jam.is_over) and (least is None or waiting.request.num_tokens < least)
 
     def found_no_room(self, generation: str, waiting: Waiting) -> bool:
         """Its policy has it wait. Whether it is the first of its generation."""

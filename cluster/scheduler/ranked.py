@@ -61,9 +61,19 @@ class Ranked:
             is_queued = site.queue_s > 0
             if is_queued:
                 load_s += site.begun_at + site.queue_s
-            entry = (round(load_s, 4), site.num_reserved, site.replica_id, site)
+            entry = (load_s if is_queued else round(load_s, 4), site.num_reserved, site.replica_id, site)
             self._places[site.replica_id] = kind, is_queued, entry
             insort(bucket.queued if is_queued else bucket.idle, entry)
+
+    def settle(self, bucket: Bucket, now: float) -> None:
+        """Those whose queue should be over stand among those without one."""
+        while bucket.queued:
+            site = bucket.queued[0][3]
+            if now < site.begun_at + site.queue_s:
+                return
+            entry = _at(bucket.queued.pop(0), now)
+            self._places[site.replica_id] = self._places[site.replica_id][0], False, entry
+            insort(bucket.idle, entry)
 
     def remove(self, replica_id: str) -> None:
         """It is gone; idempotent."""
@@ -96,4 +106,4 @@ def _at(queued: Entry, now: float) -> Entry:
     """With its load at this moment. A queue that should be over is as good as over."""
     load_s, num_reserved, replica_id, site = queued
     ends_at = site.begun_at + site.queue_s
-    return load_s - (now if now < ends_at else ends_at), num_reserved, replica_id, site
+    return round(load_s - (now if now < ends_at else ends_at), 4), num_reserved, replica_id, site

@@ -1,7 +1,5 @@
 """Who is refused rather than wait in vain, who is pushed out of a full line, and when they shall come back. Pure."""
 
-from collections.abc import Callable
-
 from cluster.scheduler.reservations import Reservations
 from cluster.scheduler.wait_forecast import WaitForecast
 from cluster.scheduler.waiting_line import Waiting, WaitingLine
@@ -27,13 +25,10 @@ class Refusals:
         if now > waiting.since:
             self._forecast.dispatched(waiting.request.num_tokens)
 
-    def require_a_hope(self, waiting: Waiting, finds_room: Callable[[], bool]) -> None:
-        """Raises Overloaded for a request that would wait in vain: it is told now, not when its time is over.
-
-        Whoever waits may lack what this one does not need: who finds room now hopes for nothing.
-        """
+    def require_a_hope(self, waiting: Waiting) -> None:
+        """Raises Overloaded for a request that would wait in vain: it is told now, not when its time is over."""
         wait_s = self._wait_s(waiting) if self._line else None
-        if wait_s is not None and wait_s > waiting.timeout_s and not finds_room():
+        if wait_s is not None and wait_s > waiting.timeout_s:
             raise self.overloaded(
                 waiting, f"a wait of {wait_s:.0f} s is foreseen, {waiting.timeout_s:.0f} s are allowed"
             )

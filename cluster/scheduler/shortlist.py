@@ -81,6 +81,7 @@ class Shortlist:
         most = NUM_OF_ONLY if is_only else NUM_LEAST
         num_of_bucket = (most if is_only else OF_BUCKET) if len(buckets) <= FEW_BUCKETS else 1
         for kind, bucket in buckets.items():
+            self._ranked.settle(bucket, now)
             bucket.least(num_of_bucket, may, now, zones.setdefault(kind[0], []))
         least: list[Site] = []
         for heads in zones.values():

@@ -65,13 +65,13 @@ def test_nobody_is_refused_for_one_that_waits_for_more_room_than_the_others_need
         assert [name for name, _ in planned(world, 60.0)] == [short.request_id]
 
 
-def test_who_finds_no_room_either_is_still_refused():
+def test_who_is_as_long_as_one_that_found_no_room_is_still_refused():
     world = crowded(num_free_blocks=0)
     world.admission.reserve(world.request(LONG, timeout_s=3600.0), 0.0)
     for tenth in range(600):
         assert planned(world, tenth / 10) == []
     with pytest.raises(Overloaded, match="is foreseen, 5 s are allowed"):
-        world.admission.reserve(world.request(200, timeout_s=5.0), 60.0)
+        world.admission.reserve(world.request(LONG, timeout_s=5.0), 60.0)
 
 
 def test_batch_work_is_refused_though_there_were_room_as_it_goes_after_who_waits():

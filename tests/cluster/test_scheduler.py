@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.scheduler.admission import Admission
-from cluster.scheduler.decision import can_pair
 from cluster.scheduler.index import PrefixIndex
+from cluster.scheduler.rules import can_pair
 from core.block_hash import hash_blocks
 from core.config import SchedulerConfig
 from core.errors import NoReplica, Overloaded, StaleMessage

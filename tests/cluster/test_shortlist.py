@@ -180,6 +180,25 @@ def test_who_is_nearly_done_with_a_long_prompt_is_among_the_few(prefills):
     assert long in {one.prefill_id or one.decode_id for one in weighed}
 
 
+def test_what_a_replica_says_of_a_queue_that_others_filled_counts_from_then_on():
+    """As for a scheduler that has just started: it sent none of these prompts."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0))
+    world.fleet(20, 20)
+    for number in range(20):
+        world.report(f"p{number}", num_waiting=1, num_waiting_tokens=4000 if number % 2 else 10, now=100.0)
+    takers = {world.plan(world.request(500), 100.01).prefill.replica_id for _ in range(10)}
+    assert takers == {f"p{number}" for number in range(0, 20, 2)}
+
+
+def test_a_queue_that_should_be_over_is_as_good_as_none():
+    """Ten replicas are late with their prompts: fewer requests count, not how late somebody is."""
+    world = World(SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0))
+    world.fleet(20, 20)
+    late = {world.plan(world.request(1000 + 100 * number), 0.0).prefill.replica_id for number in range(10)}
+    takers = {world.plan(world.request(500), 2.0).prefill.replica_id for _ in range(10)}
+    assert len(late) == len(takers) == 10 and not late & takers
+
+
 def test_all_that_avoid_is_obeyed_in_a_large_pool():
     world = World(SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0))
     world.fleet(20, 20)
