@@ -190,12 +190,17 @@ def test_what_a_replica_says_of_a_queue_that_others_filled_counts_from_then_on()
     assert takers == {f"p{number}" for number in range(0, 20, 2)}
 
 
-def test_a_queue_that_should_be_over_is_as_good_as_none():
-    """Ten replicas are late with their prompts: fewer requests count, not how late somebody is."""
-    world = World(SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0))
+@pytest.mark.parametrize("seed", range(20))
+def test_a_queue_that_should_be_over_is_as_good_as_none(seed):
+    """Ten replicas are late with their prompts: their requests count, not how late somebody is."""
+    rng, now = random.Random(seed), 1000.0
+    world = World(SchedulerConfig(replica_timeout_s=1e9, local_prefill_max_tokens=0, reservation_ttl_s=1e9))
     world.fleet(20, 20)
-    late = {world.plan(world.request(1000 + 100 * number), 0.0).prefill.replica_id for number in range(10)}
-    takers = {world.plan(world.request(500), 2.0).prefill.replica_id for _ in range(10)}
+    late = set()
+    for _ in range(10):
+        now += 0.003 * rng.random()
+        late.add(world.plan(world.request(rng.randrange(300, 900)), now).prefill.replica_id)
+    takers = {world.plan(world.request(300), now + 5.0).prefill.replica_id for _ in range(10)}
     assert len(late) == len(takers) == 10 and not late & takers
 
 
