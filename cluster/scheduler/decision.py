@@ -23,7 +23,6 @@ Reasons: pair; of local prefill
 """
 
 from collections.abc import Sequence
-from math import inf
 from operator import attrgetter
 
 from cluster.scheduler.candidate import Decision
@@ -133,12 +132,11 @@ class DecisionMaker:
 
     def keeps_itl(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
         """See Policy."""
-        return self._sites.of(decode).keeps_itl(self._weighing.most_itl_s, num_tokens, now)
+        return self._weighing.keeps_itl(num_tokens, decode, now)
 
     def take_held_until(self) -> float:
         """See Policy."""
-        taken, self._weighing.held_until = self._weighing.held_until, inf
-        return taken
+        return self._weighing.take_held_until()
 
     def take_copies(self) -> list[Copy]:
         """See PrefixCare."""

@@ -20,7 +20,7 @@ class Bucket:
     __slots__ = ("idle", "queued")
 
     def __init__(self) -> None:
-        self.idle: list[Entry] = []
+        self.idle: list[Entry] = []  # or late with the last of their prompts
         self.queued: list[Entry] = []  # with prompts to compute, at least when they were heard of last
 
     def least(self, number: int, may: Callable[[Site], bool], now: float, found: list[Entry]) -> None:

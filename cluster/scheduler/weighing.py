@@ -8,6 +8,7 @@ from cluster.scheduler.learned import Learned
 from cluster.scheduler.local_prefill import LocalRules, few_for_local, weigh_local
 from cluster.scheduler.pairing import Pairing
 from cluster.scheduler.policy import Choices
+from cluster.scheduler.replica_view import ReplicaView
 from cluster.scheduler.rules import can_pair, fits_prefill, takes_more, without
 from cluster.scheduler.shortlist import Shortlists
 from cluster.scheduler.site import Site, Sites
@@ -27,8 +28,8 @@ class Weighing:
     def __init__(self, config: SchedulerConfig, learned: Learned, *, exhaustive: bool) -> None:
         """`exhaustive` weighs all replicas against each other."""
         self.sites = Sites(learned.costs, config.max_decode_kv_usage)
-        self.most_itl_s = MOST_OF_SLO * config.itl_slo_s  # nobody new joins a batch beyond it
-        self.held_until = inf  # when who waits for less to be computed before it may find room
+        self._most_itl_s = MOST_OF_SLO * config.itl_slo_s  # nobody new joins a batch beyond it
+        self._held_until = inf  # when who waits for less to be computed before it may find room
         self._config = config
         self._learned = learned
         self._exhaustive = exhaustive
@@ -59,11 +60,20 @@ class Weighing:
         if request.placement != "local" and choices.prefills:
             weighed = self._pairing.pairs(self._sources(request, choices, coming, sources), sinks)
         elif not choices.prefills and (held_until := min(sink.site.has_work_until for sink in sinks)) > now:
-            self.held_until = min(self.held_until, held_until)
+            self._held_until = min(self._held_until, held_until)
             return []
         if request.placement != "pair" or not weighed:
             weighed += self._locals(request, choices, sources, sinks, num_new, strain, have_pairs=bool(weighed))
         return weighed
+
+    def keeps_itl(self, num_tokens: int, decode: ReplicaView, now: float) -> bool:
+        """See Policy."""
+        return self.sites.of(decode).keeps_itl(self._most_itl_s, num_tokens, now)
+
+    def take_held_until(self) -> float:
+        """See Policy."""
+        taken, self._held_until = self._held_until, inf
+        return taken
 
     def changed(self, site: Site, now: float) -> None:
         """Its load has."""
@@ -88,7 +98,7 @@ class Weighing:
     ) -> list[Sink]:
         num_tokens, matches = request.num_tokens, choices.cached
         fits, now, kept_id = self._headroom_for(request).fits, choices.now, choices.kept_id
-        most_itl_s = inf if request.num_shown else self.most_itl_s
+        most_itl_s = inf if request.num_shown else self._most_itl_s
         num_held = num_tokens + num_new / 2  # on average
 
         def has_room(site: Site) -> bool:

@@ -108,5 +108,17 @@ class World:
         return plans[0] if plans else None
 
 
+def asked_for(world: World, monkeypatch) -> list[str]:
+    """Fills with the ids of the requests that a policy is asked about, from now on."""
+    asked, decide = list[str](), world.admission._decide
+
+    def noting(request: Reserve, *others):
+        asked.append(request.request_id)
+        return decide(request, *others)
+
+    monkeypatch.setattr(world.admission, "_decide", noting)
+    return asked
+
+
 def blocks_of(tokens, num_tokens: int | None = None) -> tuple[BlockHash, ...]:
     return hash_blocks(tuple(tokens)[:num_tokens], BLOCK)

@@ -8,7 +8,7 @@ from cluster.scheduler.site import Site
 from core.config import SchedulerConfig
 from core.messages.fleet import Role
 from core.messages.to_scheduler import Progress
-from tests.cluster.scheduler_world import CONTEXT_S, SEQUENCE_S, STEP_S, World
+from tests.cluster.scheduler_world import CONTEXT_S, SEQUENCE_S, STEP_S, World, asked_for
 
 SLO_S = 0.02
 FULL = {"num_running": 200, "num_kv_tokens": 100_000, "num_free_blocks": 20_000}  # 8 + 10 + 2 ms
@@ -62,17 +62,9 @@ def test_where_no_batch_takes_anybody_one_is_asked_for(monkeypatch):
     world = full_world(num_decode=12)
     for number in range(20):
         world.admission.reserve(world.request(3000 - number), 0.0)
-    asked = 0
-    decide = world.admission._decide
-
-    def counting(*args):
-        nonlocal asked
-        asked += 1
-        return decide(*args)
-
-    monkeypatch.setattr(world.admission, "_decide", counting)
+    asked = asked_for(world, monkeypatch)
     assert world.admission.dispatch(0.1) == []
-    assert asked == 1
+    assert len(asked) == 1
 
 
 def test_of_many_replicas_the_one_whose_batch_is_smaller_is_found():
