@@ -96,8 +96,8 @@ def test_short_lists_lose_less_than_one_percent_of_predicted_ttft():
     assert all(few < 1.03 * everything for few, everything in sums)
 
 
-def cost_s(seed: int, itl_slo_s: float) -> tuple[float, float]:
-    """Of decode replicas that prefill by themselves, most prompts new, while time goes by."""
+def cost_s(seed: int, itl_slo_s: float, after_s: float = 0.3) -> tuple[float, float]:
+    """Of decode replicas that prefill by themselves, most prompts new; first tokens come `after_s`."""
     rng, config = random.Random(seed), SchedulerConfig(replica_timeout_s=1e9, itl_slo_s=itl_slo_s)
     world, everyone = World(config), DecisionMaker(config, exhaustive=True)
 
@@ -125,7 +125,7 @@ def cost_s(seed: int, itl_slo_s: float) -> tuple[float, float]:
             few_s, all_s = few_s + few.terms.cost_s, all_s + best.terms.cost_s
         if (plan := world.plan(request, now)) is not None:
             everyone.booked(world.admission.reservations.find(plan.request_id), now)
-            under_way.append((now + 0.3, plan.request_id))
+            under_way.append((now + after_s, plan.request_id))
         for at, request_id in [one for one in under_way if one[0] <= now]:
             under_way.remove((at, request_id))
             reservation = world.admission.reservations.find(request_id)
@@ -141,6 +141,12 @@ def test_short_lists_lose_little_of_the_cost_where_decode_prefills(itl_slo_s, mo
     sums = [cost_s(seed, itl_slo_s) for seed in range(4)]
     few_s, all_s = (sum(part) for part in zip(*sums, strict=True))
     assert all_s < few_s < most * all_s
+
+
+def test_short_lists_lose_no_more_where_first_tokens_come_ten_times_later_than_foreseen():
+    sums = [cost_s(seed, 0.03, after_s=3.0) for seed in range(4)]
+    few_s, all_s = (sum(part) for part in zip(*sums, strict=True))
+    assert few_s < 1.005 * all_s
 
 
 def test_a_large_pool_is_kept_in_order_as_loads_change():
